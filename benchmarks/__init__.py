@@ -1,0 +1,1 @@
+"""Speed and size, as commands that print a table (`python -m benchmarks.<name>`)."""

@@ -1,0 +1,1 @@
+"""Text sources, tokenizer, shard files and the loaders that read them."""

@@ -1,0 +1,72 @@
+"""Packed documents: several documents in one flat token buffer, never looking at each other.
+
+A buffer of T tokens holds n documents one after the other. `boundaries` (called cu_seqlens in
+attention libraries) has n+1 entries; document j occupies [boundaries[j], boundaries[j+1]).
+Repeating the last entry adds empty documents, so that the tensor can keep a fixed size.
+
+    tokens      [B a b | B c d e]
+    boundaries  [0, 3, 7]
+    positions   [0 1 2   0 1 2 3]
+
+A "document" here is what the model treats as one: a whole text, or one piece of a text that was
+cut at the sequence length. The first token of a document has no previous token.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a packed buffer lie.
+
+    boundaries: int32 (n+1,), on the device of the tokens.
+    total: T, the number of tokens in the buffer (equal to the last boundary).
+    longest: an upper bound of the documents' lengths.
+    uniform: the common length if all documents have the same one, else None. A (rows, length)
+        batch is the packed case with uniform length.
+    """
+
+    boundaries: Tensor
+    total: int
+    longest: int
+    uniform: int | None = None
+
+    @classmethod
+    def from_lengths(cls, lengths: list[int], device: torch.device | str = "cpu") -> "Documents":
+        """Pack documents of the given lengths."""
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        uniform = lengths[0] if len(set(lengths)) == 1 else None
+        return cls(ends.to(device), sum(lengths), max(lengths, default=0), uniform)
+
+    @classmethod
+    def from_rows(cls, rows: int, length: int, device: torch.device | str = "cpu") -> "Documents":
+        """Describe a flattened (rows, length) batch, each row a document."""
+        boundaries = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
+        return cls(boundaries, rows * length, length, length)
+
+    @property
+    def count(self) -> int:
+        """Number of documents, empty ones included."""
+        return self.boundaries.numel() - 1
+
+    @cached_property
+    def index(self) -> Tensor:
+        """int64 (T,): the document each token belongs to."""
+        ends = self.boundaries[1:]
+        tokens = torch.arange(self.total, dtype=ends.dtype, device=ends.device)
+        return torch.searchsorted(ends, tokens, right=True)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 (T,): each token's position inside its document."""
+        tokens = torch.arange(self.total, device=self.boundaries.device)
+        return tokens - self.boundaries[self.index]
+
+    @cached_property
+    def first(self) -> Tensor:
+        """bool (T,): whether a token is the first of its document."""
+        return self.positions == 0

@@ -1,0 +1,1 @@
+"""The only package that chooses accelerators; every operation has a plain reference."""

@@ -1,0 +1,1 @@
+"""Parameters, presets and the glue between Snakemake and DVC."""
