@@ -1,0 +1,386 @@
+"""The one schema of params.yaml: every parameter's type, unit, reason and limits.
+
+The values live in `conf/` (presets) and params.yaml (the experiment in force); nothing has a
+default here, so a value is written in exactly one place. Unknown keys, wrong types and impossible
+combinations raise InputError with key, reason and repair; the Snakefile loads the file first, so
+they show in `snakemake -n`.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.errors import InputError
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def about(reason: str, unit: str = "") -> Any:
+    """Describe a parameter; the text becomes its comment in params.yaml."""
+    return Field(description=f"[{unit}] {reason}" if unit else reason)
+
+
+class Section(BaseModel):
+    """A section of params.yaml: immutable, no unknown keys, no silent type conversion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataParams(Section):
+    """Where the text comes from."""
+
+    source: Literal["docstrings", "files", "fineweb"] = about(
+        "docstrings: this Python's own documentation; files: your globs; fineweb: published shards"
+    )
+    files: list[str] = about("globs of .jsonl, .jsonl.zst, .parquet or .txt (source: files)")
+    validation_files: list[str] = about(
+        "globs of the held-out text; empty: hold out validation_fraction of files"
+    )
+    validation_fraction: Fraction = about(
+        "documents held out by the hash of their text, where no validation set is given", "share"
+    )
+    docstring_megabytes: Positive = about("stop collecting documentation here", "MB")
+    fineweb_shards: Count = about("training shards to download (source: fineweb)", "100 M tokens")
+
+
+class TokenizerParams(Section):
+    """The SentencePiece model."""
+
+    model: str | None = about("path of a given SentencePiece model; null: train one")
+    vocabulary: Count = about("pieces; the published vocabulary has 1024", "tokens")
+    training_megabytes: Positive = about("text the tokenizer is trained on", "MB")
+    shard_tokens: Count = about("tokens per shard file", "tokens")
+
+
+class ModelParams(Section):
+    """Architecture; every component can be switched off."""
+
+    vocabulary: Count = about("size of the embedding; must equal the tokenizer's", "tokens")
+    layers: Count = about("transformer blocks")
+    width: Count = about("residual stream", "values")
+    heads: Count = about("query heads")
+    kv_heads: Count = about("key/value heads, shared by groups of query heads")
+    head_width: Count = about("width of one head", "values")
+    mlp_width: Count = about("hidden width of the MLP", "values")
+    sequence_length: Count = about("documents are cut here in training and evaluation", "tokens")
+    rope_width: Natural = about("dimensions of a head that are rotated; 0 = off", "values")
+    rope_base: Positive = about("slowest wavelength of the rotation", "radians/token, inverse")
+    query_gain: Positive = about("initial gain of the RMS-normed queries, learned per head")
+    exclusive_attention: bool = about("XSA: remove the own value's direction from each head")
+    bigram_buckets: Natural = about("rows of the hashed bigram embedding; 0 = off", "rows")
+    bigram_width: Count = about("width of the hashed bigram embedding", "values")
+    bigram_scale: Positive = about("initial scale of the hashed bigram embedding")
+    smear_gate: bool = about("mix each embedding with its predecessor's, learned per channel")
+    value_layers: list[Natural] = about("layers that add value embeddings; [] = off")
+    value_width: Count = about("width of the value embedding's table", "values")
+    value_scale: Positive = about("initial scale of the value embedding")
+    input_mix: bool = about("feed the normalised embedding to every block (x0 re-injection)")
+    branch_scales: bool = about("learned per-channel scales of attention and MLP outputs")
+    depth_scaled_norm: bool = about("multiply normed block inputs by 1/sqrt(layer + 1)")
+    skips: bool = about("U-Net skip connections from the first to the second half")
+    softcap: NonNegative = about("logits are softcap*tanh(z/softcap); 0 = off", "nats")
+    embedding_std: Positive = about("initial standard deviation of the tied embedding")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _require(
+            self.heads % self.kv_heads == 0,
+            "heads",
+            f"{self.heads} heads do not divide into {self.kv_heads} kv_heads",
+            f"make heads a multiple of kv_heads ({self.kv_heads})",
+        )
+        _require(
+            self.rope_width % 2 == 0 and self.rope_width <= self.head_width,
+            "rope_width",
+            f"{self.rope_width} is odd or larger than head_width ({self.head_width})",
+            "choose an even number up to head_width",
+        )
+        _require(
+            all(layer < self.layers for layer in self.value_layers),
+            "value_layers",
+            f"{self.value_layers} names a layer that is not among 0..{self.layers - 1}",
+            f"use layer numbers below layers ({self.layers})",
+        )
+        return self
+
+
+class TrainParams(Section):
+    """Optimisation."""
+
+    steps: Count = about("upper limit of optimizer steps", "steps")
+    budget_seconds: Positive | None = about(
+        "training clock at which to stop; null: stop at `steps`, schedule by steps", "s"
+    )
+    tokens_per_step: Count = about("batch of one optimizer step, all processes together", "tokens")
+    tokens_per_microbatch: Count = about("flat span one process takes at once", "tokens")
+    warmup_steps: Natural = about("steps run before the clock and undone, to compile", "steps")
+    cooldown_steps: Natural = about("lr falls linearly to 0 over the last so many steps", "steps")
+    matrix_lr: Positive = about("Muon, matrices of the blocks")
+    embedding_lr: Positive = about("AdamW, embedding tables")
+    scalar_lr: Positive = about("AdamW, scalars, vectors and small projections")
+    muon_momentum: Fraction = about("Nesterov momentum after its warm-up")
+    muon_momentum_start: Fraction = about("Nesterov momentum at the first step")
+    muon_momentum_steps: Natural = about("length of the momentum warm-up", "steps")
+    newton_schulz_steps: Count = about("iterations of the orthogonalisation")
+    adam_beta1: Fraction = about("decay of AdamW's first moment")
+    adam_beta2: Fraction = about("decay of AdamW's second moment")
+    adam_epsilon: Positive = about("added to the root of AdamW's second moment")
+    weight_decay: NonNegative = about("decoupled, all groups", "1/(lr*step)")
+    gradient_clip: Positive | None = about("global norm after the reduction; null = off")
+    ema_decay: Fraction = about("per step; the averaged weights are the result; 0 = off")
+    qat_threshold: Fraction = about("matrices are rounded once lr multiplier < this; 0 = off")
+    log_every: Count = about("steps between lines of the log", "steps")
+    save_every_seconds: Positive = about("between saves of the state for resuming", "s")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _require(
+            self.tokens_per_step % self.tokens_per_microbatch == 0,
+            "tokens_per_step",
+            f"{self.tokens_per_step} is not a multiple of tokens_per_microbatch "
+            f"({self.tokens_per_microbatch})",
+            "make it a whole number of micro-batches",
+        )
+        _require(
+            self.qat_threshold == 0 or self.cooldown_steps > 0,
+            "qat_threshold",
+            f"{self.qat_threshold} is never reached: the lr stays at its full value because "
+            "cooldown_steps is 0",
+            "set cooldown_steps above 0 or qat_threshold to 0",
+        )
+        return self
+
+
+class QuantizeParams(Section):
+    """GPTQ, compression and the byte budget."""
+
+    budget_bytes: Count = about("code + artifact, decimal; the step fails above it", "bytes")
+    calibration_sequences: Count = about("documents the model writes for its own calibration")
+    calibration_tokens: Count = about("length of each of them", "tokens")
+    calibration_temperature: Positive = about("of the sampling")
+    calibration_seed: Natural = about("of the sampling")
+    damping: Positive = about("added to the Hessian's diagonal", "share of its mean")
+    block_columns: Count = about("columns GPTQ solves at once", "columns")
+    matrix_bits: Annotated[int, Field(ge=2, le=8)] = about("of the blocks' matrices", "bits")
+    embedding_bits: Annotated[int, Field(ge=2, le=8)] = about("of the other large tables", "bits")
+    small_tensor_values: Natural = about("tensors up to this size are stored as fp16", "values")
+    clip_quantiles: list[Fraction] = about("of |row|; the best by Hessian-weighted error is kept")
+    compressors: list[Literal["lzma", "zstd", "brotli"]] = about("tried; the smallest result wins")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for key in ("clip_quantiles", "compressors"):
+            _require(bool(getattr(self, key)), key, "is empty", "name at least one")
+        return self
+
+
+class EvaluateParams(Section):
+    """Evaluation without adaptation."""
+
+    documents: Count | None = about("validation documents, evenly spaced; null = all")
+    sliding_stride: Count = about("new tokens scored per window of sequence_length", "tokens")
+    tokens_per_batch: Count = about("packed tokens evaluated at once", "tokens")
+
+
+class TTTParams(Section):
+    """Score-first test-time training: one LoRA per document."""
+
+    chunk: Count = about("tokens scored, then trained on, at a time", "tokens")
+    context: Count = about("longest window recomputed for a chunk, chunk included", "tokens")
+    rank: Count = about("of every adapter")
+    sites: list[Literal["query", "key", "value", "attention", "mlp", "head"]] = about(
+        "q, k, v projections; branches beside attention and MLP; output head"
+    )
+    lr: Positive = about("AdamW with beta1 = 0, i.e. RMSProp")
+    beta2: Fraction = about("decay of the second moment")
+    epsilon: Positive = about("added to the root of the second moment")
+    weight_decay: NonNegative = about("decoupled", "1/(lr*step)")
+    hash_buckets: Natural = about("rows of the eval-time hash embedding; 0 = off", "rows")
+    batch: Count = about("documents adapted side by side", "documents")
+    seed: Natural = about("of the adapters' initial A")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _require(
+            self.context >= self.chunk,
+            "context",
+            f"{self.context} is shorter than chunk ({self.chunk})",
+            "make context at least chunk",
+        )
+        _require(
+            bool(self.sites) or self.hash_buckets > 0,
+            "sites",
+            "is empty and hash_buckets is 0: nothing would adapt",
+            "name at least one site",
+        )
+        return self
+
+
+class ReportParams(Section):
+    """The significance test."""
+
+    baseline: str = about(
+        "'no_ttt': this run's own quantised loss; or a JSON file of published losses"
+    )
+    margin: NonNegative = about("the loss must be lower than the baseline by this", "nats/token")
+    significance: Fraction = about("claim it if p is below this", "probability")
+    train_budget_seconds: Positive = about("time allowed for training", "s")
+    evaluate_budget_seconds: Positive = about("time allowed for evaluation", "s")
+
+
+class OpsParams(Section):
+    """Accelerators."""
+
+    attention: Literal["auto", "reference", "torch_varlen", "flash_attn_2"] = about(
+        "auto: the fastest that works here; a named one fails if it cannot be had"
+    )
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    preset: str = about("where these values came from")
+    seeds: list[Natural] = about("one model each; a p-value needs at least two")
+    processes: Count = about("per step, started by torchrun; one GPU each if there are GPUs")
+    data: DataParams
+    tokenizer: TokenizerParams
+    model: ModelParams
+    train: TrainParams
+    quantize: QuantizeParams
+    evaluate: EvaluateParams
+    ttt: TTTParams
+    report: ReportParams
+    ops: OpsParams
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _require(bool(self.seeds), "seeds", "is empty", "name at least two, e.g. [0, 1, 2]")
+        _require(
+            len(set(self.seeds)) == len(self.seeds),
+            "seeds",
+            f"{self.seeds} names a seed twice",
+            "name each seed once",
+        )
+        _require(
+            self.model.vocabulary == self.tokenizer.vocabulary,
+            "model.vocabulary",
+            f"{self.model.vocabulary} differs from tokenizer.vocabulary "
+            f"({self.tokenizer.vocabulary})",
+            "make them equal",
+        )
+        per_round = self.processes * self.train.tokens_per_microbatch
+        _require(
+            self.train.tokens_per_step % per_round == 0,
+            "processes",
+            f"{self.processes} processes x {self.train.tokens_per_microbatch} tokens do not "
+            f"divide train.tokens_per_step ({self.train.tokens_per_step})",
+            "change processes, train.tokens_per_microbatch or train.tokens_per_step",
+        )
+        _require(
+            self.train.tokens_per_microbatch >= self.model.sequence_length,
+            "train.tokens_per_microbatch",
+            f"{self.train.tokens_per_microbatch} is shorter than model.sequence_length "
+            f"({self.model.sequence_length})",
+            "make it at least one sequence",
+        )
+        _require(
+            self.evaluate.sliding_stride <= self.model.sequence_length,
+            "evaluate.sliding_stride",
+            f"{self.evaluate.sliding_stride} exceeds model.sequence_length "
+            f"({self.model.sequence_length}): tokens would be skipped",
+            "make it at most sequence_length",
+        )
+        if self.data.source == "files":
+            _require(bool(self.data.files), "data.files", "is empty", "name at least one glob")
+        return self
+
+
+class _Impossible(ValueError):
+    """A combination of values that cannot work."""
+
+    def __init__(self, key: str, reason: str, repair: str) -> None:
+        super().__init__(reason)
+        self.key, self.reason, self.repair = key, reason, repair
+
+
+def _require(condition: bool, key: str, reason: str, repair: str) -> None:
+    if not condition:
+        raise _Impossible(key, reason, repair)
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check a parameter file; raises InputError with file, key, reason and repair."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: no such file", "write it from a preset: python -m workflow.preset demo"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}", "correct the line named") from error
+    return check_params(values, str(path))
+
+
+def check_params(values: Any, name: str) -> Params:
+    """Validate a mapping read from `name`; raises InputError."""
+    if not isinstance(values, dict):
+        raise InputError(f"{name}: not a mapping of sections", "python -m workflow.preset demo")
+    try:
+        params = Params.model_validate(values)
+    except ValidationError as error:
+        raise InputError(*_explain(error, name)) from error
+    _check_files(params, name)
+    return params
+
+
+def _check_files(params: Params, name: str) -> None:
+    """Refuse parameters that name files which do not exist."""
+    named = {"tokenizer.model": params.tokenizer.model}
+    if params.report.baseline != "no_ttt":
+        named["report.baseline"] = params.report.baseline
+    for key, file in named.items():
+        if file is not None and not Path(file).is_file():
+            raise InputError(f"{name}: {key}: {file}: no such file", f"correct {key}")
+
+
+def _explain(error: ValidationError, name: str) -> tuple[str, str]:
+    """Turn pydantic's list of errors into one problem and one repair."""
+    problems, repairs = [], []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        key = ".".join(path)
+        cause = (item.get("ctx") or {}).get("error")
+        if isinstance(cause, _Impossible):
+            key = ".".join([*path, cause.key])
+            reason, repair = cause.reason, cause.repair
+        elif item["type"] == "extra_forbidden":
+            known = _known_keys(path[:-1])
+            near = difflib.get_close_matches(path[-1], known, n=1)
+            reason = "unknown key"
+            repair = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else (
+                f"remove it; known keys: {', '.join(known)}"
+            )
+        elif item["type"] == "missing":
+            reason = "missing"
+            repair = f"add {key} (see conf/record.yaml for a value)"
+        else:
+            reason = f"{item['msg'].lower()}, but it is {item['input']!r}"
+            repair = f"correct {key}"
+        problems.append(f"{name}: {key}: {reason}")
+        repairs.append(repair)
+    return "\n".join(problems), "; ".join(repairs)
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """Names of the fields of the section at `path`."""
+    section: Any = Params
+    for part in path:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
