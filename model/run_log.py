@@ -79,7 +79,7 @@ def read_log(path: str | Path, event: str) -> list[dict[str, Any]]:
 
 def environment() -> dict[str, Any]:
     """Versions, device and commit of this run."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

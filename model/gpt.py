@@ -1,0 +1,225 @@
+"""The language model: one forward pass for training, evaluation, Hessians, generation and TTT.
+
+    e_t = E[x_t] + bigram(x_{t-1}, x_t);  x = smear(RMSNorm(e));  x0 = x
+    blocks, the first half pushing their outputs, the second half adding w_j ⊙ pop()   (U-Net)
+    logits = softcap·tanh(E·RMSNorm(x) / softcap)                                    (tied)
+
+All text is packed documents (`model.documents`). `adapters` adds test-time LoRAs and `cache`
+continues earlier text; both leave the mathematics of the model as it is. Every component can be
+switched off by its parameter; the record preset has 27,067,484 parameters.
+"""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.cache import NO_TOKEN, Cache
+from model.documents import Documents
+from model.layers.attention import Deltas
+from model.layers.block import Block, depth_scale
+from model.layers.embeddings import BigramEmbedding, SmearGate, ValueEmbedding
+from model.layers.linear import Linear
+from model.layers.norm import rms_norm
+from model.layers.previous import previous
+from model.layers.rotary import rotation
+
+if TYPE_CHECKING:
+    from workflow.params import ModelParams
+
+
+class Adapters(Protocol):
+    """What test-time training adds to a forward pass; every function is per document."""
+
+    def block(self, layer: int) -> Deltas:
+        """Functions of the normed input by site: query, key, value, attention, mlp."""
+        ...
+
+    def head(self, x: Tensor, select: Tensor | None) -> Tensor | None:
+        """Addition to the logits before the softcap, from the final normed x, or None.
+
+        select: the tokens of the batch that x holds (as in `GPT.forward`); None: all.
+        """
+        ...
+
+    def embedding(self, tokens: Tensor, before: Tensor) -> Tensor | None:
+        """Addition to the token embedding (T, width), or None.
+
+        before: previous tokens (T,), -1 at the first token of a document.
+        """
+        ...
+
+
+class TiedHead(nn.Module):
+    """The output projection by the token embedding; a module so that hooks see its input."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Logits before the softcap: x (T, width), embedding (vocabulary, width)."""
+        return F.linear(x, embedding.to(x.dtype))
+
+
+class GPT(nn.Module):
+    """The model described by the `model` section of the parameters; weights in fp32.
+
+    compute_dtype: dtype of the activations; None means bf16 on CUDA and fp32 elsewhere.
+    """
+
+    def __init__(self, params: "ModelParams") -> None:
+        super().__init__()
+        self.params = params
+        self.compute_dtype: torch.dtype | None = None
+        width = params.width
+        self.embedding = nn.Parameter(params.embedding_std * torch.randn(params.vocabulary, width))
+        self.bigram: BigramEmbedding | None = None
+        if params.bigram_buckets:
+            self.bigram = BigramEmbedding(
+                params.bigram_buckets, params.bigram_width, width, params.bigram_scale
+            )
+        self.smear = SmearGate(width) if params.smear_gate else None
+        self.value_embedding: ValueEmbedding | None = None
+        if params.value_layers:
+            self.value_embedding = ValueEmbedding(
+                params.vocabulary,
+                params.value_width,
+                params.kv_heads * params.head_width,
+                params.value_scale,
+            )
+        self.blocks = nn.ModuleList(Block(params, layer) for layer in range(params.layers))
+        half = params.layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(half, width)) if params.skips and half else None
+        self.head = TiedHead()
+
+    def matrices(self) -> dict[str, Linear]:
+        """The matrices of the blocks by the name of their weight: what Muon and GPTQ treat."""
+        return {
+            f"blocks.{name}.weight": module
+            for name, module in self.blocks.named_modules()
+            if isinstance(module, Linear)
+        }
+
+    def architecture(self) -> dict[str, Any]:
+        """The parameters the model was built from, as plain values."""
+        return dict(vars(self.params))
+
+    def restore_constants(self) -> None:
+        """Recompute the buffers that no file holds (after building on the meta device)."""
+        for layer, block in enumerate(self.blocks):
+            block.register_buffer("depth_scale", depth_scale(self.params, layer), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache for `rows` documents of up to `capacity` tokens."""
+        return Cache(self.params, rows, capacity, self.device, self.dtype)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        documents: Documents,
+        adapters: Adapters | None = None,
+        cache: Cache | None = None,
+        select: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token, fp32 (T or len(select), vocabulary).
+
+        tokens: int64 (T,), packed; documents: where they begin (with a cache: uniform rows).
+        select: int64 indices of the tokens whose logits are wanted; None: all.
+        """
+        x = self.hidden(tokens, documents, adapters, cache)
+        if select is not None:
+            x = x[select]
+        x = rms_norm(x)
+        logits = self.head(x, self.embedding)
+        if adapters is not None and (delta := adapters.head(x, select)) is not None:
+            logits = logits + delta
+        cap = self.params.softcap
+        return cap * torch.tanh(logits.float() / cap) if cap else logits.float()
+
+    def losses(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Documents,
+        adapters: Adapters | None = None,
+        cache: Cache | None = None,
+        select: Tensor | None = None,
+    ) -> Tensor:
+        """Negative log-likelihood of `targets` (one per selected token) in nats, fp32."""
+        logits = self(tokens, documents, adapters, cache, select)
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        documents: Documents,
+        adapters: Adapters | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Residual stream after the last block, (T, width) in the compute dtype."""
+        x = self._embed(tokens, documents, adapters, cache)
+        values = None
+        if self.value_embedding is not None:
+            values = self.value_embedding(tokens).to(self.dtype)
+        positions = documents.positions + (cache.length if cache else 0)
+        turns = rotation(positions, self.params.rope_width, self.params.rope_base)
+        if cache is not None:
+            cache.length += documents.total // cache.rows
+        return self._run_blocks(x, documents, turns, values, adapters, cache)
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        documents: Documents,
+        turns: tuple[Tensor, Tensor],
+        values: Tensor | None,
+        adapters: Adapters | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        x0 = x
+        skipped: list[Tensor] = []
+        half = 0 if self.skip_weights is None else self.skip_weights.shape[0]
+        no_deltas: Deltas = {}
+        for layer, block in enumerate(self.blocks):
+            if self.skip_weights is not None and half <= layer < 2 * half:
+                x = x + self.skip_weights[layer - half].to(x.dtype) * skipped.pop()
+            x = block(
+                x,
+                x0,
+                documents,
+                turns,
+                values if layer in self.params.value_layers else None,
+                adapters.block(layer) if adapters else no_deltas,
+                cache.layers[layer] if cache else None,
+            )
+            if layer < half:
+                skipped.append(x)
+        return x
+
+    def _embed(
+        self, tokens: Tensor, documents: Documents, adapters: Adapters | None, cache: Cache | None
+    ) -> Tensor:
+        """Normed and smeared input embedding, (T, width) in the compute dtype."""
+        before = previous(tokens, documents, cache.last_token if cache else NO_TOKEN)
+        x = F.embedding(tokens, self.embedding)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens, before)
+        if adapters is not None and (delta := adapters.embedding(tokens, before)) is not None:
+            x = x + delta
+        normed = rms_norm(x).to(self.dtype)
+        x = normed
+        if self.smear is not None:
+            x = self.smear(x, documents, cache.last_embedding if cache else 0)
+        if cache is not None:
+            cache.remember(tokens, normed)
+        return x

@@ -1,0 +1,74 @@
+"""One transformer block: u = m₀⊙x + m₁⊙x₀; x = u + a⊙Attention(n(u)); x += b⊙MLP(n(x)).
+
+x₀, the normed input embedding, is mixed back into every block; the normed inputs n(·) shrink by
+1/sqrt(layer + 1), which keeps deep layers from drowning the earlier ones; a and b are learned per
+channel. The depth scale is a tensor, so that one compiled graph serves all blocks.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from model.cache import LayerCache
+from model.documents import Documents
+from model.layers.attention import Attention, Deltas
+from model.layers.mlp import MLP
+from model.layers.norm import rms_norm
+
+if TYPE_CHECKING:
+    from workflow.params import ModelParams
+
+
+def depth_scale(params: "ModelParams", layer: int) -> Tensor:
+    """Factor of the normed inputs of block `layer`, a 0-dimensional tensor."""
+    return torch.tensor((layer + 1) ** -0.5 if params.depth_scaled_norm else 1.0)
+
+
+class Block(nn.Module):
+    """Block number `layer` of a model."""
+
+    depth_scale: Tensor
+
+    def __init__(self, params: "ModelParams", layer: int) -> None:
+        super().__init__()
+        width = params.width
+        self.attention = Attention(params, layer in params.value_layers)
+        self.mlp = MLP(width, params.mlp_width)
+        self.register_buffer("depth_scale", depth_scale(params, layer), persistent=False)
+        self.mix = None
+        if params.input_mix:
+            self.mix = nn.Parameter(torch.stack([torch.ones(width), torch.zeros(width)]))
+        self.attention_scale = nn.Parameter(torch.ones(width)) if params.branch_scales else None
+        self.mlp_scale = nn.Parameter(torch.ones(width)) if params.branch_scales else None
+
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        documents: Documents,
+        turns: tuple[Tensor, Tensor],
+        values: Tensor | None,
+        deltas: Deltas,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """Map x (T, width) to (T, width); see `Attention.forward` for the other arguments."""
+        if self.mix is not None:
+            mix = self.mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
+        n = self._norm(x)
+        x = x + _scaled(
+            self.attention(n, documents, turns, values, deltas, cache), self.attention_scale
+        )
+        r = self._norm(x)
+        branch = self.mlp(r)
+        if "mlp" in deltas:
+            branch = branch + deltas["mlp"](r)
+        return x + _scaled(branch, self.mlp_scale)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return rms_norm(x) * self.depth_scale.to(x.dtype)
+
+
+def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    return branch if scale is None else branch * scale.to(branch.dtype)

@@ -1,0 +1,31 @@
+"""Matrix multiplication with a master weight: y = x Wᵀ, computed in the dtype of x.
+
+The weight stays in fp32 for the optimizer and is cast where it is used, so one parameter has one
+name in the checkpoint, the optimizer, the Hessian, the adapters and the artifact. `rounding`, if
+set, replaces the weight by a rounded one in the forward pass (quantisation-aware training).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """A bias-free projection from `inputs` to `outputs` values, weight (outputs, inputs) in fp32.
+
+    zero: start at zero (the projections that write to the residual stream) instead of orthogonal.
+    """
+
+    def __init__(self, inputs: int, outputs: int, zero: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs))
+        if not zero:
+            nn.init.orthogonal_(self.weight)
+        self.rounding: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project x (…, inputs) to (…, outputs) in the dtype of x."""
+        weight = self.weight if self.rounding is None else self.rounding(self.weight)
+        return F.linear(x, weight.to(x.dtype))
