@@ -246,7 +246,6 @@ class OpsParams(Section):
 class Params(Section):
     """The whole of params.yaml."""
 
-    preset: str = about("where these values came from")
     seeds: list[Natural] = about("one model each; a p-value needs at least two")
     processes: Count = about("per step, started by torchrun; one GPU each if there are GPUs")
     data: DataParams
