@@ -20,6 +20,7 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 def about(reason: str, unit: str = "") -> Any:
@@ -227,10 +228,11 @@ class ReportParams(Section):
     """The significance test."""
 
     baseline: str = about(
-        "'no_ttt': this run's own quantised loss; or a JSON file of published losses"
+        "no_ttt: this run's own models without TTT; a file like those in records/; or none: no test"
     )
     margin: NonNegative = about("the loss must be lower than the baseline by this", "nats/token")
     significance: Fraction = about("claim it if p is below this", "probability")
+    confidence: OpenFraction = about("level of the interval of the difference", "probability")
     train_budget_seconds: Positive = about("time allowed for training", "s")
     evaluate_budget_seconds: Positive = about("time allowed for evaluation", "s")
 
@@ -266,6 +268,12 @@ class Params(Section):
             "seeds",
             f"{self.seeds} names a seed twice",
             "name each seed once",
+        )
+        _require(
+            len(self.seeds) > 1 or self.report.baseline == "none",
+            "seeds",
+            f"{self.seeds} is one seed, but report.baseline asks for a significance test",
+            "add a seed, or set report.baseline to none",
         )
         _require(
             self.model.vocabulary == self.tokenizer.vocabulary,
@@ -342,7 +350,7 @@ def check_params(values: Any, name: str) -> Params:
 def _check_files(params: Params, name: str) -> None:
     """Refuse parameters that name files which do not exist."""
     named = {"tokenizer.model": params.tokenizer.model}
-    if params.report.baseline != "no_ttt":
+    if params.report.baseline not in ("no_ttt", "none"):
         named["report.baseline"] = params.report.baseline
     for key, file in named.items():
         if file is not None and not Path(file).is_file():
