@@ -1,0 +1,32 @@
+# make report   set up, run the experiment in params.yaml, print the headline of its report
+# make test     set up, check format, style and types, run the tests
+# make setup    only install what is needed, into .venv
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: report test setup
+.DEFAULT_GOAL := report
+
+report: $(INSTALLED)
+	@[ -e params.yaml ] || $(BIN)/python -m workflow.preset demo
+	@$(BIN)/snakemake --cores all report
+	@cat artifacts/report/headline.txt
+
+test: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/snakefmt --check Snakefile
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: $(PYTHON) is Python %d.%d, but 3.11 or newer is needed\n  repair: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
+	@echo "installing into .venv (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
