@@ -1,0 +1,39 @@
+"""Report: tables, significance test and figures of all seeds, from the files of the other steps."""
+
+from pathlib import Path
+
+from model.files import write_bytes
+from steps.common import Step, run
+from workflow.report.blocks import to_html, to_markdown
+from workflow.report.document import TITLE, headline, report
+from workflow.report.figures import draw
+from workflow.report.results import read_seed, result_files
+from workflow.report.summary import summarise
+
+SECTIONS = ("model", "quantize", "evaluate", "report")
+
+
+def main(step: Step) -> None:
+    """Read the results of every seed; write report, metrics, headline and figures."""
+    step.open_log(SECTIONS)
+    root, seeds = Path("."), step.params.seeds
+    results = [read_seed(root, seed) for seed in seeds]
+    summary = summarise(results, step.params)
+    output = step.output
+    drawings, blocks = draw(results, summary), report(summary)
+    lines = headline(summary, str(output / "report.md"))
+    texts = {
+        **drawings,
+        "report.md": to_markdown(blocks),
+        "report.html": to_html(blocks, TITLE, drawings),
+        "headline.txt": lines,
+    }
+    for name, text in texts.items():
+        write_bytes(output / name, text.encode())
+    print(lines, end="", flush=True)
+    inputs = [file for seed in seeds for file in result_files(root, seed)]
+    step.publish(summary, SECTIONS, inputs, [output / name for name in texts])
+
+
+if __name__ == "__main__":
+    run("report", main, seeded=False)

@@ -1,0 +1,1 @@
+"""The report: read results, summarise them, draw and render."""
