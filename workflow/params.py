@@ -10,8 +10,9 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from model.errors import InputError
 
@@ -20,6 +21,7 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 260, 65_536
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -89,6 +91,12 @@ class ModelParams(Section):
     softcap: NonNegative = about("logits are softcap*tanh(z/softcap); 0 = off", "nats")
     embedding_std: Positive = about("initial standard deviation of the tied embedding")
 
+    @property
+    def matrix_values(self) -> int:
+        """Values in the matrices of the blocks: attention and MLP."""
+        attention = 2 * self.width * self.head_width * (self.heads + self.kv_heads)
+        return self.layers * (attention + 2 * self.width * self.mlp_width)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _require(
@@ -156,6 +164,13 @@ class TrainParams(Section):
             "cooldown_steps is 0",
             "set cooldown_steps above 0 or qat_threshold to 0",
         )
+        _require(
+            self.qat_threshold == 0 or self.qat_threshold * self.cooldown_steps > 1,
+            "qat_threshold",
+            f"{self.qat_threshold} is never reached: the multiplier of the last step is "
+            f"1/cooldown_steps = {1 / max(1, self.cooldown_steps):.3g}",
+            "raise cooldown_steps or qat_threshold, or set qat_threshold to 0",
+        )
         return self
 
 
@@ -205,6 +220,9 @@ class TTTParams(Section):
     weight_decay: NonNegative = about("decoupled", "1/(lr*step)")
     hash_buckets: Natural = about("rows of the eval-time hash embedding; 0 = off", "rows")
     batch: Count = about("documents adapted side by side", "documents")
+    tokens_per_batch: Count = about(
+        "bound on the tokens of all their windows: fewer documents where they are long", "tokens"
+    )
     seed: Natural = about("of the adapters' initial A")
 
     @model_validator(mode="after")
@@ -282,6 +300,21 @@ class Params(Section):
             f"({self.tokenizer.vocabulary})",
             "make them equal",
         )
+        _require(
+            SMALLEST_VOCABULARY <= self.tokenizer.vocabulary <= LARGEST_VOCABULARY,
+            "tokenizer.vocabulary",
+            f"{self.tokenizer.vocabulary} is not between {SMALLEST_VOCABULARY} (256 bytes and 4 "
+            f"control tokens) and {LARGEST_VOCABULARY} (shards hold 2 bytes per token)",
+            "choose one between, e.g. 1024",
+        )
+        least = self.model.matrix_values * self.quantize.matrix_bits // 8 // 2
+        _require(
+            least <= self.quantize.budget_bytes,
+            "quantize.budget_bytes",
+            f"{self.quantize.budget_bytes} bytes cannot hold the {self.model.matrix_values} values "
+            f"of the matrices: {least} bytes even at half of matrix_bits each",
+            "raise budget_bytes, or make the model smaller",
+        )
         per_round = self.processes * self.train.tokens_per_microbatch
         _require(
             self.train.tokens_per_step % per_round == 0,
@@ -325,12 +358,13 @@ def _require(condition: bool, key: str, reason: str, repair: str) -> None:
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and check a parameter file; raises InputError with file, key, reason and repair."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        values = YAML(typ="safe", pure=True).load(text)  # YAML 1.2 like DVC: 3e-4 is a number
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: no such file", "write it from a preset: python -m workflow.preset demo"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}", "correct the line named") from error
     return check_params(values, str(path))
 
@@ -371,8 +405,10 @@ def _explain(error: ValidationError, name: str) -> tuple[str, str]:
             known = _known_keys(path[:-1])
             near = difflib.get_close_matches(path[-1], known, n=1)
             reason = "unknown key"
-            repair = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else (
-                f"remove it; known keys: {', '.join(known)}"
+            repair = (
+                f"did you mean {'.'.join([*path[:-1], near[0]])}?"
+                if near
+                else (f"remove it; known keys: {', '.join(known)}")
             )
         elif item["type"] == "missing":
             reason = "missing"
