@@ -21,6 +21,7 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 260, 65_536
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -129,21 +130,24 @@ class TrainParams(Section):
     )
     tokens_per_step: Count = about("batch of one optimizer step, all processes together", "tokens")
     tokens_per_microbatch: Count = about("flat span one process takes at once", "tokens")
-    warmup_steps: Natural = about("steps run before the clock and undone, to compile", "steps")
+    warmup_steps: Natural = about(
+        "run before the clock and undone, with and without rounding", "steps each"
+    )
+    compile: bool = about("compile the blocks on CUDA, during the warm-up; CPUs always run eagerly")
     cooldown_steps: Natural = about("lr falls linearly to 0 over the last so many steps", "steps")
     matrix_lr: Positive = about("Muon, matrices of the blocks")
     embedding_lr: Positive = about("AdamW, embedding tables")
     scalar_lr: Positive = about("AdamW, scalars, vectors and small projections")
-    muon_momentum: Fraction = about("Nesterov momentum after its warm-up")
-    muon_momentum_start: Fraction = about("Nesterov momentum at the first step")
+    muon_momentum: Decay = about("Nesterov momentum after its warm-up")
+    muon_momentum_start: Decay = about("Nesterov momentum at the first step")
     muon_momentum_steps: Natural = about("length of the momentum warm-up", "steps")
     newton_schulz_steps: Count = about("iterations of the orthogonalisation")
-    adam_beta1: Fraction = about("decay of AdamW's first moment")
-    adam_beta2: Fraction = about("decay of AdamW's second moment")
+    adam_beta1: Decay = about("decay of AdamW's first moment")
+    adam_beta2: Decay = about("decay of AdamW's second moment")
     adam_epsilon: Positive = about("added to the root of AdamW's second moment")
     weight_decay: NonNegative = about("decoupled, all groups", "1/(lr*step)")
     gradient_clip: Positive | None = about("global norm after the reduction; null = off")
-    ema_decay: Fraction = about("per step; the averaged weights are the result; 0 = off")
+    ema_decay: Decay = about("per step; the averaged weights are the result; 0 = off")
     qat_threshold: Fraction = about("matrices are rounded once lr multiplier < this; 0 = off")
     log_every: Count = about("steps between lines of the log", "steps")
     save_every_seconds: Positive = about("between saves of the state for resuming", "s")
