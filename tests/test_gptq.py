@@ -1,0 +1,153 @@
+import pytest
+import torch
+
+from model.gptq import damped, gptq, inverse_factor, solve, weighted_error
+from model.quantizer import encode, largest_code, round_to_nearest, row_scales
+
+QUANTILES = [0.9, 0.97, 1.0]
+
+
+def problem(matrices=2, rows=12, columns=24, seed=0):
+    """Weights, and Hessians of correlated inputs of unequal size."""
+    torch.manual_seed(seed)
+    mixing = torch.randn(matrices, columns, columns) * torch.rand(matrices, 1, columns)
+    inputs = torch.randn(matrices, 500, columns) @ mixing
+    return torch.randn(matrices, rows, columns), inputs.mT @ inputs / 500
+
+
+def quantise(weights, hessians, bits=4, quantiles=QUANTILES, damping=0.01, block=7):
+    return gptq(weights, hessians, bits, quantiles, damping, block)
+
+
+def errors(results, weights, hessians):
+    """Hessian-weighted error of every row, (matrices, rows)."""
+    found = torch.stack([result.dequantize() for result in results])
+    return weighted_error(weights - found, damped(hessians, 0.01))
+
+
+def textbook(weight, hessian, scales, bits):
+    """One matrix, fp64, no blocks: the inverse is updated by eliminating each column in turn."""
+    weight, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
+    codes = torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        codes[:, j] = encode(weight[:, j], scales.double(), bits)
+        error = (weight[:, j] - codes[:, j] * scales) / inverse[j, j]
+        weight -= error[:, None] * inverse[j]
+        inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
+    return codes
+
+
+def test_the_identity_hessian_is_rounding_to_nearest():
+    weights, _ = problem()
+    results = quantise(weights, torch.eye(24).repeat(2, 1, 1), quantiles=[1.0])
+    for weight, result in zip(weights, results, strict=True):
+        expected = round_to_nearest(weight, 4)
+        assert torch.equal(result.codes, expected.codes)
+        assert torch.equal(result.scales, expected.scales)
+
+
+@pytest.mark.parametrize("block", [1, 7, 24, 100])
+def test_blocks_equal_the_textbook_loop(block):
+    weights, hessians = problem()
+    h = damped(hessians, 0.01)
+    scales = row_scales(weights, [0.97], 4)[:, 0]
+    codes = solve(weights, inverse_factor(h).float(), scales, 4, block)
+    for i in range(2):
+        assert torch.equal(codes[i].double(), textbook(weights[i], h[i], scales[i], 4))
+
+
+def test_columns_go_in_the_order_of_the_diagonal():
+    weights, hessians = problem(matrices=1)
+    h = damped(hessians, 0.01)[0]
+    order = h.diagonal().argsort(descending=True)
+    scales = row_scales(weights[0], [1.0], 4)[0]
+    expected = textbook(weights[0][:, order], h[order][:, order], scales, 4)
+    (result,) = quantise(weights, hessians, quantiles=[1.0])
+    assert torch.equal(result.codes[:, order].double(), expected)
+
+
+def test_the_factor_is_that_of_the_inverse():
+    _, hessians = problem()
+    factor = inverse_factor(hessians)
+    inverse = torch.linalg.inv(hessians.double())
+    torch.testing.assert_close(factor.mT @ factor, inverse)
+    expected = torch.linalg.cholesky(inverse, upper=True)
+    torch.testing.assert_close(factor, expected)
+
+
+def test_the_weighted_error_is_the_mean_square_of_the_outputs_change():
+    torch.manual_seed(0)
+    inputs, difference = torch.randn(50, 8), torch.randn(3, 8)
+    expected = (inputs @ difference.T).square().mean(0)
+    torch.testing.assert_close(weighted_error(difference, inputs.T @ inputs / 50), expected)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_it_beats_rounding_under_the_hessian(bits):
+    weights, hessians = problem(rows=64)
+    solved = errors(quantise(weights, hessians, bits, [1.0]), weights, hessians)
+    rounded = errors([round_to_nearest(w, bits) for w in weights], weights, hessians)
+    assert solved.sum() < 0.7 * rounded.sum()
+
+
+def test_each_row_keeps_its_best_clip():
+    weights, hessians = problem(rows=64)
+    chosen = errors(quantise(weights, hessians, 3), weights, hessians)
+    fixed = torch.stack(
+        [errors(quantise(weights, hessians, 3, [q]), weights, hessians) for q in QUANTILES]
+    )
+    torch.testing.assert_close(chosen, fixed.min(0).values)
+    assert all((fixed.argmin(0) == i).any() for i in range(2))  # the choice is a real one
+
+
+def test_a_batch_equals_each_matrix_alone():
+    weights, hessians = problem(matrices=3)
+    together = quantise(weights, hessians)
+    for i, result in enumerate(together):
+        (alone,) = quantise(weights[i : i + 1], hessians[i : i + 1])
+        assert torch.equal(result.codes, alone.codes)
+        assert torch.equal(result.scales, alone.scales)
+
+
+def test_dead_columns_are_rounded_and_disturb_nothing():
+    weights, hessians = problem(matrices=1)
+    hessians[:, 5], hessians[:, :, 5] = 0, 0
+    (result,) = quantise(weights, hessians, quantiles=[1.0])
+    expected = round_to_nearest(weights[0], 4)
+    assert torch.equal(result.codes[:, 5], expected.codes[:, 5])
+    (unknown,) = quantise(weights, torch.zeros_like(hessians), quantiles=[1.0])
+    assert torch.equal(unknown.codes, expected.codes)
+
+
+def test_codes_and_scales_keep_their_limits():
+    weights = torch.cat([torch.zeros(1, 8), 1e-9 * torch.ones(1, 8), torch.randn(2, 8)])
+    for bits in (2, 6, 8):
+        result = round_to_nearest(weights, bits)
+        assert result.codes.abs().max() == largest_code(bits)
+        assert (result.scales > 0).all()
+        assert not result.dequantize()[0].any()
+        worst = (result.dequantize() - weights).abs().amax(1)
+        assert (worst <= 0.502 * result.scales.float()).all()
+
+
+def test_restoring_is_exact():
+    codes, scales = torch.arange(-127, 128).float(), torch.rand(4096).half()
+    exact = codes.double()[:, None] * scales.double()
+    assert torch.equal((codes[:, None] * scales.float()).double(), exact)
+
+
+def test_row_scales_are_the_quantiles():
+    weight = torch.randn(2, 5, 33)
+    expected = torch.quantile(weight.abs(), torch.tensor(QUANTILES), dim=-1).transpose(0, 1) / 7
+    torch.testing.assert_close(row_scales(weight, QUANTILES, 4), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_solves_the_same_problem():
+    weights, hessians = problem(matrices=3, rows=64, columns=96)
+    host = errors(quantise(weights, hessians), weights, hessians).sum()
+    there = quantise(weights.cuda(), hessians.cuda())
+    found = torch.stack([q.dequantize().cpu() for q in there])
+    device = weighted_error(weights - found, damped(hessians, 0.01)).sum()
+    torch.testing.assert_close(device, host, rtol=1e-2, atol=0)
