@@ -150,11 +150,11 @@ def _window_losses(
     targets = [targets_of(document) for document in documents]
     batches = _batches(windows, tokens_per_batch)
     sizes = [sum(window.end - window.scored for window in batch) for batch in batches]
-    scored = [
-        (window.document, window.scored, losses)
-        for number in shared_queue(group, sizes, progress)
-        for window, losses in _batch_losses(model, documents, targets, batches[number])
-    ]
+    shared = SharedProgress(progress)
+    scored: list[tuple[int, int, np.ndarray]] = []
+    for number in shared_queue(group, sizes, shared):
+        scored += _batch_losses(model, documents, targets, batches[number])
+        shared.advance(sizes[number])
     return gather_losses(documents, scored, group)
 
 
@@ -177,7 +177,8 @@ def _batch_losses(
     documents: Sequence[np.ndarray],
     targets: Sequence[np.ndarray],
     batch: list[Window],
-) -> list[tuple[Window, np.ndarray]]:
+) -> list[tuple[int, int, np.ndarray]]:
+    """Losses of a batch's windows: (document, position of the first, values)."""
     packed = Documents.from_lengths([window.length for window in batch], model.device)
     tokens = np.concatenate([documents[w.document][w.start : w.end] for w in batch])
     wanted = np.concatenate([targets[w.document][w.scored : w.end] for w in batch])
@@ -189,7 +190,8 @@ def _batch_losses(
         select=to_indices(np.flatnonzero(counts), model.device),
     )
     ends = np.cumsum([window.end - window.scored for window in batch])
-    return list(zip(batch, np.split(losses.cpu().numpy(), ends[:-1]), strict=True))
+    values = np.split(losses.cpu().numpy(), ends[:-1])
+    return [(w.document, w.scored, part) for w, part in zip(batch, values, strict=True)]
 
 
 def to_indices(values: np.ndarray, device: torch.device) -> Tensor:
@@ -197,23 +199,39 @@ def to_indices(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(values.astype(np.int64)).to(device)
 
 
-def shared_queue(
-    group: Group, sizes: Sequence[int], progress: ReportProgress | None = None
-) -> Iterator[int]:
+class SharedProgress:
+    """Targets scored by all processes of a group, as far as one of them knows.
+
+    report: called with the number of targets newly scored; None: nobody wants to know.
+    """
+
+    def __init__(self, report: ReportProgress | None) -> None:
+        self._report = report
+        self._done = 0
+
+    def advance(self, targets: int) -> None:
+        """This process has scored `targets` more."""
+        self._done += targets
+        if self._report is not None and targets:
+            self._report(targets)
+
+    def reach(self, targets: int) -> None:
+        """All processes together have scored `targets` since the beginning."""
+        self.advance(max(0, targets - self._done))
+
+
+def shared_queue(group: Group, sizes: Sequence[int], progress: SharedProgress) -> Iterator[int]:
     """Yield the numbers of pieces of work, each to one process of `group`.
 
-    sizes: targets in each piece. progress: told the targets finished since the last call, those
-    that other processes took included. All processes must begin the same queues in the same order.
+    sizes: targets in each piece; `progress` learns of the pieces that other processes took, and
+    the caller tells it of this process's own. All processes must begin the same queues in the
+    same order.
     """
     before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    told = 0
     for number in group.work_queue(f"losses{next(_queues)}", len(sizes)):
+        progress.reach(int(before[number]))
         yield number
-        if progress is not None:
-            progress(int(before[number + 1]) - told)
-            told = int(before[number + 1])
-    if progress is not None:
-        progress(int(before[-1]) - told)
+    progress.reach(int(before[-1]))
 
 
 def gather_losses(

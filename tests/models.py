@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 from model.gpt import GPT
-from workflow.params import ModelParams
+from workflow.params import ModelParams, TTTParams
 
 RECORD = Path(__file__).parents[1] / "conf" / "record.yaml"
 
@@ -41,3 +42,16 @@ def small_model(seed: int = 0, **changes: Any) -> GPT:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def ttt_params(**changes: Any) -> TTTParams:
+    """The ttt section of the record preset at the size of `small_model`, with `changes`."""
+    small = {"chunk": 8, "context": 32, "rank": 4, "lr": 0.005, "batch": 4}
+    return TTTParams(**{**yaml.safe_load(RECORD.read_text())["ttt"], **small, **changes})
+
+
+def random_documents(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
+    """Documents of the given lengths for `small_model`: BOS and random pieces, uint16."""
+    generator = np.random.default_rng(seed)
+    pieces = [generator.integers(4, SMALL["vocabulary"], n - 1, dtype=np.uint16) for n in lengths]
+    return [np.concatenate([np.array([1], np.uint16), piece]) for piece in pieces]
