@@ -92,7 +92,7 @@ def welch_test(
     """
     from scipy.stats import t as student
 
-    before, after = _sample("baseline", baseline), _sample("new", new)
+    after, before = _sample("new", new), _sample("baseline", baseline)
     variances = [s.squares / (s.n - 1) / s.n for s in (before, after)]
     error = math.sqrt(sum(variances))
     if error == 0:

@@ -148,7 +148,7 @@ def artifact_bytes(summary: dict[str, Any]) -> Figure:
     axis.bar_label(bars, labels, padding=4, color=GREY)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    axis.margins(x=0.3)
+    axis.margins(x=0.4)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.set_xlabel("size (kB = 1,000 bytes)")
     axis.set_title(f"{total:,.1f} kB of {budget:,.0f} kB allowed ({100 * total / budget:.1f} %)")

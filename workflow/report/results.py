@@ -178,7 +178,10 @@ def read_losses(path: Path) -> TokenLosses:
             if missing:
                 raise InputError(f"{path}: lacks the columns {sorted(missing)}", "run ttt_eval")
             for batch in file.iter_batches(columns=["position", "bytes", *SCORES]):
-                rows = {name: batch.column(name).to_numpy() for name in batch.schema.names}
+                rows = {
+                    name: batch.column(name).to_numpy(zero_copy_only=False)
+                    for name in batch.schema.names
+                }
                 for name in SCORES:
                     sums[name] += _finite_sum(rows[name], f"{path}: {name}")
                 tokens += batch.num_rows
