@@ -1,0 +1,168 @@
+"""Text to tokens: train the tokenizer, or take a given one, and encode every document.
+
+Two passes over the text, one for the tokenizer's sample and one for the shards, neither of which
+holds more than a batch of documents. The published FineWeb shards come ready-made. Files are made
+under `.work/` and moved when all are complete, the manifest last.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.shards import BOS, MANIFEST, Manifest, Shard, ShardWriter
+from data.sources import SPLITS, Corpus, Document, Split, open_corpus
+from data.sources.fineweb import fetch_published, open_published
+from data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
+from model.errors import InputError
+from model.files import sha256, write_bytes
+from steps.common import Step, progress, run
+from workflow.params import TokenizerParams
+
+SECTIONS = ("data", "tokenizer")
+TOKENIZER = "tokenizer.model"
+BATCH = 1 << 22  # characters encoded at once
+
+
+def main(step: Step) -> None:
+    """Make tokenizer, shards and manifest of the text that the `data` section names."""
+    step.open_log(SECTIONS)
+    if step.params.data.source == "fineweb":
+        manifest, inputs = published(step)
+    else:
+        manifest, inputs = tokenized(step)
+    require_documents(manifest)
+    publish(manifest, step.output)
+    metrics: dict[str, Any] = {split: manifest.totals(split) for split in SPLITS}
+    metrics["seconds"] = round(time.perf_counter() - step.started, 2)
+    step.publish(metrics, SECTIONS, inputs, [step.output / MANIFEST, step.output / TOKENIZER])
+
+
+def published(step: Step) -> tuple[Manifest, list[Path]]:
+    """Fetch ready-made shards, or the rest of them, into the work directory."""
+    from huggingface_hub import hf_hub_download
+
+    params, vocabulary = step.params, step.params.tokenizer.vocabulary
+    source = open_published(vocabulary, params.data.fineweb_shards, hf_hub_download)
+    directory = step.work / f"fineweb_sp{vocabulary}"
+    with progress("download", sum(source.counts.values()) + 1) as bar:
+        manifest = fetch_published(
+            source, vocabulary, directory, lambda: bar.advance() if bar else None
+        )
+    return manifest, []
+
+
+def tokenized(step: Step) -> tuple[Manifest, list[Path]]:
+    """Tokenize a corpus of texts into the work directory."""
+    params = step.params
+    directory = step.work / "tokens"
+    shutil.rmtree(directory, ignore_errors=True)
+    corpus = open_corpus(params.data)
+    inputs = list(corpus.files)
+    if params.tokenizer.model:
+        inputs.append(Path(params.tokenizer.model))
+    tokenizer = make_tokenizer(params.tokenizer, corpus, directory / TOKENIZER)
+    step.log.event("tokenizer", vocabulary=tokenizer.vocabulary)
+    shards = encode(
+        corpus, tokenizer, directory, params.tokenizer.shard_tokens, torch.get_num_threads()
+    )
+    manifest = Manifest(
+        directory,
+        params.data.model_dump(mode="json"),
+        tokenizer.vocabulary,
+        TOKENIZER,
+        sha256(directory / TOKENIZER),
+        shards,
+    )
+    return manifest, inputs
+
+
+def make_tokenizer(params: TokenizerParams, corpus: Corpus, path: Path) -> Tokenizer:
+    """Put the given tokenizer at `path`, or train one on the training documents."""
+    if params.model:
+        tokenizer = Tokenizer(params.model)
+        check_vocabulary(tokenizer, params.vocabulary, "give another tokenizer.model")
+        write_bytes(path, Path(params.model).read_bytes())
+        return tokenizer
+    with progress("tokenizer: MB of text", params.training_megabytes) as bar:
+
+        def texts() -> Iterator[str]:
+            for document in corpus.documents():
+                if document.split == "train":
+                    yield document.text
+                    if bar:
+                        bar.advance(len(document.text.encode()) / 1e6)
+
+        return train_tokenizer(texts(), params.vocabulary, params.training_megabytes, path)
+
+
+def encode(
+    corpus: Corpus, tokenizer: Tokenizer, directory: Path, shard_tokens: int, threads: int
+) -> dict[Split, list[Shard]]:
+    """Write every document that is not empty as BOS and its pieces; returns the shards by split."""
+    writers = {split: ShardWriter(directory, split, shard_tokens) for split in SPLITS}
+    read = 0.0
+    with (
+        progress("encode: MB read", corpus.megabytes) as bar,
+        writers["train"],
+        writers["validation"],
+    ):
+        for batch in batches(corpus.documents()):
+            encoded = tokenizer.encode([document.text for document in batch], threads)
+            for document, pieces in zip(batch, encoded, strict=True):
+                if pieces:
+                    tokens = np.array([BOS, *pieces], np.uint16)
+                    writers[document.split].write(tokens, tokenizer.sizes(tokens))
+            if bar:
+                bar.advance(batch[-1].read - read)
+            read = batch[-1].read
+    return {split: writer.shards for split, writer in writers.items()}
+
+
+def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Group documents into lists of at least BATCH characters, the last one excepted."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def require_documents(manifest: Manifest) -> None:
+    """Raise InputError unless there are documents to train on and to evaluate on."""
+    train, validation = (manifest.totals(split)["documents"] for split in SPLITS)
+    if not train and not validation:
+        raise InputError("data: the corpus is empty", "name files that hold text in data.files")
+    if not train:
+        raise InputError(
+            "data: all documents are held out, none is left to train on",
+            "lower data.validation_fraction or name more files in data.files",
+        )
+    if not validation:
+        raise InputError(
+            "data: there are no validation documents",
+            "raise data.validation_fraction or name data.validation_files",
+        )
+
+
+def publish(manifest: Manifest, output: Path) -> None:
+    """Move the files to `output` in place of those of an earlier run, the manifest last."""
+    output.mkdir(parents=True, exist_ok=True)
+    for old in [output / MANIFEST, *output.glob("*.bin")]:
+        old.unlink(missing_ok=True)
+    path = manifest.save()
+    for file in [manifest.tokenizer, *manifest.validation, *manifest.train, path]:
+        shutil.move(file, output / file.name)
+
+
+if __name__ == "__main__":
+    run("tokenize", main, seeded=False)
