@@ -26,6 +26,10 @@ class Quantized:
         """The matrix that the codes stand for, fp32 (rows, columns), exact."""
         return self.codes.float() * self.scales.float()[:, None]
 
+    def cpu(self) -> "Quantized":
+        """The same on the CPU."""
+        return Quantized(self.codes.cpu(), self.scales.cpu(), self.bits)
+
 
 def largest_code(bits: int) -> int:
     """The largest code of `bits` bits; the smallest is its negative."""

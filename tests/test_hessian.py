@@ -70,8 +70,8 @@ def share(group, sequences):
 
 
 @pytest.mark.parametrize("sequences", [5, 1])  # of one, the second process has none
-def test_processes_share_the_text(tmp_path, sequences):
+def test_processes_share_the_text(sequences):
     expected = share(ALONE, sequences)
-    for found in run_processes(share, 2, tmp_path, sequences):
+    for found in run_processes(2, share, sequences):
         for name, hessian in expected.items():
             torch.testing.assert_close(found[name], hessian, rtol=1e-4, atol=1e-5)
