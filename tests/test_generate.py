@@ -82,7 +82,6 @@ def test_extreme_noise_draws_an_allowed_token(noise, forbidden):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_writes_the_text_of_the_cpu_in_fp32():
     model = small_model()
     noise = sampling_noise(7, range(3), 24)

@@ -143,7 +143,6 @@ def test_row_scales_are_the_quantiles():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_solves_the_same_problem():
     weights, hessians = problem(matrices=3, rows=64, columns=96)
     host = errors(quantise(weights, hessians), weights, hessians).sum()

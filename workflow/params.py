@@ -341,6 +341,13 @@ class Params(Section):
             f"({self.model.sequence_length}): tokens would be skipped",
             "make it at most sequence_length",
         )
+        _require(
+            self.quantize.calibration_tokens <= self.model.sequence_length,
+            "quantize.calibration_tokens",
+            f"{self.quantize.calibration_tokens} exceeds model.sequence_length "
+            f"({self.model.sequence_length}): the model never saw such positions",
+            "make it at most sequence_length",
+        )
         if self.data.source == "files":
             _require(bool(self.data.files), "data.files", "is empty", "name at least one glob")
         return self
