@@ -44,7 +44,8 @@ SETTINGS: dict[str, Any] = {
 }
 # The trainer aborts on words of 2**16 characters, and NFKC makes up to 18 of one: texts are cut.
 CUT = 2048
-MORE_TEXT = "give it more text (data, tokenizer.training_megabytes) or lower the vocabulary"
+MORE_TEXT = "give it more text (data, tokenizer.training_megabytes)"
+OTHER_SIZE = f"raise or lower tokenizer.vocabulary and model.vocabulary, or {MORE_TEXT}"
 
 
 class Tokenizer:
@@ -156,7 +157,7 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         failures.append(
-            InputError(f"tokenizer.vocabulary: {vocabulary}: cannot train ({error})", MORE_TEXT)
+            InputError(f"tokenizer.vocabulary: {vocabulary}: cannot train ({error})", OTHER_SIZE)
         )
     if failures:
         raise failures[0]
@@ -172,7 +173,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, repair: str) -> None
         raise InputError(
             f"tokenizer.vocabulary: {vocabulary} pieces asked for, but the tokenizer has "
             f"{tokenizer.vocabulary}",
-            f"{repair}: set tokenizer.vocabulary and model.vocabulary to {tokenizer.vocabulary}",
+            f"{repair}, or set tokenizer.vocabulary and model.vocabulary to {tokenizer.vocabulary}",
         )
 
 
