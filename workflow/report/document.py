@@ -238,11 +238,12 @@ def _bytes(summary: dict[str, Any]) -> list[Block]:
             _count(run["code_bytes"]),
             _count(run["total_bytes"]),
             f"{_percent(run['total_bytes'], budget)} %",
+            _count(run["pruned_codes"]),
             run["compressor"],
         ]
         for run in runs
     ]
-    header = ["", "artifact", "code", "total", f"of {_count(budget)}", "compressor"]
+    header = ["", "artifact", "code", "total", f"of {_count(budget)}", "codes pruned", "compressor"]
     figure = Figure(
         "artifact_bytes.svg",
         "Bytes of the submission by part",
@@ -271,9 +272,9 @@ def _time(summary: dict[str, Any]) -> list[Block]:
         ],
     )
     note = Paragraph(
-        "The training clock leaves out warm-up and evaluation; the sliding evaluation is for "
-        "analysis and outside the budget of evaluation, which is TTT's. A whole step lasts from "
-        "the start to the end of the process that finished it."
+        "The training clock leaves out warm-up and evaluation; the budget of evaluation is "
+        "for TTT, which gives the result; the other two evaluations are for analysis. A whole "
+        "step lasts from the start to the end of the process that finished it."
     )
     return [Table(["seconds", *_seed_names(runs), "budget"], rows), note, speeds]
 

@@ -50,6 +50,7 @@ class QuantizeMetrics(Score):
     code_bytes: int
     total_bytes: int
     budget_bytes: int
+    pruned_codes: int
     compressor: str
     seconds: dict[str, float]
     bytes: dict[str, int]
@@ -58,6 +59,7 @@ class QuantizeMetrics(Score):
 class EvaluationSeconds(Metrics):
     """Seconds of the evaluations."""
 
+    plain: float
     sliding: float
     ttt: float
 

@@ -91,6 +91,7 @@ def _run(result: SeedResult) -> dict[str, Any]:
         "ttt_tokens_per_second": evaluation.tokens_per_second,
         "train_peak_memory_mib": train.peak_memory_mib,
         "ttt_peak_memory_mib": evaluation.peak_memory_mib,
+        "pruned_codes": quantize.pruned_codes,
         "compressor": quantize.compressor,
         "artifact_bytes": quantize.artifact_bytes,
         "code_bytes": quantize.code_bytes,
@@ -149,8 +150,10 @@ def _stages(results: Sequence[SeedResult], report: ReportParams) -> list[dict[st
         ("quantize", part, [r.quantize.seconds[part] for r in results])
         for part in results[0].quantize.seconds
     ]
-    stages.append(("ttt_eval", "sliding", [r.evaluation.seconds.sliding for r in results]))
-    stages.append(("ttt_eval", "ttt", [r.evaluation.seconds.ttt for r in results]))
+    stages += [
+        ("ttt_eval", name, [getattr(r.evaluation.seconds, name) for r in results])
+        for name in ("plain", "sliding", "ttt")
+    ]
     stages += [
         (step, "whole step", [r.step_seconds[step] for r in results])
         for step in results[0].step_seconds
