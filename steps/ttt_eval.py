@@ -1,0 +1,163 @@
+"""Score the quantised model on the validation documents: plain, sliding, and with TTT.
+
+Every token's three losses are kept in `losses.parquet`, one row per scored token in the order of
+the documents; the metrics are their sums.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.loader import validation_documents
+from data.shards import MANIFEST, Manifest
+from data.tokenizer import Tokenizer, check_vocabulary
+from model import ops
+from model.artifact import load_artifact
+from model.evaluation import (
+    ReportProgress,
+    Score,
+    plain_losses,
+    sliding_losses,
+    targets_of,
+)
+from model.files import atomic_file
+from model.gpt import GPT
+from model.memory import peak_memory_mib
+from model.ttt import ttt_losses
+from steps.common import Step, progress, run
+
+SECTIONS = ("evaluate", "ttt", "ops")
+TOKENS = Path("artifacts/tokenize")
+SCORES = ("plain", "sliding", "ttt")
+DOCUMENTS_PER_ROW_GROUP = 1024
+
+Losses = list[np.ndarray]
+Evaluate = Callable[[ReportProgress | None], Losses]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one way of scoring gave: losses of each document in the main process, seconds taken."""
+
+    losses: Losses
+    seconds: float
+
+
+def main(step: Step) -> None:
+    """Score, and publish losses and metrics."""
+    step.open_log(SECTIONS)
+    manifest = Manifest.load(TOKENS)
+    tokenizer = Tokenizer(manifest.tokenizer)
+    documents = validation_documents(manifest, step.params.evaluate.documents)
+    artifact = step.directory("quantize") / "model.pocket"
+    model = load_artifact(artifact, step.group.device)
+    check_vocabulary(tokenizer, model.params.vocabulary, "train again with these tokens")
+    step.log.event("ops", choice=str(ops.configure(step.params.ops.attention, step.group.device)))
+    total = sum(document.size for document in documents)
+    results = {
+        name: measure(step, name, total, evaluate)
+        for name, evaluate in evaluations(step, model, documents).items()
+    }
+    memory = step.group.gather_objects(peak_memory_mib(step.group.device))
+    if step.group.is_main:
+        sizes = [tokenizer.sizes(targets_of(document)) for document in documents]
+        losses = {name: result.losses for name, result in results.items()}
+        output = step.output / "losses.parquet"
+        write_losses(output, documents, sizes, losses)
+        metrics = summarise(step, results, sizes)
+        metrics |= {"peak_memory_mib": max(memory), "world_size": step.group.size}
+        step.publish(metrics, SECTIONS, [artifact, TOKENS / MANIFEST], [output])
+
+
+def evaluations(step: Step, model: GPT, documents: list[np.ndarray]) -> dict[str, Evaluate]:
+    """The ways of scoring, by the names of SCORES."""
+    evaluate, group = step.params.evaluate, step.group
+    return {
+        "plain": partial(plain_losses, model, documents, evaluate.tokens_per_batch, group),
+        "sliding": partial(
+            sliding_losses,
+            model,
+            documents,
+            evaluate.sliding_stride,
+            evaluate.tokens_per_batch,
+            group,
+        ),
+        "ttt": partial(ttt_losses, model, documents, step.params.ttt, group),
+    }
+
+
+def measure(step: Step, name: str, total: int, evaluate: Evaluate) -> Result:
+    """Run one way of scoring `total` tokens under a progress bar; the clock ends with the last."""
+    began = time.perf_counter()
+    with progress(f"{name}: tokens", total, step.group.is_main) as bar:
+        losses = evaluate(bar.advance if bar else None)
+    seconds = time.perf_counter() - began
+    step.log.event("scored", name=name, tokens=total, took=seconds)
+    return Result(losses, seconds)
+
+
+def summarise(
+    step: Step, results: dict[str, Result], sizes: Sequence[np.ndarray]
+) -> dict[str, Any]:
+    """The metrics; the loss of the whole is that with TTT."""
+    scores = {name: Score.of(result.losses, sizes) for name, result in results.items()}
+    seconds = {name: result.seconds for name, result in results.items()}
+    ttt = scores["ttt"]
+    return {
+        "loss": ttt.loss,
+        "bpb": ttt.bpb,
+        "tokens": ttt.tokens,
+        "bytes": ttt.bytes,
+        "documents": len(sizes),
+        "gain": scores["sliding"].loss - ttt.loss,
+        **{
+            name: {"loss": scores[name].loss, "bpb": scores[name].bpb}
+            for name in ("sliding", "plain")
+        },
+        "seconds": {**seconds, "total": time.perf_counter() - step.started},
+        "tokens_per_second": ttt.tokens / seconds["ttt"],
+    }
+
+
+def write_losses(
+    path: Path,
+    documents: Sequence[np.ndarray],
+    sizes: Sequence[np.ndarray],
+    losses: dict[str, Losses],
+) -> None:
+    """Write one row per target: document int32, position int32 inside it (from 1), token uint16,
+    bytes int16, and its losses in nats, float32, by the names of SCORES."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {"document": pa.int32(), "position": pa.int32(), "token": pa.uint16()}
+    columns |= {"bytes": pa.int16(), **dict.fromkeys(SCORES, pa.float32())}
+    schema = pa.schema(list(columns.items()))
+    with atomic_file(path) as file, parquet.ParquetWriter(file, schema) as writer:
+        for part in _parts(len(documents)):
+            chosen = documents[part]
+            lengths = [document.size for document in chosen]
+            numbers = np.arange(part.start, part.start + len(chosen))
+            values = {
+                "document": np.repeat(numbers, lengths),
+                "position": np.concatenate([np.arange(1, n + 1) for n in lengths]),
+                "token": np.concatenate([targets_of(document) for document in chosen]),
+                "bytes": np.concatenate(sizes[part]),
+                **{name: np.concatenate(losses[name][part]) for name in SCORES},
+            }
+            arrays = [pa.array(values[name]).cast(kind) for name, kind in columns.items()]
+            writer.write_table(pa.table(arrays, schema=schema))
+
+
+def _parts(documents: int) -> Iterator[slice]:
+    for first in range(0, documents, DOCUMENTS_PER_ROW_GROUP):
+        yield slice(first, first + DOCUMENTS_PER_ROW_GROUP)
+
+
+if __name__ == "__main__":
+    run("ttt_eval", main)
