@@ -7,6 +7,7 @@ stale stages become older than anything, outputs of fresh ones newer than their 
 """
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -19,6 +20,10 @@ from model.errors import InputError
 from workflow.params import Params
 
 LONG_AGO = 86_400.0  # an old file time, in seconds since 1970
+LOCKED = (
+    "note: another run is going on in this directory. If none is (one was killed): "
+    "`snakemake --unlock`, then run again; what was finished is kept."
+)
 
 
 @cache
@@ -69,6 +74,7 @@ def sync(params: Params) -> None:
     read its own files.
     """
     if any(Path(".snakemake/locks").glob("*.lock")):
+        print(LOCKED, file=sys.stderr)
         return
     stale = _stale_stages()
     for name, stage in stages().items():

@@ -8,6 +8,7 @@ from every preset has been edited by hand and is replaced only with --force.
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,13 @@ def is_preset(path: Path) -> bool:
 
 def main() -> None:
     """Parse the command line and write params.yaml."""
-    from model.run_log import step_errors
-
     parser = argparse.ArgumentParser(prog="python -m workflow.preset", description=__doc__)
     parser.add_argument("name", help=f"one of {', '.join(presets())}")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. ttt.lr=3e-4")
     parser.add_argument("--force", action="store_true", help="replace a hand-edited params.yaml")
     parser.add_argument("--output", type=Path, default=Path("params.yaml"))
     arguments = parser.parse_args()
-    with step_errors():
+    try:
         text = render(compose(arguments.name, arguments.overrides))
         if arguments.output.exists() and not arguments.force and not is_preset(arguments.output):
             raise InputError(
@@ -106,6 +105,8 @@ def main() -> None:
             )
         write_bytes(arguments.output, text.encode())
         print(f"{arguments.output}: preset {' '.join([arguments.name, *arguments.overrides])}")
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Run one stage of dvc.yaml if its content says so: `python -m workflow.reproduce train@0`.
 
 This is `dvc --wait-for-lock repro --single-item train@0` with two additions: steps that share a
-machine get GPUs of their own, and when another run is in the way one line says so.
+machine get GPUs of their own, and when another run uses the same files it says so and waits.
 """
 
 import argparse
@@ -9,36 +9,43 @@ import fcntl
 import logging
 import os
 import subprocess
+import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import TextIO
 
 from model.errors import InputError
-from model.run_log import step_errors
 
 
 def reproduce(stage: str, force: bool = False) -> None:
     """Bring `stage` (`name` or `name@seed`) up to date; `force` runs it in any case.
 
-    Raises InputError if another process is using the stage's files, SystemExit if the step failed.
+    Waits while another process is using the stage's files. Raises SystemExit if the step failed,
+    InputError if DVC did.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
-    try:
-        with Repo(_wait_for_lock=True) as repo:
-            repo.reproduce(stage, single_item=True, force=force)
-    except DvcException as error:
-        messages = [str(cause) for cause in _causes(error)]
-        if any("is busy" in message for message in messages):
-            raise InputError(
-                f"{stage}: another run in this directory is using its files",
-                "wait until it has ended, then run again",
-            ) from error
-        if any("failed to run" in message for message in messages):
-            raise SystemExit(1) from error  # the step itself has said why
-        raise InputError(f"{stage}: {': '.join(messages)}", "see docs/workflow.md") from error
+    while True:
+        try:
+            with Repo(_wait_for_lock=True) as repo:
+                repo.reproduce(stage, single_item=True, force=force)
+            return
+        except DvcException as error:
+            problem = ": ".join(map(str, _causes(error)))
+            if "failed to run" in problem:
+                raise SystemExit(1) from error  # the step itself has said why
+            if "is busy" not in problem:
+                raise InputError(f"{stage}: {problem}", "see docs/workflow.md") from error
+        _say_once(f"{stage}: another run in this directory is using its files; waiting for it")
+        time.sleep(1)
+
+
+@cache
+def _say_once(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -99,14 +106,16 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=0, help="each gets a GPU if there are any")
     parser.add_argument("--force", action="store_true", help="run it even if it is up to date")
     arguments = parser.parse_args()
-    with step_errors():
+    try:
         held = claim_gpus(arguments.processes)
         if threads := os.environ.get("OMP_NUM_THREADS"):  # Snakemake's share for the whole step
             share = max(1, int(threads) // max(1, arguments.processes))
             os.environ["OMP_NUM_THREADS"] = str(share)
         reproduce(arguments.stage, arguments.force)
-        for file in held:
-            file.close()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    for file in held:
+        file.close()
 
 
 if __name__ == "__main__":
