@@ -57,11 +57,11 @@ def padded(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         q, k, v = (x.view(documents.count, documents.uniform, *x.shape[1:]) for x in (q, k, v))
         return dense(q, k, v, mask=None, causal=True).flatten(0, 1)
     slot = documents.index * documents.longest + documents.positions
-    size = documents.count * documents.longest
+    rows = int(documents.index[-1]) + 1  # the empty documents after it would be half the work
 
     def spread(x: Tensor) -> Tensor:
-        flat = x.new_zeros(size, *x.shape[1:]).index_copy(0, slot, x)
-        return flat.view(documents.count, documents.longest, *x.shape[1:])
+        flat = x.new_zeros(rows * documents.longest, *x.shape[1:]).index_copy(0, slot, x)
+        return flat.view(rows, documents.longest, *x.shape[1:])
 
     y = dense(spread(q), spread(k), spread(v), mask=None, causal=True)
     return y.flatten(0, 1).index_select(0, slot)
