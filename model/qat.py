@@ -1,0 +1,34 @@
+"""Quantisation-aware training: matrices are rounded in the forward pass, not in the backward.
+
+A row w becomes s·round(w/s) on the grid of the artifact (`model.quantizer`), with nothing clipped.
+The rounding has no useful derivative; the straight-through estimator (Bengio et al. 2013) takes it
+for the identity, so the fp32 master weights go on learning.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from model.gpt import GPT
+from model.quantizer import SMALLEST_SCALE, encode, largest_code
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """Round matrices (rows, columns) to `bits` bits per row, with the gradient of the identity."""
+
+    bits: int
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Round; same shape and dtype."""
+        values = weight.detach()
+        scale = values.abs().amax(dim=1, keepdim=True) / largest_code(self.bits)
+        scale = scale.half().float().clamp(min=SMALLEST_SCALE)
+        rounded = encode(values, scale, self.bits) * scale
+        return weight + (rounded - values)
+
+
+def set_rounding(model: GPT, rounding: StraightThrough | None) -> None:
+    """Round the matrices of the blocks in every forward pass from now on, or stop to (None)."""
+    for matrix in model.matrices().values():
+        matrix.rounding = rounding

@@ -1,0 +1,139 @@
+"""Everything that changes while training: weights, optimizer, average; and one step of it.
+
+The state is a flat dictionary of tensors that no process count has left a trace in, so that a run
+saved by one number of processes is continued by another. Nothing random happens after the
+initialisation, and batches are found by the number of the step: weights, averages, moments and the
+number of steps are the whole state.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from model.distributed import Group
+from model.documents import Documents
+from model.ema import Average
+from model.errors import InputError
+from model.gpt import GPT
+from model.muon import Slot
+from model.optimizer import Optimizer
+from model.qat import StraightThrough, set_rounding
+
+if TYPE_CHECKING:
+    from workflow.params import TrainParams
+
+Batches = Iterator[tuple[Tensor, Tensor, Documents]]
+
+
+def compile_blocks(model: GPT) -> None:
+    """Compile each block by itself: one graph serves all, and warms up in about a minute."""
+    # Variants: first layer, value layers, rounded or not, boundaries of fixed or any number.
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.compile()
+
+
+class Trainer:
+    """Trains `model`, which is on the device of `group`, by the `train` section `params`.
+
+    matrix_bits: what late quantisation-aware training rounds the matrices to.
+    """
+
+    def __init__(self, model: GPT, params: "TrainParams", matrix_bits: int, group: Group) -> None:
+        self.model, self.params, self.group = model, params, group
+        self.optimizer = Optimizer(model, params, group)
+        self.average = Average(dict(model.named_parameters()), params.ema_decay)
+        self.rounding = StraightThrough(matrix_bits)
+        self.microbatches = params.tokens_per_step // params.tokens_per_microbatch // group.size
+        self.steps = 0
+
+    def step(self, batches: Batches, multiplier: float) -> Tensor:
+        """Take one optimizer step on this process's next micro-batches.
+
+        multiplier: of every learning rate; below `qat_threshold` the matrices are rounded.
+        Returns this process's part of the mean loss (nats per token, 0-dimensional, on the
+        device): the sum over the processes is the mean over the step's tokens.
+        """
+        rounded = multiplier < self.params.qat_threshold
+        set_rounding(self.model, self.rounding if rounded else None)
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.group.device)
+        for _ in range(self.microbatches):
+            tokens, targets, documents = next(batches)
+            losses = self.model.losses(tokens, targets, documents)
+            loss = losses.mean() / (self.microbatches * self.group.size)
+            loss.backward()
+            total += loss.detach()
+        self.optimizer.step(self.steps, multiplier)
+        self.steps += 1
+        self.average.update(self.steps)
+        return total
+
+    def warm_up(self, batches: Batches) -> None:
+        """Take `warmup_steps` steps of each kind, rounded and not, and undo them exactly.
+
+        Compiles, fills allocators and caches, and gives all processes the main one's weights.
+        """
+        steps, state = self.steps, self.state()
+        for multiplier in (1.0, 0.0) if self.params.qat_threshold else (1.0,):
+            for _ in range(self.params.warmup_steps):
+                self.step(batches, multiplier)
+        self.load(state, steps)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies on the CPU of all tensors, in the main process; empty elsewhere. Collective."""
+        copies = {}
+        for name, slot in self._slots().items():
+            tensor = slot.tensor
+            if tensor is None:
+                tensor = torch.empty(slot.shape, device=self.group.device)
+            if slot.owner is not None:
+                self.group.broadcast(tensor, slot.owner)
+            if self.group.is_main:
+                copies[name] = tensor.detach().to("cpu", copy=True)
+        return copies
+
+    def load(self, state: dict[str, Tensor], steps: int) -> None:
+        """Continue from the main process's `state`, taken after `steps` steps. Collective.
+
+        Raises InputError if it is the state of another model.
+        """
+        slots = self._slots()
+        if self.group.is_main:
+            _require_same(state, slots)
+        with torch.no_grad():
+            for name, slot in slots.items():
+                if self.group.is_main:
+                    tensor = state[name].to(self.group.device)
+                else:
+                    tensor = torch.empty(slot.shape, device=self.group.device)
+                self.group.broadcast(tensor)
+                if slot.tensor is not None:
+                    slot.tensor.copy_(tensor)
+        self.steps = steps
+        self.optimizer.set_step(steps)
+
+    def _slots(self) -> dict[str, Slot]:
+        kinds: dict[str, Mapping[str, Tensor]] = {"weights": dict(self.model.named_parameters())}
+        if self.params.ema_decay:
+            kinds["average"] = self.average.tensors
+        tensors = {
+            f"{kind}/{name}": t for kind, named in kinds.items() for name, t in named.items()
+        }
+        shared = {name: Slot(None, tensor.shape, tensor) for name, tensor in tensors.items()}
+        return shared | self.optimizer.slots()
+
+
+def _require_same(state: dict[str, Tensor], slots: dict[str, Slot]) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = {name: tuple(slot.shape) for name, slot in slots.items()}
+    differing = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"training state of another model ({name}: {found.get(name)} instead of "
+            f"{wanted.get(name)}, {len(differing)} differences in all)",
+            "delete the state file and train again",
+        )

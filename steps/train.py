@@ -1,0 +1,259 @@
+"""Train the model of params.yaml on the token shards; keep its averaged weights.
+
+Nothing counts against the budget but training itself: compilation, saving the state and the final
+validation stand outside the clock. A run that was interrupted continues from its last state.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from data.loader import TokenStream, TrainingBatches, validation_documents
+from data.shards import MANIFEST, Manifest
+from data.tokenizer import Tokenizer, check_vocabulary
+from model import ops
+from model.checkpoint import build, save_checkpoint
+from model.errors import InputError
+from model.evaluation import Score, plain_losses, target_bytes
+from model.files import sha256, write_bytes
+from model.gpt import GPT
+from model.memory import peak_memory_mib
+from model.resume import State, load_state, run_key, save_state
+from model.run_log import read_log
+from model.schedule import Clock, Decisions, Schedule
+from model.training import Batches, Trainer, compile_blocks
+from steps.common import Bar, Step, progress, run
+
+SECTIONS = ("model", "train", "evaluate", "ops")
+CURVE = ("step", "seconds", "tokens", "loss", "lr")
+TOKENS = Path("artifacts/tokenize")
+
+
+def main(step: Step) -> None:
+    """Train, validate, and publish checkpoint, loss curve and metrics."""
+    manifest = Manifest.load(TOKENS)
+    stream = TokenStream(manifest.train)
+    check_inputs(step, manifest, stream)
+    documents = validation_documents(manifest, step.params.evaluate.documents)
+
+    training = Training(step, stream)
+    training.resume()
+    with training.batches() as batches:
+        training.trainer.warm_up(batches)
+    with training.batches() as batches:
+        training.train(batches)
+
+    score = validate(step, training.trainer, manifest, documents)
+    publish(step, training, score)
+
+
+def check_inputs(step: Step, manifest: Manifest, stream: TokenStream) -> None:
+    """Refuse what cannot be trained on, before any time is spent."""
+    params = step.params
+    check_vocabulary(Tokenizer(manifest.tokenizer), params.model.vocabulary, "tokenize again")
+    if stream.total < params.train.tokens_per_microbatch:
+        raise InputError(
+            f"{manifest.directory}: {stream.total} tokens to train on, fewer than "
+            f"train.tokens_per_microbatch ({params.train.tokens_per_microbatch})",
+            "add text, or lower train.tokens_per_microbatch",
+        )
+
+
+class Training:
+    """One run: the trainer, its data, its clock and its state on disk."""
+
+    def __init__(self, step: Step, stream: TokenStream) -> None:
+        params, group = step.params, step.group
+        self.step, self.params = step, params.train
+        choice = ops.configure(params.ops.attention, group.device)
+        # The seed decides the initial weights; the order of the data is the same for all seeds.
+        torch.manual_seed(step.seed or 0)
+        model = GPT(params.model).to(group.device)
+        self.compiled = self.params.compile and group.device.type == "cuda"
+        if self.compiled:
+            compile_blocks(model)
+        self.trainer = Trainer(model, self.params, params.quantize.matrix_bits, group)
+        self.data = TrainingBatches(
+            stream, self.params, params.model.sequence_length, group, group.device
+        )
+        self.decisions = Decisions(group)
+        self.seconds, self.peak_memory = 0.0, 0.0
+        self.state_file = step.work / "state.safetensors"
+        self.key = run_key(
+            seed=step.seed,
+            matrix_bits=params.quantize.matrix_bits,
+            data=sha256(TOKENS / MANIFEST),
+            **step.section_values(("model", "train")),
+        )
+        self.choice = str(choice)
+
+    @contextmanager
+    def batches(self) -> Iterator[Batches]:
+        """The micro-batches of this process from the present step on."""
+        stream = cast("Generator[Any, None, None]", self.data.from_step(self.trainer.steps))
+        with closing(stream) as batches:
+            yield batches
+
+    def resume(self) -> None:
+        """Take up an interrupted run if there is one, and open the log."""
+        state, found = None, ""
+        if self.step.group.is_main:
+            state, found = load_state(self.state_file, self.key)
+            if state and _lines(self.step.work / "log.jsonl") < state.facts["log_lines"]:
+                state, found = None, f"{self.state_file}: ignored, its log is incomplete"
+        facts = self.step.group.broadcast_object(state.facts if state else None)
+        if facts is not None:
+            self.trainer.load(state.tensors if state else {}, facts["steps"])
+            self.seconds = facts["seconds"]
+        self.step.open_log(SECTIONS, keep_lines=facts["log_lines"] if facts else 0)
+        self.step.log.event("state", found=found, steps=self.trainer.steps)
+        self.step.log.event("ops", choice=self.choice, compiled=self.compiled)
+
+    def save(self, seconds: float) -> None:
+        """Write the state, so that a later run continues from here."""
+        tensors = self.trainer.state()
+        if self.step.group.is_main:
+            facts = {
+                "steps": self.trainer.steps,
+                "seconds": seconds,
+                "log_lines": self.step.log.lines,
+            }
+            save_state(self.state_file, self.key, State(tensors, facts))
+
+    def train(self, batches: Batches) -> None:
+        """Take steps until the schedule says stop."""
+        trainer, schedule = self.trainer, Schedule(self.params)
+        budget = self.params.budget_seconds
+        with progress("train", budget or self.params.steps, self.step.group.is_main) as bar:
+            line = Line(self, bar)
+            clock = Clock(self.step.group.device, self.seconds)
+            saved = clock.seconds
+            while True:
+                multiplier = schedule.multiplier(trainer.steps, clock.seconds)
+                multiplier = self.decisions.share(multiplier)
+                if not multiplier:
+                    break
+                line.add(trainer.step(batches, multiplier), multiplier)
+                if trainer.steps % self.params.log_every:
+                    continue
+                line.write(clock)
+                due = clock.seconds - saved >= self.params.save_every_seconds
+                if self.decisions.share(due):
+                    with clock.paused() as saved:
+                        self.save(saved)
+            with clock.paused() as self.seconds:
+                line.write(clock)
+        self.peak_memory = peak_memory_mib(self.step.group.device)
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+class Line:
+    """The line of the log that is being collected: the mean loss since the last one."""
+
+    def __init__(self, training: Training, bar: Bar | None) -> None:
+        self._training, self._bar = training, bar
+        self._losses: list[torch.Tensor] = []
+        self._multiplier = 1.0
+        self._shown = 0.0
+        self._advance(training.seconds, "")
+
+    def add(self, loss: torch.Tensor, multiplier: float) -> None:
+        """Take in one step's loss, which stays on the device."""
+        self._losses.append(loss)
+        self._multiplier = multiplier
+
+    def write(self, clock: Clock) -> None:
+        """Write the line if there were steps; raises InputError if the loss is not finite."""
+        if not self._losses:
+            return
+        training = self._training
+        mean = torch.stack(self._losses).mean()
+        loss = training.step.group.all_reduce(mean).item()
+        self._losses.clear()
+        steps, lr = training.trainer.steps, training.params.matrix_lr * self._multiplier
+        if not math.isfinite(loss):
+            raise InputError(
+                f"train: the loss is {loss} at step {steps}, with train.matrix_lr x schedule = "
+                f"{lr:.3g}",
+                "lower train.matrix_lr, train.embedding_lr and train.scalar_lr, or set "
+                "train.gradient_clip",
+            )
+        seconds = round(clock.seconds, 3)
+        tokens = steps * training.params.tokens_per_step
+        # `seconds` is the log's own; the training clock stands beside it.
+        training.step.log.event("loss", step=steps, clock=seconds, tokens=tokens, loss=loss, lr=lr)
+        self._advance(seconds, f"loss {loss:.3f}")
+
+    def _advance(self, seconds: float, note: str) -> None:
+        done = seconds if self._training.params.budget_seconds else self._training.trainer.steps
+        if self._bar:
+            self._bar.advance(done - self._shown, note)
+        self._shown = done
+
+
+def validate(
+    step: Step, trainer: Trainer, manifest: Manifest, documents: list[np.ndarray]
+) -> Score | None:
+    """Score the averaged weights, in the main process; None elsewhere."""
+    device = step.group.device
+    model = build(trainer.model.architecture(), trainer.average.tensors, "the average").to(device)
+    total = sum(document.size for document in documents)
+    with progress("validate: tokens", total, step.group.is_main) as bar:
+        losses = plain_losses(
+            model,
+            documents,
+            step.params.evaluate.tokens_per_batch,
+            step.group,
+            bar.advance if bar else None,
+        )
+    if not step.group.is_main:
+        return None
+    tokenizer = Tokenizer(manifest.tokenizer)
+    tables = (*tokenizer.token_bytes(), tokenizer.control)
+    return Score.of(losses, [target_bytes(document, *tables) for document in documents])
+
+
+def publish(step: Step, training: Training, score: Score | None) -> None:
+    """Write checkpoint, curve and metrics; then the state has served its purpose."""
+    if score is None:
+        return
+    checkpoint, curve = step.output / "model.safetensors", step.output / "curve.csv"
+    save_checkpoint(checkpoint, training.trainer.model, training.trainer.average.tensors)
+    write_curve(curve, read_log(step.work / "log.jsonl", "loss"))
+    tokens = training.trainer.steps * training.params.tokens_per_step
+    metrics = {
+        "loss": score.loss,
+        "bpb": score.bpb,
+        "steps": training.trainer.steps,
+        "tokens": tokens,
+        "seconds": training.seconds,
+        "tokens_per_second": tokens / training.seconds,
+        "peak_memory_mib": training.peak_memory,
+        "world_size": step.group.size,
+    }
+    step.publish(metrics, SECTIONS, [TOKENS / MANIFEST], [checkpoint, curve])
+    training.state_file.unlink(missing_ok=True)
+
+
+def write_curve(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write the loss curve as CSV from the lines of the log."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(CURVE)
+    for line in lines:
+        table.writerow([line[{"seconds": "clock"}.get(name, name)] for name in CURVE])
+    write_bytes(path, text.getvalue().encode())
+
+
+if __name__ == "__main__":
+    run("train", main)
