@@ -80,7 +80,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, int]]:
 
     size, row = path.stat().st_size, 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as table:
             if "text" not in table.schema_arrow.names:
                 raise InputError(
                     f"{path}: no column 'text', only {', '.join(table.schema_arrow.names)}",
