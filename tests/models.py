@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from model.gpt import GPT
-from workflow.params import ModelParams, TTTParams
+from workflow.params import ModelParams, TrainParams, TTTParams
 
 RECORD = Path(__file__).parents[1] / "conf" / "record.yaml"
 
@@ -48,6 +48,11 @@ def ttt_params(**changes: Any) -> TTTParams:
     """The ttt section of the record preset at the size of `small_model`, with `changes`."""
     small = {"chunk": 8, "context": 32, "rank": 4, "lr": 0.005, "batch": 4}
     return TTTParams(**{**yaml.safe_load(RECORD.read_text())["ttt"], **small, **changes})
+
+
+def train_params(**changes: Any) -> TrainParams:
+    """The train section of the record preset with `changes`."""
+    return TrainParams(**{**yaml.safe_load(RECORD.read_text())["train"], **changes})
 
 
 def random_documents(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
