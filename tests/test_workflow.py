@@ -30,9 +30,9 @@ FROM_TRAIN = ["quantize@0", "quantize@1", "report", "train@0", "train@1", *TTT]
 # Runs in every Python process of a checkout: notes which step it is, and dies in one if told to.
 SITECUSTOMIZE = """
 import os, signal, sys
-words = sys.orig_argv
-if "-m" in words and os.environ.get("RANK", "0") == "0":
-    module = words[words.index("-m") + 1]
+words = [word for word in sys.orig_argv[1:] if word != "-u"]
+if words[:1] == ["-m"] and os.environ.get("RANK", "0") == "0":
+    module = words[1]
     seed = "@" + words[words.index("--seed") + 1] if "--seed" in words else ""
     if module.startswith("steps."):
         step = module.removeprefix("steps.") + seed
