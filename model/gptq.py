@@ -38,16 +38,17 @@ def damped(hessians: Tensor, damping: float) -> Tensor:
 
 
 def inverse_factor(hessians: Tensor) -> Tensor:
-    """Upper triangular U with Uᵀ U = H⁻¹ for positive definite H (…, n, n), in fp64."""
-    lower = torch.linalg.cholesky(hessians.double().flip(-1, -2))
-    identity = torch.eye(hessians.shape[-1], dtype=torch.float64, device=hessians.device)
+    """Upper triangular U with Uᵀ U = H⁻¹ for positive definite H (…, n, n), same dtype."""
+    lower = torch.linalg.cholesky(hessians.flip(-1, -2))
+    identity = torch.eye(hessians.shape[-1], dtype=hessians.dtype, device=hessians.device)
     upper = lower.flip(-1, -2)
     return torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True)
 
 
 def weighted_error(difference: Tensor, hessians: Tensor) -> Tensor:
     """e H eᵀ of every row e of `difference` (…, rows, n), H (…, n, n): (…, rows)."""
-    return (difference @ hessians * difference).sum(-1)
+    exact = difference.to(hessians.dtype)
+    return (exact @ hessians * exact).sum(-1)
 
 
 def gptq(
@@ -60,7 +61,7 @@ def gptq(
 ) -> list[Quantized]:
     """Quantise matrices of one shape together.
 
-    weights: (matrices, rows, n); hessians: (matrices, n, n); both fp32 on the same device.
+    weights: (matrices, rows, n), fp32; hessians: (matrices, n, n), fp64; on one device.
     clip_quantiles: of the absolute values of a row; the best for each row is kept.
     damping: share of the Hessian's mean diagonal; block_columns: columns solved at once.
     Returns one `Quantized` per matrix on that device.

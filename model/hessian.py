@@ -2,8 +2,9 @@
 
 A layer y = W x whose weight changes by E changes its output by E x, whose expected square over
 all outputs is tr(E H Eᵀ); so H weighs the errors of quantisation. H is collected by hooks on the
-ordinary modules during the ordinary packed forward pass, accumulated in fp32 whatever the dtype of
-the activations, summed over all processes and divided by the number of tokens.
+ordinary modules during the ordinary packed forward pass, summed over all processes and divided by
+the number of tokens. Products and sums are fp64: a few outlying units make H nearly of rank one,
+and the rounding of its largest eigenvalue in fp32 may then exceed the damping that GPTQ relies on.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ class _Moments:
     def add(self, name: str, x: Tensor) -> None:
         """Add the inputs x (T, inputs) of layer `name`."""
         if x is not self._input:  # query, key and value follow each other with the same input
-            flat = x.detach().reshape(-1, x.shape[-1]).float()
+            flat = x.detach().reshape(-1, x.shape[-1]).double()
             self._input, self._product = x, flat.T @ flat
         if name in self.sums:
             self.sums[name] += self._product
@@ -62,7 +63,7 @@ def collect_hessians(
     tokens_per_batch: int,
     group: Group,
 ) -> dict[str, Tensor]:
-    """Mean of x xᵀ over the inputs x of each module, fp32 (inputs, inputs), by its name.
+    """Mean of x xᵀ over the inputs x of each module, fp64 (inputs, inputs), by its name.
 
     modules: by the name of their weight, e.g. `model.matrices()`; `model.head`, the input of the
         tied embedding, is a module like the others.
@@ -80,6 +81,6 @@ def collect_hessians(
     count = group.all_reduce(torch.tensor(tokens.numel(), device=model.device))
     widths = group.broadcast_object({name: len(total) for name, total in moments.sums.items()})
     for name, width in widths.items():  # a process without text adds nothing
-        nothing = torch.zeros(width, width, device=model.device)
+        nothing = torch.zeros(width, width, dtype=torch.float64, device=model.device)
         moments.sums[name] = group.all_reduce(moments.sums.get(name, nothing)) / count
     return moments.sums

@@ -12,7 +12,7 @@ def problem(matrices=2, rows=12, columns=24, seed=0):
     torch.manual_seed(seed)
     mixing = torch.randn(matrices, columns, columns) * torch.rand(matrices, 1, columns)
     inputs = torch.randn(matrices, 500, columns) @ mixing
-    return torch.randn(matrices, rows, columns), inputs.mT @ inputs / 500
+    return torch.randn(matrices, rows, columns), (inputs.mT @ inputs / 500).double()
 
 
 def quantise(weights, hessians, bits=4, quantiles=QUANTILES, damping=0.01, block=7):
@@ -39,7 +39,7 @@ def textbook(weight, hessian, scales, bits):
 
 def test_the_identity_hessian_is_rounding_to_nearest():
     weights, _ = problem()
-    results = quantise(weights, torch.eye(24).repeat(2, 1, 1), quantiles=[1.0])
+    results = quantise(weights, torch.eye(24).double().repeat(2, 1, 1), quantiles=[1.0])
     for weight, result in zip(weights, results, strict=True):
         expected = round_to_nearest(weight, 4)
         assert torch.equal(result.codes, expected.codes)
@@ -69,7 +69,7 @@ def test_columns_go_in_the_order_of_the_diagonal():
 def test_the_factor_is_that_of_the_inverse():
     _, hessians = problem()
     factor = inverse_factor(hessians)
-    inverse = torch.linalg.inv(hessians.double())
+    inverse = torch.linalg.inv(hessians)
     torch.testing.assert_close(factor.mT @ factor, inverse)
     expected = torch.linalg.cholesky(inverse, upper=True)
     torch.testing.assert_close(factor, expected)
@@ -79,7 +79,8 @@ def test_the_weighted_error_is_the_mean_square_of_the_outputs_change():
     torch.manual_seed(0)
     inputs, difference = torch.randn(50, 8), torch.randn(3, 8)
     expected = (inputs @ difference.T).square().mean(0)
-    torch.testing.assert_close(weighted_error(difference, inputs.T @ inputs / 50), expected)
+    found = weighted_error(difference, inputs.T @ inputs / 50)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
@@ -117,6 +118,17 @@ def test_dead_columns_are_rounded_and_disturb_nothing():
     assert torch.equal(result.codes[:, 5], expected.codes[:, 5])
     (unknown,) = quantise(weights, torch.zeros_like(hessians), quantiles=[1.0])
     assert torch.equal(unknown.codes, expected.codes)
+
+
+def test_inputs_of_nearly_rank_one_are_solved():
+    torch.manual_seed(0)
+    inputs = (1000 * torch.randn(800, 1) + torch.randn(800, 512)).double()
+    weights = torch.randn(1, 8, 512)
+    hessians = (inputs.T @ inputs / 800)[None]
+    (result,) = gptq(weights, hessians, 6, [1.0], 1e-6, 128)
+    solved = weighted_error(weights[0] - result.dequantize(), hessians[0])
+    rounded = weighted_error(weights[0] - round_to_nearest(weights[0], 6).dequantize(), hessians[0])
+    assert solved.sum() < 0.05 * rounded.sum()
 
 
 def test_codes_and_scales_keep_their_limits():

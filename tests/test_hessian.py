@@ -37,7 +37,7 @@ def test_hessians_are_the_mean_over_separate_documents():
     found = collect_hessians(model, modules, tokens, 24, ALONE)
     assert found.keys() == modules.keys()
     for name, inputs in record_inputs(model, modules, tokens).items():
-        expected = (inputs.T @ inputs / len(inputs)).float()
+        expected = inputs.T @ inputs / len(inputs)
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
 
 
