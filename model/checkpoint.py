@@ -52,7 +52,8 @@ def save_checkpoint(path: str | Path, model: GPT, tensors: dict[str, Tensor] | N
 
     weights = model.state_dict() if tensors is None else tensors
     cpu = {name: t.detach().float().cpu().contiguous() for name, t in weights.items()}
-    metadata = {"format": FORMAT, "model": json.dumps(model.architecture())}
+    # One entry only: safetensors writes several in random order, and equal models are equal files.
+    metadata = {FORMAT: json.dumps(model.architecture(), sort_keys=True)}
     write_bytes(path, save(cpu, metadata))
 
 
@@ -71,12 +72,12 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> GPT
             f"{path}: damaged or not a checkpoint ({error})",
             "delete it and fetch it again (dvc pull) or train again",
         ) from error
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise InputError(
-            f"{path}: not a pocketlm checkpoint (format {metadata.get('format')!r})",
+            f"{path}: not a pocketlm checkpoint (of format {FORMAT})",
             "give a file that the train step wrote",
         )
-    return build(json.loads(metadata["model"]), tensors, path).to(device)
+    return build(json.loads(metadata[FORMAT]), tensors, path).to(device)
 
 
 def require_architecture(model: GPT, params: "ModelParams", path: str | Path) -> None:
