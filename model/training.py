@@ -29,7 +29,7 @@ Batches = Iterator[tuple[Tensor, Tensor, Documents]]
 
 def compile_blocks(model: GPT) -> None:
     """Compile each block by itself: one graph serves all, and warms up in about a minute."""
-    # Variants: first layer, value layers, rounded or not, boundaries of fixed or any number.
+    # Variants: the first layer, the value layers, each rounded or not, new sizes.
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
         block.compile()
@@ -43,6 +43,9 @@ class Trainer:
 
     def __init__(self, model: GPT, params: "TrainParams", matrix_bits: int, group: Group) -> None:
         self.model, self.params, self.group = model, params, group
+        self.compiled = params.compile and group.device.type == "cuda"
+        if self.compiled:
+            compile_blocks(model)
         self.optimizer = Optimizer(model, params, group)
         self.average = Average(dict(model.named_parameters()), params.ema_decay)
         self.rounding = StraightThrough(matrix_bits)
@@ -62,6 +65,8 @@ class Trainer:
         total = torch.zeros((), device=self.group.device)
         for _ in range(self.microbatches):
             tokens, targets, documents = next(batches)
+            if self.compiled:  # one graph for any number of documents, from the first batch on
+                torch._dynamo.maybe_mark_dynamic(documents.boundaries, 0)
             losses = self.model.losses(tokens, targets, documents)
             loss = losses.mean() / (self.microbatches * self.group.size)
             loss.backward()

@@ -28,7 +28,7 @@ from model.memory import peak_memory_mib
 from model.resume import State, load_state, run_key, save_state
 from model.run_log import read_log
 from model.schedule import Clock, Decisions, Schedule
-from model.training import Batches, Trainer, compile_blocks
+from model.training import Batches, Trainer
 from steps.common import Bar, Step, progress, run
 
 SECTIONS = ("model", "train", "evaluate", "ops")
@@ -76,9 +76,6 @@ class Training:
         # The seed decides the initial weights; the order of the data is the same for all seeds.
         torch.manual_seed(step.seed or 0)
         model = GPT(params.model).to(group.device)
-        self.compiled = self.params.compile and group.device.type == "cuda"
-        if self.compiled:
-            compile_blocks(model)
         self.trainer = Trainer(model, self.params, params.quantize.matrix_bits, group)
         self.data = TrainingBatches(
             stream, self.params, params.model.sequence_length, group, group.device
@@ -114,7 +111,7 @@ class Training:
             self.seconds = facts["seconds"]
         self.step.open_log(SECTIONS, keep_lines=facts["log_lines"] if facts else 0)
         self.step.log.event("state", found=found, steps=self.trainer.steps)
-        self.step.log.event("ops", choice=self.choice, compiled=self.compiled)
+        self.step.log.event("ops", choice=self.choice, compiled=self.trainer.compiled)
 
     def save(self, seconds: float) -> None:
         """Write the state, so that a later run continues from here."""
