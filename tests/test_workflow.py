@@ -241,6 +241,12 @@ def test_row_5_clone_and_pull(clone: Checkout, engine: list[str]) -> None:
     assert clone.run("git", "status", "--porcelain") == ""
 
 
+def test_clone_without_pull_says_so(finished: Checkout, tmp_path: Path) -> None:
+    path = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(finished.path), str(path)], check=True)
+    assert "`dvc pull` fetches them" in Checkout(path).run("snakemake", "-n")
+
+
 def test_row_6_clone_and_a_ttt_value(clone: Checkout, engine: list[str]) -> None:
     clone.set("ttt.lr", "3e-4")
     assert clone.steps_run_by(*engine) == sorted([*TTT, *REPORT])

@@ -24,6 +24,10 @@ LOCKED = (
     "note: another run is going on in this directory. If none is (one was killed): "
     "`snakemake --unlock`, then run again; what was finished is kept."
 )
+ABSENT = (
+    "note: results of {} are recorded in dvc.lock but not here: `dvc pull` fetches them if they "
+    "were pushed; otherwise what is needed of them is made again."
+)
 
 
 @cache
@@ -76,7 +80,11 @@ def sync(params: Params) -> None:
     if any(Path(".snakemake/locks").glob("*.lock")):
         print(LOCKED, file=sys.stderr)
         return
-    stale = _stale_stages()
+    status = _status()
+    stale = {stage for stage, causes in status.items() if causes - {"deleted", "not in cache"}}
+    absent = [stage for stage in status if stage not in stale and "not in cache" in status[stage]]
+    if absent:
+        print(ABSENT.format(", ".join(absent)), file=sys.stderr)
     for name, stage in stages().items():
         for seed in params.seeds if "matrix" in stage else [None]:
             outputs = [out.format(seed=seed) for out in outs(name)]
@@ -103,10 +111,11 @@ def _source_files(path: Path) -> list[str]:
     return sorted(str(file) for file in files if "__pycache__" not in file.parts)
 
 
-def _stale_stages() -> set[str]:
-    """Stages (`train@0`) whose command, parameters, inputs or outputs differ from dvc.lock.
+def _status() -> dict[str, set[str]]:
+    """How stages (`train@0`) differ from dvc.lock, in DVC's words ("modified", "deleted", …).
 
-    What is merely absent (a clone without all of its data) does not make a stage stale.
+    What is merely absent, "deleted" or "not in cache", is no reason to call a stage stale: a clone
+    need not hold all of its data.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -118,15 +127,14 @@ def _stale_stages() -> set[str]:
         raise InputError(
             f"dvc status: {error}", "make `dvc status` work, then run again"
         ) from error
-    return {stage for stage, changes in status.items() if any(map(_is_change, changes))}
+    return {stage: set().union(*map(_causes, changes)) for stage, changes in status.items()}
 
 
-def _is_change(change: Any) -> bool:
-    """Whether an entry of `dvc status` tells of other content."""
-    if not isinstance(change, dict):
-        return change == "changed command"
-    causes = [cause for files in change.values() for cause in files.values()]
-    return any(cause not in ("deleted", "not in cache") for cause in causes)
+def _causes(change: Any) -> set[str]:
+    """The words in an entry of `dvc status`: a sentence, or mappings from files and keys."""
+    if isinstance(change, dict):
+        return set().union(*map(_causes, change.values()))
+    return {change}
 
 
 def _times(paths: Sequence[str]) -> list[float]:
