@@ -143,8 +143,8 @@ def write_texts(directory: Path) -> None:
 
 
 def make_checkout(path: Path) -> Checkout:
-    """Copy the repository's own files and choose the miniature experiment; nothing is run."""
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    """Copy the files that git tracks and choose the miniature experiment; nothing is run."""
+    listing = ["git", "ls-files", "-z"]
     names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True, text=True).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file() and name != "dvc.lock":
