@@ -185,11 +185,11 @@ def test_absent_file_says_how_to_write_one(tmp_path: Path) -> None:
 
 
 def test_number_without_a_point(tmp_path: Path) -> None:
-    path = tmp_path / "params.yaml"
-    text = render(compose("demo"))
-    path.write_text(text.replace("lr: 0.001 ", "lr: 1e-3 "))
+    path, params = tmp_path / "params.yaml", compose("demo", ["ttt.lr=1e-3"])
+    text = render(params)
+    path.write_text(text.replace("  lr: 0.001 ", "  lr: 1e-3 "))
     assert path.read_text() != text
-    assert load_params(path) == compose("demo")
+    assert load_params(path) == params
 
 
 def test_matrix_values_of_the_record() -> None:
