@@ -40,11 +40,11 @@ class Score:
     bytes: int
 
     @classmethod
-    def of(cls, losses: Sequence[np.ndarray], target_bytes: Sequence[np.ndarray]) -> "Score":
+    def of(cls, losses: Sequence[np.ndarray], sizes: Sequence[np.ndarray]) -> "Score":
         """Sum arrays of losses (nats) and of target bytes, one of each per document, in fp64."""
         nats = math.fsum(float(loss.sum(dtype=np.float64)) for loss in losses)
         tokens = sum(loss.size for loss in losses)
-        return cls(nats, tokens, sum(int(count.sum(dtype=np.int64)) for count in target_bytes))
+        return cls(nats, tokens, sum(int(count.sum(dtype=np.int64)) for count in sizes))
 
     def __add__(self, other: "Score") -> "Score":
         return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
@@ -78,20 +78,6 @@ class Window:
 def targets_of(document: np.ndarray) -> np.ndarray:
     """The targets of a document (n,), in its dtype: its pieces, then the BOS that closes it."""
     return np.roll(document, -1)  # a document begins with the BOS that would follow it
-
-
-def target_bytes(
-    document: np.ndarray, token_bytes: np.ndarray, leading_space: np.ndarray, control: np.ndarray
-) -> np.ndarray:
-    """Bytes of text each target stands for, int16 (n,).
-
-    document: token ids (n,). By token id: token_bytes, bytes without a leading space;
-    leading_space, bool, whether one byte more counts unless a control token precedes; control,
-    bool, whether it is such a token.
-    """
-    targets = targets_of(document)
-    space = leading_space[targets] & ~control[document]
-    return (token_bytes[targets] + space).astype(np.int16)
 
 
 def plain_losses(

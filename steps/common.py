@@ -29,6 +29,8 @@ from model.files import write_bytes, write_json
 from model.run_log import RunLog, step_errors, write_provenance
 from workflow.params import Params, load_params
 
+TOKENS = Path("artifacts/tokenize/tokens")  # what `tokenize` makes of the text
+
 
 @dataclass
 class Step:

@@ -30,10 +30,9 @@ from model.gpt import GPT
 from model.hessian import collect_hessians
 from model.quantizer import Quantized
 from model.storage import relative_errors, store_matrices, store_model
-from steps.common import Step, progress, run
+from steps.common import TOKENS, Step, progress, run
 
 SECTIONS = ("quantize", "evaluate", "ops")
-TOKENS = Path("artifacts/tokenize")
 ROOT = Path(__file__).parents[1]
 
 

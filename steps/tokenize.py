@@ -20,7 +20,7 @@ from data.sources.fineweb import fetch_published, open_published
 from data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
 from model.errors import InputError
 from model.files import sha256, write_bytes
-from steps.common import Step, progress, run
+from steps.common import TOKENS, Step, progress, run
 from workflow.params import TokenizerParams
 
 SECTIONS = ("data", "tokenizer")
@@ -36,10 +36,10 @@ def main(step: Step) -> None:
     else:
         manifest, inputs = tokenized(step)
     require_documents(manifest)
-    publish(manifest, step.output)
+    publish(manifest, TOKENS)
     metrics: dict[str, Any] = {split: manifest.totals(split) for split in SPLITS}
     metrics["seconds"] = round(time.perf_counter() - step.started, 2)
-    step.publish(metrics, SECTIONS, inputs, [step.output / MANIFEST, step.output / TOKENIZER])
+    step.publish(metrics, SECTIONS, inputs, [TOKENS / MANIFEST, TOKENS / TOKENIZER])
 
 
 def published(step: Step) -> tuple[Manifest, list[Path]]:

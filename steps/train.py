@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer, check_vocabulary
 from model import ops
 from model.checkpoint import build, save_checkpoint
 from model.errors import InputError
-from model.evaluation import Score, plain_losses, target_bytes
+from model.evaluation import Score, plain_losses, targets_of
 from model.files import sha256, write_bytes
 from model.gpt import GPT
 from model.memory import peak_memory_mib
@@ -29,11 +29,10 @@ from model.resume import State, load_state, run_key, save_state
 from model.run_log import read_log
 from model.schedule import Clock, Decisions, Schedule
 from model.training import Batches, Trainer
-from steps.common import Bar, Step, progress, run
+from steps.common import TOKENS, Bar, Step, progress, run
 
 SECTIONS = ("model", "train", "evaluate", "ops")
 CURVE = ("step", "seconds", "tokens", "loss", "lr")
-TOKENS = Path("artifacts/tokenize")
 
 
 def main(step: Step) -> None:
@@ -216,8 +215,7 @@ def validate(
     if not step.group.is_main:
         return None
     tokenizer = Tokenizer(manifest.tokenizer)
-    tables = (*tokenizer.token_bytes(), tokenizer.control)
-    return Score.of(losses, [target_bytes(document, *tables) for document in documents])
+    return Score.of(losses, [tokenizer.sizes(targets_of(document)) for document in documents])
 
 
 def publish(step: Step, training: Training, score: Score | None) -> None:

@@ -29,10 +29,9 @@ from model.files import atomic_file
 from model.gpt import GPT
 from model.memory import peak_memory_mib
 from model.ttt import ttt_losses
-from steps.common import Step, progress, run
+from steps.common import TOKENS, Step, progress, run
 
 SECTIONS = ("evaluate", "ttt", "ops")
-TOKENS = Path("artifacts/tokenize")
 SCORES = ("plain", "sliding", "ttt")
 DOCUMENTS_PER_ROW_GROUP = 1024
 

@@ -11,7 +11,6 @@ from model.evaluation import (
     Score,
     plain_losses,
     sliding_losses,
-    target_bytes,
     targets_of,
 )
 from model.gpt import GPT
@@ -127,16 +126,6 @@ def test_weights_stay_trainable_and_without_gradients() -> None:
     losses = plain_losses(model, random_documents([40]), 64, ALONE)
     assert np.isfinite(losses[0]).all()
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-
-
-def test_target_bytes_count_a_leading_space_unless_a_control_token_precedes() -> None:
-    sizes = np.array([0, 0, 0, 0, 3, 1])
-    leading = np.array([False, False, False, False, True, False])
-    control = np.array([True, True, True, False, False, False])
-    document = np.array([BOS, 4, 4, 5, 2, 4], np.uint16)
-    counts = target_bytes(document, sizes, leading, control)
-    assert counts.dtype == np.int16
-    np.testing.assert_array_equal(counts, [3, 4, 1, 0, 3, 0])
 
 
 def test_score_adds_and_converts() -> None:

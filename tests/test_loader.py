@@ -12,7 +12,7 @@ from data.loader import TokenStream, TrainingBatches, pack_span, validation_docu
 from data.shards import BOS, Manifest, ShardWriter
 from model.distributed import Group
 from model.errors import InputError
-from model.evaluation import target_bytes
+from model.evaluation import targets_of
 from tests.corpora import sentences, small_tokenizer
 from workflow.preset import compose
 
@@ -230,9 +230,8 @@ def test_a_split_without_documents_is_refused(tmp_path):
 
 def test_bytes_of_a_documents_targets_are_its_normalised_length(tmp_path):
     tokenizer = small_tokenizer(tmp_path / "tokenizer.model")
-    sizes, leading_space = tokenizer.token_bytes()
     for text in (*sentences(20, seed=5), "漢字  \u2581 x", " ", "👍"):
         document = np.array([BOS, *tokenizer.encode([text])[0]], np.uint16)
-        counted = target_bytes(document, sizes, leading_space, tokenizer.control)
+        counted = tokenizer.sizes(targets_of(document))
         assert counted.sum() == len(tokenizer.normalize(text).encode())
         assert counted[:-1].tolist() == tokenizer.sizes(document)[1:].tolist()

@@ -50,7 +50,7 @@ def write_params(directory: Path, *changes: str) -> None:
 def inputs(tmp_path_factory) -> Path:
     """What the earlier steps leave behind."""
     root = tmp_path_factory.mktemp("inputs")
-    tokens = root / "artifacts/tokenize"
+    tokens = root / "artifacts/tokenize/tokens"
     tokens.mkdir(parents=True)
     tokenizer = small_tokenizer(tokens / "tokenizer.model")
     shards: dict[Split, list[Shard]] = {}

@@ -81,8 +81,8 @@ def workplace(path: Path, tokens: Path, **train: Any) -> Path:
     values["quantize"]["calibration_tokens"] = 32
     values["ttt"]["context"] = 32
     values["train"] |= TRAIN | train
-    (path / "artifacts").mkdir(parents=True)
-    (path / "artifacts/tokenize").symlink_to(tokens)
+    (path / "artifacts/tokenize").mkdir(parents=True)
+    (path / "artifacts/tokenize/tokens").symlink_to(tokens)
     (path / "params.yaml").write_text(yaml.safe_dump(values))
     return path
 

@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes = [f"model.vocabulary={VOCABULARY}", f"tokenizer.vocabulary={VOCABULARY}"]
     params = compose("miniature", changes, place)
     (place / "params.yaml").write_text(render(params))
-    write_tokens(place / "artifacts/tokenize", params)
+    write_tokens(place / "artifacts/tokenize/tokens", params)
     write_artifact(place / "artifacts/quantize/seed0/model.pocket", params)
     return place
 
@@ -106,7 +106,7 @@ def test_table_has_one_row_for_each_target(place: Path, results: dict) -> None:
     types = ["int32", "int32", "uint16", "int16", "float32", "float32", "float32"]
     columns = ["document", "position", "token", "bytes", "plain", "sliding", "ttt"]
     assert table.dtypes.astype(str).to_dict() == dict(zip(columns, types, strict=True))
-    manifest = Manifest.load(place / "artifacts/tokenize")
+    manifest = Manifest.load(place / "artifacts/tokenize/tokens")
     tokenizer = Tokenizer(manifest.tokenizer)
     documents = validation_documents(manifest, 4)
     assert table["document"].unique().tolist() == [0, 1, 2, 3]
@@ -120,7 +120,7 @@ def test_table_has_one_row_for_each_target(place: Path, results: dict) -> None:
 
 def test_ttt_column_holds_the_losses_of_the_artifact(place: Path, results: dict) -> None:
     params = load_params(place / "params.yaml")
-    documents = validation_documents(Manifest.load(place / "artifacts/tokenize"), 4)
+    documents = validation_documents(Manifest.load(place / "artifacts/tokenize/tokens"), 4)
     model = write_artifact(place / "again.pocket", params)
     losses = ttt_losses(model, documents, params.ttt, Group(0, 1, torch.device("cpu")))
     np.testing.assert_allclose(results[1][0]["ttt"], np.concatenate(losses), atol=1e-4)
