@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 report: $(INSTALLED)
 	@[ -e params.yaml ] || $(BIN)/python -m workflow.preset demo
-	@$(BIN)/snakemake --cores all report
+	@$(BIN)/snakemake --cores all report --quiet host reason
 	@cat artifacts/report/headline.txt
 
 test: $(INSTALLED)

@@ -102,6 +102,6 @@ rule report:
     output:
         [embedded(out) for out in outs("report")],
     message:
-        "report"
+        "report: artifacts/report/report.md, and in short headline.txt"
     shell:
         REPRODUCE + "report"

@@ -21,16 +21,14 @@ def main(step: Step) -> None:
     summary = summarise(results, step.params)
     output = step.output
     drawings, blocks = draw(results, summary), report(summary)
-    lines = headline(summary, str(output / "report.md"))
     texts = {
         **drawings,
         "report.md": to_markdown(blocks),
         "report.html": to_html(blocks, TITLE, drawings),
-        "headline.txt": lines,
+        "headline.txt": headline(summary, str(output / "report.md")),
     }
     for name, text in texts.items():
         write_bytes(output / name, text.encode())
-    print(lines, end="", flush=True)
     inputs = [file for seed in seeds for file in result_files(root, seed)]
     step.publish(summary, SECTIONS, inputs, [output / name for name in texts])
 
