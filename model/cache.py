@@ -25,10 +25,12 @@ class LayerCache:
     values: Tensor
     length: int = 0
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (rows, new, kv_heads, d); return all keys and values so far.
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append k and v (rows, new, kv_heads, d); return keys, values and who may see what.
 
-        Gradients flow to the new k and v only.
+        Keys and values are (rows, total, kv_heads, d), the new tokens last; gradients flow to the
+        new ones only. The third is bool (new, total) or (rows, 1, new, total), True where a new
+        token may look, or None: every one may look everywhere.
         """
         end = self.length + k.shape[1]
         if end > self.keys.shape[1]:
@@ -40,7 +42,10 @@ class LayerCache:
         self.keys[:, self.length : end] = k.detach()
         self.values[:, self.length : end] = v.detach()
         self.length = end
-        return keys, values
+        new = k.shape[1]
+        positions = torch.arange(end, device=k.device)
+        visible = positions <= positions[end - new :, None] if new > 1 else None
+        return keys, values, visible
 
 
 class Cache:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cache import LayerCache
 from model.documents import Documents
 from model.errors import InputError
 from model.ops import varlen
+from model.ops.cached import cached_attention as cached_attention
 
 AUTO_ORDER = ("flash_attn_2", "torch_varlen", "padded")
 
@@ -59,23 +59,6 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> T
     """
     choice = _choices.get(q.device.type) or configure("auto", q.device)
     return varlen.IMPLEMENTATIONS[choice.attention](q, k, v, documents)
-
-
-def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: LayerCache
-) -> Tensor:
-    """Attention of new tokens to cached ones and to each other, then cache them.
-
-    q (rows·new, heads, d), k and v (rows·new, kv_heads, d); documents: uniform rows.
-    """
-    rows = documents.count
-    q, k, v = (x.view(rows, -1, *x.shape[1:]) for x in (q, k, v))
-    keys, values = cache.extend(k, v)
-    new, total = q.shape[1], keys.shape[1]
-    positions = torch.arange(total, device=q.device)
-    visible = positions <= positions[total - new :, None] if new > 1 else None
-    y = varlen.dense(q, keys, values, mask=visible)
-    return y.flatten(0, 1)
 
 
 def leaky_relu_squared(x: Tensor) -> Tensor:
