@@ -7,9 +7,14 @@
 All text is packed documents (`model.documents`). `adapters` adds test-time LoRAs and `cache`
 continues earlier text; both leave the mathematics of the model as it is. Every component can be
 switched off by its parameter; the record preset has 27,067,484 parameters.
+
+The pass has three parts, each of which `compile_parts` compiles by itself: the input embedding, the
+blocks (one graph for all that are alike), and the loss. One graph of the whole model would take
+eleven times as long to compile.
 """
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +56,18 @@ class Adapters(Protocol):
         ...
 
 
+class Input(NamedTuple):
+    """What the blocks work on.
+
+    embedding: normed and smeared, (T, width) in the compute dtype; turns: of `rotation`;
+    values: value embeddings (T, kv_heads·d) or None.
+    """
+
+    embedding: Tensor
+    turns: tuple[Tensor, Tensor]
+    values: Tensor | None
+
+
 class TiedHead(nn.Module):
     """The output projection by the token embedding; a module so that hooks see its input."""
 
@@ -89,6 +106,15 @@ class GPT(nn.Module):
         half = params.layers // 2
         self.skip_weights = nn.Parameter(torch.ones(half, width)) if params.skips and half else None
         self.head = TiedHead()
+        self._input: Callable[..., Input] = self._embed
+        self._score: Callable[..., Tensor] = self._losses
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the parts of the forward pass; `options` are those of `torch.compile`."""
+        for block in self.blocks:
+            block.compile(**options)
+        self._input = torch.compile(self._embed, **options)
+        self._score = torch.compile(self._losses, **options)
 
     def matrices(self) -> dict[str, Linear]:
         """The matrices of the blocks by the name of their weight: what Muon and GPTQ treat."""
@@ -137,14 +163,7 @@ class GPT(nn.Module):
         select: int64 indices of the tokens whose logits are wanted; None: all.
         """
         x = self.hidden(tokens, documents, adapters, cache)
-        if select is not None:
-            x = x[select]
-        x = rms_norm(x)
-        logits = self.head(x, self.embedding)
-        if adapters is not None and (delta := adapters.head(x, select)) is not None:
-            logits = logits + delta
-        cap = self.params.softcap
-        return cap * torch.tanh(logits.float() / cap) if cap else logits.float()
+        return self._logits(x, adapters, select)
 
     def losses(
         self,
@@ -156,8 +175,23 @@ class GPT(nn.Module):
         select: Tensor | None = None,
     ) -> Tensor:
         """Negative log-likelihood of `targets` (one per selected token) in nats, fp32."""
-        logits = self(tokens, documents, adapters, cache, select)
-        return F.cross_entropy(logits, targets, reduction="none")
+        x = self.hidden(tokens, documents, adapters, cache)
+        return self._score(x, targets, adapters, select)
+
+    def _losses(
+        self, x: Tensor, targets: Tensor, adapters: Adapters | None, select: Tensor | None
+    ) -> Tensor:
+        return F.cross_entropy(self._logits(x, adapters, select), targets, reduction="none")
+
+    def _logits(self, x: Tensor, adapters: Adapters | None, select: Tensor | None) -> Tensor:
+        if select is not None:
+            x = x[select]
+        x = rms_norm(x)
+        logits = self.head(x, self.embedding)
+        if adapters is not None and (delta := adapters.head(x, select)) is not None:
+            logits = logits + delta
+        cap = self.params.softcap
+        return cap * torch.tanh(logits.float() / cap) if cap else logits.float()
 
     def hidden(
         self,
@@ -167,53 +201,55 @@ class GPT(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """Residual stream after the last block, (T, width) in the compute dtype."""
-        x = self._embed(tokens, documents, adapters, cache)
-        values = None
-        if self.value_embedding is not None:
-            values = self.value_embedding(tokens).to(self.dtype)
-        positions = documents.positions + (cache.length if cache else 0)
-        turns = rotation(positions, self.params.rope_width, self.params.rope_base)
+        _ = documents.first  # where documents begin is found once, outside the compiled parts
+        x0, turns, values = self._input(tokens, documents, adapters, cache)
         if cache is not None:
             cache.length += documents.total // cache.rows
-        return self._run_blocks(x, documents, turns, values, adapters, cache)
+        return self._run_blocks(x0, documents, turns, values, adapters, cache)
 
     def _run_blocks(
         self,
-        x: Tensor,
+        x0: Tensor,
         documents: Documents,
         turns: tuple[Tensor, Tensor],
         values: Tensor | None,
         adapters: Adapters | None,
         cache: Cache | None,
     ) -> Tensor:
-        x0 = x
-        skipped: list[Tensor] = []
-        half = 0 if self.skip_weights is None else self.skip_weights.shape[0]
+        # Views, as one object in two places would make compiled graphs of their own.
+        x = x0.view_as(x0)
+        skips = () if self.skip_weights is None else self.skip_weights.unbind()
+        earlier: list[Tensor] = []
         no_deltas: Deltas = {}
         for layer, block in enumerate(self.blocks):
-            if self.skip_weights is not None and half <= layer < 2 * half:
-                x = x + self.skip_weights[layer - half].to(x.dtype) * skipped.pop()
+            second_half = len(skips) <= layer < 2 * len(skips)
             x = block(
                 x,
                 x0,
+                (earlier.pop(), skips[layer - len(skips)]) if second_half else None,
                 documents,
                 turns,
                 values if layer in self.params.value_layers else None,
                 adapters.block(layer) if adapters else no_deltas,
                 cache.layers[layer] if cache else None,
             )
-            if layer < half:
-                skipped.append(x)
+            if layer < len(skips):
+                earlier.append(x.view_as(x))
         return x
 
     def _embed(
         self, tokens: Tensor, documents: Documents, adapters: Adapters | None, cache: Cache | None
-    ) -> Tensor:
-        """Normed and smeared input embedding, (T, width) in the compute dtype."""
+    ) -> Input:
+        """Everything that the blocks get from the tokens and their positions."""
+        positions = documents.positions + (cache.length if cache else 0)
+        turns = rotation(positions, self.params.rope_width, self.params.rope_base)
+        values = None
+        if self.value_embedding is not None:
+            values = self.value_embedding(tokens, self.dtype)
         before = previous(tokens, documents, cache.last_token if cache else NO_TOKEN)
         x = F.embedding(tokens, self.embedding)
         if self.bigram is not None:
-            x = x + self.bigram(tokens, before)
+            x = x + self.bigram(tokens, before, self.dtype)
         if adapters is not None and (delta := adapters.embedding(tokens, before)) is not None:
             x = x + delta
         normed = rms_norm(x).to(self.dtype)
@@ -222,4 +258,4 @@ class GPT(nn.Module):
             x = self.smear(x, documents, cache.last_embedding if cache else 0)
         if cache is not None:
             cache.remember(tokens, normed)
-        return x
+        return Input(x, turns, values)

@@ -2,14 +2,13 @@
 
 A row w becomes s·round(w/s) on the grid of the artifact (`model.quantizer`), with nothing clipped.
 The rounding has no useful derivative; the straight-through estimator (Bengio et al. 2013) takes it
-for the identity, so the fp32 master weights go on learning.
+for the identity, so the fp32 master weights go on learning. `model.working_weights` applies it.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from model.gpt import GPT
 from model.quantizer import SMALLEST_SCALE, encode, largest_code
 
 
@@ -26,9 +25,3 @@ class StraightThrough:
         scale = scale.half().float().clamp(min=SMALLEST_SCALE)
         rounded = encode(values, scale, self.bits) * scale
         return weight + (rounded - values)
-
-
-def set_rounding(model: GPT, rounding: StraightThrough | None) -> None:
-    """Round the matrices of the blocks in every forward pass from now on, or stop to (None)."""
-    for matrix in model.matrices().values():
-        matrix.rounding = rounding

@@ -19,20 +19,13 @@ from model.errors import InputError
 from model.gpt import GPT
 from model.muon import Slot
 from model.optimizer import Optimizer
-from model.qat import StraightThrough, set_rounding
+from model.qat import StraightThrough
+from model.working_weights import WorkingWeights
 
 if TYPE_CHECKING:
     from workflow.params import TrainParams
 
 Batches = Iterator[tuple[Tensor, Tensor, Documents]]
-
-
-def compile_blocks(model: GPT) -> None:
-    """Compile each block by itself: one graph serves all, and warms up in about a minute."""
-    # Variants: the first layer, the value layers, each rounded or not, new sizes.
-    torch._dynamo.config.recompile_limit = 64
-    for block in model.blocks:
-        block.compile()
 
 
 class Trainer:
@@ -45,46 +38,55 @@ class Trainer:
         self.model, self.params, self.group = model, params, group
         self.compiled = params.compile and group.device.type == "cuda"
         if self.compiled:
-            compile_blocks(model)
+            model.compile_parts()
         self.optimizer = Optimizer(model, params, group)
         self.average = Average(dict(model.named_parameters()), params.ema_decay)
         self.rounding = StraightThrough(matrix_bits)
+        self.working = WorkingWeights(model)
         self.microbatches = params.tokens_per_step // params.tokens_per_microbatch // group.size
         self.steps = 0
 
     def step(self, batches: Batches, multiplier: float) -> Tensor:
-        """Take one optimizer step on this process's next micro-batches.
+        """Take one optimizer step on this process's next `microbatches`.
 
         multiplier: of every learning rate; below `qat_threshold` the matrices are rounded.
         Returns this process's part of the mean loss (nats per token, 0-dimensional, on the
         device): the sum over the processes is the mean over the step's tokens.
         """
+        return self._step(batches, multiplier, self.microbatches)
+
+    def _step(self, batches: Batches, multiplier: float, microbatches: int) -> Tensor:
         rounded = multiplier < self.params.qat_threshold
-        set_rounding(self.model, self.rounding if rounded else None)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.group.device)
-        for _ in range(self.microbatches):
-            tokens, targets, documents = next(batches)
-            if self.compiled:  # one graph for any number of documents, from the first batch on
-                torch._dynamo.maybe_mark_dynamic(documents.boundaries, 0)
-            losses = self.model.losses(tokens, targets, documents)
-            loss = losses.mean() / (self.microbatches * self.group.size)
-            loss.backward()
-            total += loss.detach()
+        with self.working.in_use(self.rounding if rounded else None):
+            for _ in range(microbatches):
+                total += self._microbatch(*next(batches))
+                self.working.collect()
         self.optimizer.step(self.steps, multiplier)
         self.steps += 1
         self.average.update(self.steps)
         return total
 
-    def warm_up(self, batches: Batches) -> None:
-        """Take `warmup_steps` steps of each kind, rounded and not, and undo them exactly.
+    def _microbatch(self, tokens: Tensor, targets: Tensor, documents: Documents) -> Tensor:
+        """Add the gradients of one micro-batch; its share of the step's mean loss."""
+        if self.compiled:  # one graph for any number of documents, from the first batch on
+            torch._dynamo.maybe_mark_dynamic(documents.boundaries, 0)
+        losses = self.model.losses(tokens, targets, documents)
+        loss = losses.mean() / (self.microbatches * self.group.size)
+        loss.backward()
+        return loss.detach()
 
-        Compiles, fills allocators and caches, and gives all processes the main one's weights.
+    def warm_up(self, batches: Batches) -> None:
+        """Take a step of one micro-batch for each kind, rounded and not, and undo them exactly.
+
+        One micro-batch compiles all there is to compile, one step loads the optimizer's kernels
+        and opens the connections between processes. The rest is forgotten, and all processes get
+        the main one's weights.
         """
         steps, state = self.steps, self.state()
         for multiplier in (1.0, 0.0) if self.params.qat_threshold else (1.0,):
-            for _ in range(self.params.warmup_steps):
-                self.step(batches, multiplier)
+            self._step(batches, multiplier, 1)
         self.load(state, steps)
 
     def state(self) -> dict[str, Tensor]:

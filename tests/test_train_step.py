@@ -37,7 +37,6 @@ TRAIN: dict[str, Any] = {
     "budget_seconds": None,
     "tokens_per_step": 256,
     "tokens_per_microbatch": 64,
-    "warmup_steps": 1,
     "cooldown_steps": 12,
     "matrix_lr": 0.01,
     "embedding_lr": 0.01,
@@ -215,7 +214,7 @@ def trainer(seed: int = 0, **changes: Any) -> Trainer:
 
 
 def test_warm_up_leaves_no_trace_and_draws_no_random_numbers():
-    cold, warm = trainer(), trainer(warmup_steps=3)
+    cold, warm = trainer(), trainer()
     random_state = torch.get_rng_state()
     warm.warm_up(batches())
     assert torch.equal(torch.get_rng_state(), random_state)

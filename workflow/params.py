@@ -130,10 +130,7 @@ class TrainParams(Section):
     )
     tokens_per_step: Count = about("batch of one optimizer step, all processes together", "tokens")
     tokens_per_microbatch: Count = about("flat span one process takes at once", "tokens")
-    warmup_steps: Natural = about(
-        "run before the clock and undone, with and without rounding", "steps each"
-    )
-    compile: bool = about("compile the blocks on CUDA, during the warm-up; CPUs always run eagerly")
+    compile: bool = about("compile the model on CUDA, before the clock; CPUs always run eagerly")
     cooldown_steps: Natural = about("lr falls linearly to 0 over the last so many steps", "steps")
     matrix_lr: Positive = about("Muon, matrices of the blocks")
     embedding_lr: Positive = about("AdamW, embedding tables")

@@ -5,6 +5,10 @@ key/value head); some layers add s·VE(token) to v. q and k are RMS-normed per h
 and q is multiplied by a learned gain per head; the scale is 1/sqrt(head width). Exclusive
 attention (XSA) removes from each head's result y the direction v̂ of the token's own value,
 y ← y − (y·v̂)v̂, so that a head can only report what *other* tokens say.
+
+In a training step q, k and v are one product with a working copy of the three matrices
+(`model.working_weights`); everywhere else they are three, so that each is a module whose input
+hooks see and to which adapters add.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,6 +51,7 @@ class Attention(nn.Module):
         self.key = Linear(params.width, params.kv_heads * params.head_width)
         self.value = Linear(params.width, params.kv_heads * params.head_width)
         self.output = Linear(params.heads * params.head_width, params.width, zero=True)
+        self.working: Tensor | None = None  # query, key and value, one below the other
         self.gain = nn.Parameter(torch.full((params.heads,), params.query_gain))
         self.value_gain = nn.Parameter(torch.ones(())) if uses_values else None
 
@@ -65,10 +70,7 @@ class Attention(nn.Module):
         deltas: what adapters add to `query`, `key`, `value`, and (site `attention`) to the result,
         each a function of n; cache: earlier keys and values of the same documents.
         """
-        q, k, v = (
-            layer(n) + deltas[site](n) if site in deltas else layer(n)
-            for site, layer in (("query", self.query), ("key", self.key), ("value", self.value))
-        )
+        q, k, v = self._project(n, deltas)
         if self.value_gain is not None and values is not None:
             v = v + self.value_gain.to(v.dtype) * values
         q = q.view(-1, self.heads, self.head_width)
@@ -84,3 +86,13 @@ class Attention(nn.Module):
             y = exclude_own_value(y, v)
         result = self.output(y.flatten(1))
         return result + deltas["attention"](n) if "attention" in deltas else result
+
+    def _project(self, n: Tensor, deltas: Deltas) -> tuple[Tensor, ...]:
+        layers = {"query": self.query, "key": self.key, "value": self.value}
+        if self.working is not None:
+            widths = [layer.weight.shape[0] for layer in layers.values()]
+            return F.linear(n, self.working).split(widths, dim=-1)
+        return tuple(
+            layer(n) + deltas[site](n) if site in deltas else layer(n)
+            for site, layer in layers.items()
+        )

@@ -1,8 +1,12 @@
-"""One transformer block: u = m₀⊙x + m₁⊙x₀; x = u + a⊙Attention(n(u)); x += b⊙MLP(n(x)).
+"""One transformer block: u = m₀⊙(x + w⊙s) + m₁⊙x₀; x = u + a⊙Attention(n(u)); x += b⊙MLP(n(x)).
 
-x₀, the normed input embedding, is mixed back into every block; the normed inputs n(·) shrink by
-1/sqrt(layer + 1), which keeps deep layers from drowning the earlier ones; a and b are learned per
-channel. The depth scale is a tensor, so that one compiled graph serves all blocks.
+s is the output of an earlier block (U-Net skip, second half only); x₀, the normed input embedding,
+is mixed back into every block; the normed inputs n(·) shrink by 1/sqrt(layer + 1), which keeps deep
+layers from drowning the earlier ones; a and b are learned per channel.
+
+What differs between blocks comes in as tensors (the depth scale is one), so that one compiled graph
+serves all blocks that have a skip or not, and value embeddings or not. In a training step a and b
+are part of the working copies of the output matrices (`model.working_weights`).
 """
 
 from typing import TYPE_CHECKING
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from model.cache import LayerCache
 from model.documents import Documents
 from model.layers.attention import Attention, Deltas
+from model.layers.linear import Linear
 from model.layers.mlp import MLP
 from model.layers.norm import rms_norm
 
@@ -46,29 +51,37 @@ class Block(nn.Module):
         self,
         x: Tensor,
         x0: Tensor,
+        skip: tuple[Tensor, Tensor] | None,
         documents: Documents,
         turns: tuple[Tensor, Tensor],
         values: Tensor | None,
         deltas: Deltas,
         cache: LayerCache | None,
     ) -> Tensor:
-        """Map x (T, width) to (T, width); see `Attention.forward` for the other arguments."""
+        """Map x (T, width) to (T, width); see `Attention.forward` for the other arguments.
+
+        skip: an earlier block's output (T, width) and its weights (width,), or None.
+        """
+        if skip is not None:
+            earlier, weight = skip
+            x = x + weight.to(x.dtype) * earlier
         if self.mix is not None:
             mix = self.mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
         n = self._norm(x)
-        x = x + _scaled(
-            self.attention(n, documents, turns, values, deltas, cache), self.attention_scale
-        )
+        branch = self.attention(n, documents, turns, values, deltas, cache)
+        x = x + _scaled(branch, self.attention_scale, self.attention.output)
         r = self._norm(x)
         branch = self.mlp(r)
         if "mlp" in deltas:
             branch = branch + deltas["mlp"](r)
-        return x + _scaled(branch, self.mlp_scale)
+        return x + _scaled(branch, self.mlp_scale, self.mlp.down)
 
     def _norm(self, x: Tensor) -> Tensor:
         return rms_norm(x) * self.depth_scale.to(x.dtype)
 
 
-def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
-    return branch if scale is None else branch * scale.to(branch.dtype)
+def _scaled(branch: Tensor, scale: Tensor | None, output: Linear) -> Tensor:
+    if scale is None or output.working is not None:  # a working copy is scaled already
+        return branch
+    return branch * scale.to(branch.dtype)

@@ -33,10 +33,10 @@ class BigramEmbedding(nn.Module):
         pair = torch.bitwise_xor(36313 * tokens, 27191 * before) % max(last, 1)
         return torch.where(before == NO_TOKEN, last, pair)
 
-    def forward(self, tokens: Tensor, before: Tensor) -> Tensor:
-        """Embed the pairs: fp32 (T, width)."""
+    def forward(self, tokens: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embed the pairs, multiplying in `dtype`: (T, width), fp32."""
         rows = F.embedding(self.bucket(tokens, before), self.table)
-        return self.scale * self.projection(rows)
+        return self.scale * self.projection(rows.to(dtype)).float()
 
 
 class SmearGate(nn.Module):
@@ -61,6 +61,7 @@ class ValueEmbedding(nn.Module):
         self.projection = Linear(inner, width)
         self.scale = nn.Parameter(torch.tensor(scale))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Embed tokens (T,): fp32 (T, width)."""
-        return self.scale * self.projection(F.embedding(tokens, self.table))
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embed tokens (T,): (T, width) in `dtype`."""
+        rows = F.embedding(tokens, self.table)
+        return (self.scale * self.projection(rows.to(dtype)).float()).to(dtype)

@@ -1,11 +1,9 @@
 """Matrix multiplication with a master weight: y = x Wᵀ, computed in the dtype of x.
 
 The weight stays in fp32 for the optimizer and is cast where it is used, so one parameter has one
-name in the checkpoint, the optimizer, the Hessian, the adapters and the artifact. `rounding`, if
-set, replaces the weight by a rounded one in the forward pass (quantisation-aware training).
+name in the checkpoint, the optimizer, the Hessian, the adapters and the artifact. During a training
+step `working` takes its place (`model.working_weights`).
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +21,12 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
         if not zero:
             nn.init.orthogonal_(self.weight)
-        self.rounding: Callable[[Tensor], Tensor] | None = None
+        self.working: Tensor | None = None
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """What x is multiplied by: the working copy if there is one, else the weight in `dtype`."""
+        return self.weight.to(dtype) if self.working is None else self.working
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x (…, inputs) to (…, outputs) in the dtype of x."""
-        weight = self.weight if self.rounding is None else self.rounding(self.weight)
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, self.matrix(x.dtype))
