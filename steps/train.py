@@ -28,10 +28,12 @@ from model.memory import peak_memory_mib
 from model.resume import State, load_state, run_key, save_state
 from model.run_log import read_log
 from model.schedule import Clock, Decisions, Schedule
+from model.start_up import compile_statistics, seconds_since_start, use_compile_cache
 from model.training import Batches, Trainer
 from steps.common import TOKENS, Bar, Step, progress, run
 
 SECTIONS = ("model", "train", "evaluate", "ops")
+COMPILE_CACHE = Path(".work/compile-cache")
 CURVE = ("step", "seconds", "tokens", "loss", "lr")
 
 
@@ -42,10 +44,10 @@ def main(step: Step) -> None:
     check_inputs(step, manifest, stream)
     documents = validation_documents(manifest, step.params.evaluate.documents)
 
+    use_compile_cache(COMPILE_CACHE)
     training = Training(step, stream)
     training.resume()
-    with training.batches() as batches:
-        training.trainer.warm_up(batches)
+    training.warm_up()
     with training.batches() as batches:
         training.train(batches)
 
@@ -71,7 +73,7 @@ class Training:
     def __init__(self, step: Step, stream: TokenStream) -> None:
         params, group = step.params, step.group
         self.step, self.params = step, params.train
-        choice = ops.configure(params.ops.attention, group.device)
+        choice = ops.configure(device=group.device, **params.ops.model_dump())
         # The seed decides the initial weights; the order of the data is the same for all seeds.
         torch.manual_seed(step.seed or 0)
         model = GPT(params.model).to(group.device)
@@ -80,7 +82,7 @@ class Training:
             stream, self.params, params.model.sequence_length, group, group.device
         )
         self.decisions = Decisions(group)
-        self.seconds, self.peak_memory = 0.0, 0.0
+        self.seconds, self.startup_seconds, self.peak_memory = 0.0, 0.0, 0.0
         self.state_file = step.work / "state.safetensors"
         self.key = run_key(
             seed=step.seed,
@@ -111,6 +113,13 @@ class Training:
         self.step.open_log(SECTIONS, keep_lines=facts["log_lines"] if facts else 0)
         self.step.log.event("state", found=found, steps=self.trainer.steps)
         self.step.log.event("ops", choice=self.choice, compiled=self.trainer.compiled)
+
+    def warm_up(self) -> None:
+        """Do all that must be done only once, and log how long the start took."""
+        with self.batches() as batches:
+            self.trainer.warm_up(batches)
+        self.startup_seconds = round(seconds_since_start(self.step.group.device), 3)
+        self.step.log.event("warm", startup_seconds=self.startup_seconds, **compile_statistics())
 
     def save(self, seconds: float) -> None:
         """Write the state, so that a later run continues from here."""
@@ -232,6 +241,7 @@ def publish(step: Step, training: Training, score: Score | None) -> None:
         "steps": training.trainer.steps,
         "tokens": tokens,
         "seconds": training.seconds,
+        "startup_seconds": training.startup_seconds,
         "tokens_per_second": tokens / training.seconds,
         "peak_memory_mib": training.peak_memory,
         "world_size": step.group.size,

@@ -125,6 +125,9 @@ def test_outputs_of_a_run(whole):
     assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"])
     assert 0 < metrics["loss"] < np.log(VOCABULARY)
     assert metrics["peak_memory_mib"] > 1
+    warm = read_log(whole / "logs/train/seed0.jsonl", "warm")
+    assert [line["startup_seconds"] for line in warm] == [metrics["startup_seconds"]]
+    assert metrics["startup_seconds"] > warm[0]["seconds"]  # importing torch comes before the log
     rows = curve(whole)
     assert [row[0] for row in rows] == list(range(2, STEPS + 1, 2))
     assert rows[0][1] > rows[-1][1]
