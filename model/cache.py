@@ -3,8 +3,13 @@
 All documents of a cache have the same length so far. Keys are stored rotated, at their true
 positions. What is stored carries no gradient: a training step through a cached continuation
 differentiates the new tokens alone.
+
+    Cache          grows: every pass appends its tokens
+    SlidingCache   a ring of the latest `capacity` tokens; a pass may be repeated before its tokens
+                   enter the ring, and shapes do not depend on the length, which is on the device
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +65,7 @@ class Cache:
         dtype: torch.dtype,
     ) -> None:
         shape = (rows, capacity, params.kv_heads, params.head_width)
-        self.layers = [
+        self.layers: Sequence[LayerCache] = [
             LayerCache(
                 torch.zeros(shape, device=device, dtype=dtype),
                 torch.zeros(shape, device=device, dtype=dtype),
@@ -68,7 +73,7 @@ class Cache:
             for _ in range(params.layers)
         ]
         self.rows = rows
-        self.length = 0  # tokens seen by each document
+        self.length: Tensor | int = 0  # tokens seen by each document
         # What precedes the next token: int64 (rows,), and (rows, width) before the smear.
         self.last_token: Tensor | int = NO_TOKEN
         self.last_embedding: Tensor | int = 0
@@ -77,3 +82,98 @@ class Cache:
         """Keep the last of tokens (rows·new,) and of their normed embeddings (rows·new, width)."""
         self.last_token = tokens.view(self.rows, -1)[:, -1]
         self.last_embedding = embeddings.detach().view(self.rows, -1, embeddings.shape[-1])[:, -1]
+
+
+class SlidingLayer(LayerCache):
+    """One layer's part of a `SlidingCache`."""
+
+    def __init__(self, cache: "SlidingCache", keys: Tensor, values: Tensor) -> None:
+        super().__init__(keys, values)
+        self._cache = cache
+        self.recorded = (keys[:, :0], values[:, :0])
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Set k and v beside the ring's; see `LayerCache.extend`."""
+        rows = k.shape[0]
+        if self._cache.recording:
+            self.recorded = (k.detach(), v.detach())
+        past = (x[:rows, : self._cache.slots] for x in (self.keys, self.values))
+        keys, values = (torch.cat(pair, 1) for pair in zip(past, (k, v), strict=True))
+        return keys, values, self._cache.visible
+
+
+class SlidingCache(Cache):
+    """The latest `capacity` tokens of up to `rows` documents, each in slot position mod capacity.
+
+    A chunk of new tokens is `move_to`, any number of passes through the model, each begun by
+    `open`, and `close`. The passes see the same past; the tokens of the recorded one enter the ring
+    at the end. slots: how many slots, from the first, the passes look at; at least
+    min(position, capacity) hold something.
+    """
+
+    def __init__(
+        self,
+        params: "ModelParams",
+        rows: int,
+        capacity: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(params, rows, capacity, device, dtype)
+        self.capacity = capacity
+        self.slots = 0
+        self.recording = False
+        self.visible: Tensor | None = None
+        self._length = torch.zeros((), dtype=torch.int64, device=device)
+        self.length = self._length
+        self._layers = [SlidingLayer(self, layer.keys, layer.values) for layer in self.layers]
+        self.layers = self._layers
+        self._tokens = torch.full((rows,), NO_TOKEN, dtype=torch.int64, device=device)
+        self._embeddings = torch.zeros((rows, params.width), dtype=dtype, device=device)
+        self._begin = torch.zeros_like(self._length)
+        self.keep_first(rows)
+
+    def reset(self, rows: int) -> None:
+        """Begin `rows` documents, with nothing before their next token."""
+        self._tokens.fill_(NO_TOKEN)
+        self._embeddings.zero_()
+        self.keep_first(rows)
+
+    def keep_first(self, rows: int) -> None:
+        """Continue only the first `rows` documents."""
+        self.rows = rows
+        self.last_token, self.last_embedding = self._tokens[:rows], self._embeddings[:rows]
+
+    def move_to(self, position: int, slots: int) -> None:
+        """Say where the next tokens stand in their documents, and how many slots to look at."""
+        self._begin.fill_(position)
+        self.slots = slots
+
+    def open(self, new: int, record: bool) -> None:
+        """Begin a pass of `new` tokens of every document."""
+        self._length.copy_(self._begin)  # which GPT.forward will count on
+        device = self._length.device
+        filled = torch.arange(self.slots, device=device) < self._length
+        causal = torch.ones(new, new, dtype=torch.bool, device=device).tril()
+        self.visible = torch.cat((filled.expand(new, -1), causal), 1)
+        self.recording = record
+
+    def remember(self, tokens: Tensor, embeddings: Tensor) -> None:
+        """Note what the pass will leave as last token and embedding; see `Cache.remember`."""
+        if self.recording:
+            last = embeddings.detach().view(self.rows, -1, embeddings.shape[-1])[:, -1]
+            self._last = tokens.view(self.rows, -1)[:, -1], last
+
+    def close(self) -> None:
+        """Let the recorded tokens enter the ring, over the oldest ones."""
+        new = self._layers[0].recorded[0].shape[1]
+        kept = min(new, self.capacity)
+        if kept:
+            latest = torch.arange(new - kept, new, device=self._length.device)
+            slots = (self._begin + latest) % self.capacity
+            for layer in self._layers:
+                for ring, x in zip((layer.keys, layer.values), layer.recorded, strict=True):
+                    ring[: self.rows].index_copy_(1, slots, x[:, new - kept :])
+                layer.recorded = (layer.keys[:, :0], layer.values[:, :0])
+        self._tokens[: self.rows] = self._last[0]
+        self._embeddings[: self.rows] = self._last[1]

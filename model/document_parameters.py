@@ -1,47 +1,84 @@
 """Parameters of which every document has its own copy, and their optimizer.
 
-The copies are the rows of one fp32 matrix, (documents, values), so that an optimizer step is one
-pass over it and dropping documents is a slice. The optimizer is AdamW (Loshchilov & Hutter 2019)
-with β₁ = 0, which needs no first moment; t counts the steps:
+The copies are the rows of one fp32 matrix (documents, values); second moments, gradients and a
+working copy in the dtype of the activations have the same layout. So an optimizer step is one pass
+over everything (`model.ops.rmsprop`), and leaving documents out is a view of the leading rows.
 
-    v ← β₂v + (1 − β₂)g²;  θ ← (1 − η·λ)θ − η·g / (sqrt(v / (1 − β₂ᵗ)) + ε)
+The gradients are written straight into their place by the functions that use the parameters
+(`model.lora`, `model.hash_embedding`), each of which is therefore called once per forward pass.
+What changes from step to step comes from a table on the device:
+
+    row t:  ηₜ,  1 − ηₜ·λ,  1/sqrt(1 − β₂ᵗ)
 """
 
-import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from model.ops.rmsprop import rmsprop_step
+
 if TYPE_CHECKING:
     from workflow.params import TTTParams
 
 
-class DocumentParameters(Mapping[str, Tensor]):
-    """Named tensors (documents, …) that require gradients; all documents start alike.
+@dataclass(frozen=True)
+class Weight:
+    """A tensor per document and where its gradient goes, both (documents, …) in one dtype.
 
-    initial: one document's tensors, fp32, on the device where the parameters shall be.
+    value: a leaf that requires gradients, so that what uses it is differentiated.
     """
 
-    def __init__(self, initial: Mapping[str, Tensor], documents: int) -> None:
-        self._shapes = {name: tensor.shape for name, tensor in initial.items()}
-        start = torch.cat([tensor.flatten() for tensor in initial.values()])
-        self._values = start.repeat(documents, 1)
-        self._second_moments = torch.zeros_like(self._values)
-        self._steps = 0
-        self._named = self._leaves()
+    value: Tensor
+    gradient: Tensor
 
-    def _leaves(self) -> dict[str, Tensor]:
-        """Leaves of the autograd graph that share the memory of the values."""
+
+class DocumentParameters(Mapping[str, Weight]):
+    """Named tensors of up to `capacity` documents; all documents start alike.
+
+    initial: one document's tensors, fp32, on the device where the parameters shall be; dtype:
+    what values are used in. The memory is taken once; `reset` begins with other documents.
+    """
+
+    def __init__(self, initial: Mapping[str, Tensor], capacity: int, dtype: torch.dtype) -> None:
+        self._shapes = {name: tensor.shape for name, tensor in initial.items()}
+        self._start = torch.cat([tensor.flatten() for tensor in initial.values()])
+        shape = (capacity, self._start.numel())
+        device = self._start.device
+        self._values = torch.empty(shape, device=device)
+        self._second_moments = torch.empty(shape, device=device)
+        self._gradients = torch.zeros(shape, device=device, dtype=dtype)
+        self._working = self._values
+        if dtype != torch.float32:
+            self._working = torch.empty(shape, device=device, dtype=dtype)
+        self.reset(capacity)
+
+    def reset(self, documents: int) -> None:
+        """Begin anew with so many documents."""
+        with torch.no_grad():
+            self._values[:documents] = self._start
+            self._working[:documents] = self._start
+            self._second_moments[:documents] = 0
+        self.keep_first(documents)
+
+    def keep_first(self, documents: int) -> None:
+        """Leave all documents but the first so many out of what follows."""
         sizes = [shape.numel() for shape in self._shapes.values()]
-        parts = self._values.split(sizes, 1)
-        return {
-            name: part.unflatten(1, shape).requires_grad_()
-            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        values = self._working[:documents].split(sizes, 1)
+        gradients = self._gradients[:documents].split(sizes, 1)
+        self.documents = documents
+        self._named = {
+            name: Weight(
+                value.unflatten(1, shape).detach().requires_grad_(), gradient.unflatten(1, shape)
+            )
+            for (name, shape), value, gradient in zip(
+                self._shapes.items(), values, gradients, strict=True
+            )
         }
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Weight:
         return self._named[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -50,27 +87,29 @@ class DocumentParameters(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._named)
 
-    @property
-    def documents(self) -> int:
-        """How many documents have parameters here."""
-        return self._values.shape[0]
+    def master(self, name: str) -> Tensor:
+        """The fp32 values of a tensor, (documents, …)."""
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        parts = dict(zip(self._shapes, self._values[: self.documents].split(sizes, 1), strict=True))
+        return parts[name].unflatten(1, self._shapes[name])
 
-    def keep_first(self, documents: int) -> None:
-        """Drop all documents but the first so many, with their optimizer state."""
-        if documents < self.documents:
-            self._values = self._values[:documents]
-            self._second_moments = self._second_moments[:documents]
-            self._named = self._leaves()
+    @torch.no_grad()
+    def step(self, scalars: Tensor, ttt: "TTTParams") -> None:
+        """Move down the gradients as they lie in their places; scalars: a row of `step_scalars`."""
+        buffers = (self._values, self._second_moments, self._gradients)
+        values, second_moments, gradients = (x[: self.documents] for x in buffers)
+        working = self._working[: self.documents] if self._working is not self._values else values
+        rmsprop_step(values, second_moments, gradients, working, scalars, ttt.beta2, ttt.epsilon)
 
-    def step(self, loss: Tensor, ttt: "TTTParams") -> None:
-        """One AdamW step down the gradient of `loss`, a scalar made of these parameters."""
-        gradients = torch.autograd.grad(loss, list(self._named.values()))
-        flat = torch.cat([gradient.flatten(1) for gradient in gradients], 1)
-        del gradients  # as large as all the rest of the optimizer's memory
-        self._steps += 1
-        with torch.no_grad():
-            self._second_moments.mul_(ttt.beta2).addcmul_(flat, flat, value=1 - ttt.beta2)
-            root = self._second_moments.sqrt()
-            root.div_(math.sqrt(1 - ttt.beta2**self._steps)).add_(ttt.epsilon)
-            self._values.mul_(1 - ttt.lr * ttt.weight_decay)
-            self._values.addcdiv_(flat, root, value=-ttt.lr)
+
+def step_scalars(ttt: "TTTParams", chunks: int, device: torch.device) -> Tensor:
+    """Rates, shrinkages and corrections of every step of `chunks` chunks, fp32 (chunks·steps, 3).
+
+    The rate falls with the tokens read: η / (1 + position / ttt.lr_decay_tokens).
+    """
+    steps = torch.arange(chunks * ttt.steps, dtype=torch.float64)
+    position = (steps // ttt.steps) * ttt.chunk
+    decay = 1 + position / ttt.lr_decay_tokens if ttt.lr_decay_tokens else torch.ones_like(steps)
+    rate = ttt.lr / decay
+    correction = (1 - ttt.beta2 ** (steps + 1)).rsqrt()
+    return torch.stack((rate, 1 - rate * ttt.weight_decay, correction), 1).float().to(device)

@@ -8,17 +8,18 @@ At each site a document adds ΔWx = B(Ax), A (rank, inputs), B (outputs, rank):
 
 A starts uniform in ±1/sqrt(inputs), B at zero, so that a fresh adapter changes nothing. Every
 document starts from the *same* A, drawn once from ttt.seed: a document's losses then depend
-neither on its batch mates nor on its place in the list. The masters are fp32; the products are
-computed in the dtype of x.
+neither on its batch mates nor on its place in the list. For the same reason A is not carried from
+one document to the next ("warm start"): it would carry their text.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from model.document_parameters import Weight
 from model.layers.attention import Deltas
 
 if TYPE_CHECKING:
@@ -60,14 +61,38 @@ def initial_adapters(
     return tensors
 
 
-def low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+class _LowRank(torch.autograd.Function):
+    """B(Ax) as batched products; gradients of A and B go where their `Weight` says."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor
+    ) -> Tensor:
+        rows = x.unflatten(0, (a.shape[0], -1))
+        inner = torch.bmm(rows, a.transpose(1, 2))
+        ctx.save_for_backward(rows, inner, a, b)
+        ctx.places = (grad_a, grad_b)
+        return torch.bmm(inner, b.transpose(1, 2)).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner, a, b = ctx.saved_tensors
+        grad_a, grad_b = ctx.places
+        g = grads[0].unflatten(0, (a.shape[0], -1))
+        torch.bmm(g.transpose(1, 2), inner, out=grad_b)
+        grad_inner = torch.bmm(g, b)
+        torch.bmm(grad_inner.transpose(1, 2), rows, out=grad_a)
+        grad_x = torch.bmm(grad_inner, a).flatten(0, 1) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, None
+
+
+def low_rank(x: Tensor, a: Weight, b: Weight) -> Tensor:
     """B(Ax) of each document: x (documents·n, in) → (documents·n, out) in the dtype of x.
 
-    a (documents, rank, in) and b (documents, out, rank); every document has the same n tokens.
+    a (documents, rank, in) and b (documents, out, rank), in the dtype of x; every document has the
+    same n tokens. A backward pass overwrites their gradients.
     """
-    rows = x.unflatten(0, (a.shape[0], -1))
-    inner = rows @ a.to(x.dtype).transpose(1, 2)
-    return (inner @ b.to(x.dtype).transpose(1, 2)).flatten(0, 1)
+    return _LowRank.apply(x, a.value, b.value, a.gradient, b.gradient)
 
 
 class LoRA:
@@ -76,7 +101,7 @@ class LoRA:
     All batches must be uniform: the same number of tokens of every document.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], sites: Sequence[str]) -> None:
+    def __init__(self, parameters: Mapping[str, Weight], sites: Sequence[str]) -> None:
         self._parameters = parameters
         self._sites = sites
 

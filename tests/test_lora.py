@@ -1,10 +1,13 @@
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.document_parameters import DocumentParameters
+from model.document_parameters import DocumentParameters, Weight, step_scalars
 from model.hash_embedding import hash_embedding, initial_table
 from model.lora import LoRA, initial_adapters, low_rank, site_outputs
 from tests.models import record_params, small_model, ttt_params
@@ -50,20 +53,53 @@ def test_fresh_adapters_are_uniform_and_zero_and_depend_on_the_seed_alone() -> N
         assert not torch.equal(tensor, other[name])
 
 
+def weight(value: Tensor, noise: float = 0.0) -> Weight:
+    """A leaf with a place for its gradient, which lies in a larger buffer and holds `noise`."""
+    rows, *shape = value.shape
+    buffer = torch.full((rows, 3 + value[0].numel()), noise, dtype=value.dtype)
+    return Weight(value.clone().requires_grad_(), buffer[:, 3:].unflatten(1, shape))
+
+
 def test_low_rank_is_a_product_of_each_documents_own() -> None:
     torch.manual_seed(0)
     x, a, b = torch.randn(12, 5), torch.randn(3, 2, 5), torch.randn(3, 7, 2)
     expected = torch.cat([x[4 * i : 4 * i + 4] @ (b[i] @ a[i]).T for i in range(3)])
-    torch.testing.assert_close(low_rank(x, a, b), expected)
-    half = low_rank(x.bfloat16(), a, b)
+    torch.testing.assert_close(low_rank(x, weight(a), weight(b)), expected)
+    half = low_rank(x.bfloat16(), weight(a.bfloat16()), weight(b.bfloat16()))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), expected, atol=0.2, rtol=0.05)
+
+
+def test_low_rank_gradients_are_autograds_in_their_places() -> None:
+    torch.manual_seed(0)
+    x, a, b = torch.randn(12, 5), torch.randn(3, 2, 5), torch.randn(3, 7, 2)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
+    rows = leaves[0].view(3, 4, 5) @ leaves[1].transpose(1, 2) @ leaves[2].transpose(1, 2)
+    upstream = torch.randn(12, 7)
+    expected = torch.autograd.grad(rows.flatten(0, 1), leaves, upstream)
+    x_leaf, ours = x.clone().requires_grad_(), [weight(a, 5.0), weight(b, 5.0)]
+    low_rank(x_leaf, *ours).backward(upstream)
+    for found, wanted in zip([x_leaf.grad, *(w.gradient for w in ours)], expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert all(w.value.grad is None for w in ours)
+
+
+def test_hash_gradients_add_up_where_pairs_share_a_row() -> None:
+    torch.manual_seed(0)
+    table, upstream = torch.randn(2, 3, 4), torch.randn(12, 4)
+    tokens, before = torch.randint(9, (12,)), torch.randint(9, (12,))
+    ours = weight(table, 5.0)
+    hash_embedding(ours, tokens, before).backward(upstream)
+    expected = torch.zeros_like(table)
+    for i in range(12):
+        expected[i // 6, (2039 * int(before[i]) + int(tokens[i])) % 3] += upstream[i]
+    torch.testing.assert_close(ours.gradient, expected)
 
 
 def test_sites_that_are_not_named_get_nothing() -> None:
     model = small_model()
     tensors = initial_adapters(model.params, ["key", "mlp"], 2, seed=0)
-    lora = LoRA({name: tensor[None] for name, tensor in tensors.items()}, ["key", "mlp"])
+    lora = LoRA({n: weight(tensor[None]) for n, tensor in tensors.items()}, ["key", "mlp"])
     assert set(lora.block(1)) == {"key", "mlp"}
     assert lora.head(torch.randn(3, 32)) is None
     assert lora.block(1)["key"](torch.randn(3, 32)).shape == (3, site_outputs("key", model.params))
@@ -73,7 +109,7 @@ def test_hash_embedding_is_the_named_row_of_each_documents_table() -> None:
     table = torch.randn(2, 10, 4)
     tokens = torch.tensor([1, 5, 7, 1, 9, 7])
     before = torch.tensor([-1, 1, 5, -1, 1, 9])
-    found = hash_embedding(table, tokens, before)
+    found = hash_embedding(weight(table), tokens, before)
     for i in range(6):
         bucket = (2039 * int(before[i]) + int(tokens[i])) % 10
         assert torch.equal(found[i], table[i // 3, bucket])
@@ -86,10 +122,14 @@ def random_gradients(documents: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def linear(parameters: DocumentParameters, gradients: dict[str, Tensor]) -> Tensor:
-    """A loss with the given gradients, those of the documents that are left."""
-    rows = parameters.documents
-    return torch.stack([(parameters[n] * g[:rows]).sum() for n, g in gradients.items()]).sum()
+def advance(
+    parameters: DocumentParameters, gradients: dict[str, Tensor], number: int, ttt: Any
+) -> None:
+    """Put the gradients of the documents that are left into their places, and step."""
+    for name, gradient in gradients.items():
+        parameters[name].gradient.copy_(gradient[: parameters.documents])
+    scalars = step_scalars(ttt, number + 1, torch.device("cpu"))
+    parameters.step(scalars[number], ttt)
 
 
 @pytest.mark.parametrize("beta2", [0.999, 0.9])
@@ -97,30 +137,81 @@ def test_optimizer_is_torchs_adamw_without_momentum(beta2: float) -> None:
     torch.manual_seed(0)
     ttt: Any = ttt_params(lr=0.01, beta2=beta2, weight_decay=0.5)
     initial = {"one": torch.randn(3, 4), "two": torch.randn(5)}
-    ours = DocumentParameters(initial, 2)
+    ours = DocumentParameters(initial, 2, torch.float32)
     theirs = {n: torch.nn.Parameter(t.expand(2, *t.shape).clone()) for n, t in initial.items()}
     reference = torch.optim.AdamW(
         theirs.values(), lr=0.01, betas=(0.0, beta2), eps=ttt.epsilon, weight_decay=0.5
     )
-    for gradients in random_gradients(2):
+    for number, gradients in enumerate(random_gradients(2)):
         for name, gradient in gradients.items():
             theirs[name].grad = gradient
-        ours.step(linear(ours, gradients), ttt)
+        advance(ours, gradients, number, ttt)
         reference.step()
         for name in initial:
-            torch.testing.assert_close(ours[name].detach(), theirs[name].detach())
+            torch.testing.assert_close(ours[name].value.detach(), theirs[name].detach())
+            torch.testing.assert_close(ours.master(name), theirs[name].detach())
+
+
+def test_small_steps_add_up_in_the_masters_of_bf16_parameters() -> None:
+    torch.manual_seed(0)
+    ttt: Any = ttt_params(lr=1e-4, weight_decay=0.0)
+    parameters = DocumentParameters({"one": torch.ones(4)}, 2, torch.bfloat16)
+    for number in range(50):
+        assert parameters["one"].value.dtype == torch.bfloat16
+        advance(parameters, {"one": torch.ones(2, 4)}, number, ttt)
+    torch.testing.assert_close(parameters.master("one"), torch.full((2, 4), 1 - 50e-4))
+    expected = parameters.master("one").bfloat16()
+    assert torch.equal(parameters["one"].value.detach(), expected)
+    assert (expected < 1).all()
 
 
 def test_dropping_documents_leaves_the_others_as_they_were() -> None:
     torch.manual_seed(0)
     ttt: Any = ttt_params()
     initial = {"one": torch.randn(3, 4), "two": torch.randn(5)}
-    whole, sliced = DocumentParameters(initial, 3), DocumentParameters(initial, 3)
+    whole, sliced = (DocumentParameters(initial, 3, torch.float32) for _ in range(2))
     for number, gradients in enumerate(random_gradients(3)):
         for parameters in (whole, sliced):
-            parameters.step(linear(parameters, gradients), ttt)
+            advance(parameters, gradients, number, ttt)
         if number == 1:
             sliced.keep_first(2)
     assert sliced.documents == 2
     for name in initial:
-        assert torch.equal(sliced[name], whole[name][:2])
+        assert torch.equal(sliced[name].value, whole[name].value[:2])
+    sliced.reset(3)
+    for name, tensor in initial.items():
+        assert torch.equal(sliced[name].value, tensor.expand(3, *tensor.shape))
+
+
+def test_rates_fall_with_the_tokens_read() -> None:
+    ttt: Any = ttt_params(lr=0.1, lr_decay_tokens=16, steps=2, chunk=8, weight_decay=0.5, beta2=0.9)
+    rate, shrink, correction = step_scalars(ttt, 3, torch.device("cpu")).unbind(1)
+    expected = torch.tensor([0.1, 0.1, 0.1 / 1.5, 0.1 / 1.5, 0.05, 0.05])
+    torch.testing.assert_close(rate, expected)
+    torch.testing.assert_close(shrink, 1 - 0.5 * expected)
+    torch.testing.assert_close(correction, (1 - 0.9 ** torch.arange(1, 7)) ** -0.5)
+
+
+SCRIPT = """
+import torch
+from model.ops.rmsprop import reference_step, triton_step
+torch.manual_seed(0)
+start = [torch.randn(2, 3000), torch.rand(2, 3000), torch.randn(2, 3000).bfloat16()]
+scalars = torch.tensor([0.01, 0.995, 1.7])
+results = []
+for step in (reference_step, triton_step):
+    values, moments, gradients = (tensor.clone() for tensor in start)
+    working = torch.zeros(2, 3000, dtype=torch.bfloat16)
+    step(values, moments, gradients, working, scalars, 0.999, 1e-10)
+    results.append((values, moments, working))
+for one, other in zip(*results):
+    rtol = 1e-5 if one.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(one, other, rtol=rtol, atol=1e-6)
+assert not torch.equal(results[0][0], start[0])
+"""
+
+
+def test_triton_kernel_interpreted_equals_the_formula() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", SCRIPT], check=True, env=environment)

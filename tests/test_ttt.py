@@ -1,7 +1,7 @@
 """Test-time training against a naive loop, and the properties that make its scores honest."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,15 @@ from torch import Tensor
 from model.distributed import Group
 from model.documents import Documents
 from model.errors import InputError
-from model.evaluation import plain_losses
+from model.evaluation import SharedProgress, plain_losses
 from model.gpt import GPT
 from model.layers.attention import Deltas
 from model.lora import site_name
-from model.ttt import HASH_TABLE, document_batches, initial_parameters, ttt_losses
+from model.ttt import ttt_losses
+from model.ttt.adapters import HASH_TABLE, initial_parameters
+from model.ttt.batches import Batch, document_batches, simulate
+from model.ttt.loop import Session, frozen
+from model.ttt.replay import Replay, rows_at
 from tests.models import random_documents, small_model, ttt_params
 from tests.processes import run_processes
 
@@ -49,33 +53,111 @@ class NaiveAdapters:
         return torch.stack([table[(2039 * b + t) % len(table)] for t, b in pairs])
 
 
-def naive_losses(model: GPT, document: np.ndarray, ttt: Any) -> np.ndarray:
-    """One document at a time: score, then train with torch's AdamW, two forward passes."""
-    tokens = torch.tensor(document.tolist())
-    targets = torch.tensor([*document[1:].tolist(), 1])
-    initial = initial_parameters(model.params, ttt)
-    weights = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in initial.items()}
-    adapters = NaiveAdapters(weights, ttt.sites)
-    optimizer = torch.optim.AdamW(
-        weights.values(), ttt.lr, (0.0, ttt.beta2), ttt.epsilon, ttt.weight_decay
-    )
+class Naive:
+    """One document at a time: score, then train with torch's AdamW, forward passes apart."""
 
-    def losses(start: int, end: int) -> Tensor:
-        begin = max(0, start + ttt.chunk - ttt.context)
+    def __init__(self, model: GPT, document: np.ndarray, ttt: Any) -> None:
+        self.model, self.ttt = model, ttt
+        self.tokens = torch.tensor(document.tolist())
+        self.targets = torch.tensor([*document[1:].tolist(), 1])
+        initial = initial_parameters(model.params, ttt)
+        self.weights = {name: torch.nn.Parameter(t.clone()) for name, t in initial.items()}
+
+    def run(self) -> np.ndarray:
+        ttt = self.ttt
+        optimizer = torch.optim.AdamW(
+            self.weights.values(), ttt.lr, (0.0, ttt.beta2), ttt.epsilon, ttt.weight_decay
+        )
+        scores = []
+        for start in range(0, len(self.tokens), ttt.chunk):
+            end = min(start + ttt.chunk, len(self.tokens))
+            self.enter(start)
+            with torch.no_grad():
+                scores.append(self.losses(start, end))
+            for group in optimizer.param_groups:
+                decay = 1 + start / ttt.lr_decay_tokens if ttt.lr_decay_tokens else 1
+                group["lr"] = ttt.lr / decay
+            for _ in range(ttt.steps if end < len(self.tokens) else 0):
+                optimizer.zero_grad()
+                self.losses(start, end).mean().backward()
+                optimizer.step()
+        return torch.cat(scores).numpy()
+
+    def enter(self, start: int) -> None:
+        pass
+
+    def losses(self, start: int, end: int) -> Tensor:
+        begin = max(0, start + self.ttt.chunk - self.ttt.context)
+        adapters = NaiveAdapters(self.weights, self.ttt.sites)
+        return self._read(begin, end, adapters)[start - begin :]
+
+    def _read(self, begin: int, end: int, adapters: Any) -> Tensor:
         packed = Documents.from_lengths([end - begin])
-        window = model.losses(tokens[begin:end], targets[begin:end], packed, adapters)
-        return window[start - begin :]
+        window = slice(begin, end)
+        return self.model.losses(self.tokens[window], self.targets[window], packed, adapters)
 
-    scores = []
-    for start in range(0, len(tokens), ttt.chunk):
-        end = min(start + ttt.chunk, len(tokens))
-        with torch.no_grad():
-            scores.append(losses(start, end))
-        if end < len(tokens):
-            optimizer.zero_grad()
-            losses(start, end).mean().backward()
-            optimizer.step()
-    return torch.cat(scores).numpy()
+
+class SplicedAdapters:
+    """Every piece of the text adapted by weights of its own: (number of tokens, weights) each."""
+
+    def __init__(
+        self, pieces: list[tuple[int, Mapping[str, Tensor]]], sites: Sequence[str]
+    ) -> None:
+        self.sizes = [size for size, _ in pieces]
+        self.parts = [NaiveAdapters(weights, sites) for _, weights in pieces]
+
+    def block(self, layer: int) -> Deltas:
+        blocks = [part.block(layer) for part in self.parts]
+
+        def spliced(site: str, x: Tensor) -> Tensor:
+            pieces = zip(blocks, x.split(self.sizes), strict=True)
+            return torch.cat([block[site](piece) for block, piece in pieces])
+
+        return {site: partial(spliced, site) for site in blocks[0]}
+
+    def head(self, x: Tensor, select: Tensor | None) -> Tensor | None:
+        pieces = zip(self.parts, x.split(self.sizes), strict=True)
+        deltas = [part.head(piece, None) for part, piece in pieces]
+        return torch.cat([d for d in deltas if d is not None]) if deltas[0] is not None else None
+
+    def embedding(self, tokens: Tensor, before: Tensor) -> Tensor | None:
+        pieces = zip(self.parts, tokens.split(self.sizes), before.split(self.sizes), strict=True)
+        deltas = [part.embedding(*piece) for part, *piece in pieces]
+        return torch.cat([d for d in deltas if d is not None]) if deltas[0] is not None else None
+
+
+class NaiveCached(Naive):
+    """Keeps nothing: reads all the text for every chunk, each piece with its recorded adapters."""
+
+    def __init__(self, model: GPT, document: np.ndarray, ttt: Any) -> None:
+        super().__init__(model, document, ttt)
+        self.begin = self.renewed = 0  # where the text begins; what lies before was read at once
+        self.pieces: list[tuple[int, Mapping[str, Tensor]]] = []
+
+    def enter(self, start: int) -> None:
+        number = start // self.ttt.chunk
+        frozen = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        if number and self.ttt.refresh and number % self.ttt.refresh == 0:
+            past = min(start, self.ttt.context - self.ttt.chunk)
+            self.begin, self.renewed = start - past, start
+            self.pieces = [(past, frozen)] if past else []
+        self.pieces.append((self.ttt.chunk, frozen))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        at = torch.arange(self.begin, self.begin + len(q))
+        oldest = at // self.ttt.chunk * self.ttt.chunk + self.ttt.chunk - self.ttt.context
+        oldest[at < self.renewed] = 0
+        hidden = (at > at[:, None]) | (at < oldest[:, None])
+        scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
+        return torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+    def losses(self, start: int, end: int) -> Tensor:
+        pieces = [*self.pieces[:-1], (end - start, self.weights)]
+        adapters = SplicedAdapters(pieces, self.ttt.sites)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("model.ops.varlen_attention", self.attention)
+            return self._read(self.begin, end, adapters)[start - self.begin :]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +172,13 @@ def naive_losses(model: GPT, document: np.ndarray, ttt: Any) -> np.ndarray:
         {"hash_buckets": 16},
         {"hash_buckets": 16, "sites": []},
         {"chunk": 100, "context": 100},
+        {"steps": 3, "lr_decay_tokens": 20, "hash_buckets": 16},
+        {"mode": "cached", "context": 64, "hash_buckets": 16},
+        {"mode": "cached", "chunk": 5, "context": 13},
+        {"mode": "cached", "chunk": 7, "context": 31, "batch": 3, "steps": 2},
+        {"mode": "cached", "chunk": 8, "context": 8},
+        {"mode": "cached", "chunk": 8, "context": 12, "lr_decay_tokens": 9},
+        {"mode": "cached", "chunk": 8, "context": 29, "refresh": 2, "hash_buckets": 16},
     ],
 )
 def test_batched_loop_equals_the_naive_one(changes: dict[str, Any]) -> None:
@@ -97,25 +186,31 @@ def test_batched_loop_equals_the_naive_one(changes: dict[str, Any]) -> None:
     ttt = ttt_params(**changes)
     documents = random_documents(LENGTHS)
     losses = ttt_losses(model, documents, ttt, ALONE)
+    naive = NaiveCached if ttt.mode == "cached" else Naive
     for document, loss in zip(documents, losses, strict=True):
         assert loss.dtype == np.float32
-        np.testing.assert_allclose(loss, naive_losses(model, document, ttt), atol=3e-5)
+        np.testing.assert_allclose(loss, naive(model, document, ttt).run(), atol=3e-5)
 
 
-def test_adaptation_changes_every_score_after_the_first_chunk_and_none_in_it() -> None:
+MODES = pytest.mark.parametrize("mode", ["window", "cached"])
+
+
+@MODES
+def test_adaptation_changes_every_score_after_the_first_chunk_and_none_in_it(mode: str) -> None:
     model = small_model()
     documents = random_documents([64])
     (plain,) = plain_losses(model, documents, 64, ALONE)
-    (adapted,) = ttt_losses(model, documents, ttt_params(), ALONE)
+    (adapted,) = ttt_losses(model, documents, ttt_params(mode=mode), ALONE)
     np.testing.assert_allclose(adapted[:8], plain[:8], atol=1e-5)
     assert (np.abs(adapted[8:32] - plain[8:32]) > 1e-4).mean() > 0.9
 
 
+@MODES
 @pytest.mark.parametrize("hash_buckets", [0, 16])
-def test_zero_learning_rate_scores_as_the_model_alone(hash_buckets: int) -> None:
+def test_zero_learning_rate_scores_as_the_model_alone(mode: str, hash_buckets: int) -> None:
     model = small_model()
     documents = random_documents([32, 20, 3])
-    ttt = ttt_params(hash_buckets=hash_buckets).model_copy(update={"lr": 0.0})
+    ttt = ttt_params(mode=mode, hash_buckets=hash_buckets).model_copy(update={"lr": 0.0})
     plain = plain_losses(model, documents, 64, ALONE)
     for one, other in zip(ttt_losses(model, documents, ttt, ALONE), plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
@@ -131,10 +226,16 @@ def test_fresh_adapters_change_nothing_at_all() -> None:
         assert torch.equal(model(tokens, packed, adapters), model(tokens, packed))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mode": "cached"}, {"mode": "cached", "refresh": 2, "steps": 2}, {"steps": 2}],
+)
 @pytest.mark.parametrize("position", [1, 8, 9, 31, 50, 63])
-def test_later_tokens_leave_earlier_scores_bit_for_bit(position: int) -> None:
+def test_later_tokens_leave_earlier_scores_bit_for_bit(
+    position: int, changes: dict[str, Any]
+) -> None:
     model = small_model()
-    ttt = ttt_params(hash_buckets=16)
+    ttt = ttt_params(hash_buckets=16, **changes)
     documents = random_documents([64, 60, 20])
     before = ttt_losses(model, documents, ttt, ALONE)
     documents[0][position] = 4 + (documents[0][position] + 1) % 60
@@ -145,12 +246,14 @@ def test_later_tokens_leave_earlier_scores_bit_for_bit(position: int) -> None:
     np.testing.assert_array_equal(after[2], before[2])
 
 
-def test_batch_mates_batch_size_and_order_change_nothing() -> None:
+@MODES
+def test_batch_mates_batch_size_and_order_change_nothing(mode: str) -> None:
     model = small_model()
     documents = random_documents(LENGTHS)
-    together = ttt_losses(model, documents, ttt_params(batch=100), ALONE)
+    together = ttt_losses(model, documents, ttt_params(mode=mode, batch=100), ALONE)
     for batch in (1, 3):
-        other = ttt_losses(model, documents[::-1], ttt_params(batch=batch), ALONE)[::-1]
+        ttt = ttt_params(mode=mode, batch=batch)
+        other = ttt_losses(model, documents[::-1], ttt, ALONE)[::-1]
         for one, two in zip(together, other, strict=True):
             np.testing.assert_allclose(one, two, atol=3e-5)
 
@@ -172,15 +275,107 @@ def test_two_processes_equal_one() -> None:
         np.testing.assert_allclose(one, other, atol=3e-5)
 
 
-def test_batches_hold_each_document_once_longest_first_within_both_bounds() -> None:
-    lengths = [3, 90, 10, 40, 11, 10, 1, 33, 64]
-    ttt = ttt_params(batch=3, tokens_per_batch=70)
-    batches = document_batches(lengths, ttt)
-    flat = [number for batch in batches for number in batch]
+@pytest.mark.parametrize(("mode", "rows"), [("window", [2, 2, 3, 2]), ("cached", [3, 3, 1, 2])])
+def test_batches_hold_each_document_once_longest_first_within_both_bounds(
+    mode: str, rows: list[int]
+) -> None:
+    lengths = [9, 90, 10, 40, 11, 5, 1, 33, 64]
+    ttt = ttt_params(mode=mode, tokens_per_batch=70)
+    batches = document_batches(lengths, ttt, 3)
+    flat = [number for batch in batches for number in batch.members]
     assert sorted(flat) == list(range(len(lengths)))
     ordered = [lengths[number] for number in flat]
     assert ordered == sorted(lengths, reverse=True)
-    assert [len(batch) for batch in batches] == [2, 2, 3, 2]
+    assert [len(batch.members) for batch in batches] == rows
+    assert [batch.adapts for batch in batches] == [True, True, True, False]
+
+
+def test_simulation_of_a_queue_worked_out_by_hand() -> None:
+    """Batches of 3 and 2, 1 and 2 chunks; a chunk of n rows takes n."""
+    batches = [Batch([0, 1], True), Batch([2, 3], True), Batch([4], False)]
+    lengths = [24, 10, 9, 7, 5]
+    alone = simulate(lengths, batches, 8, 1, lambda rows, start: rows)
+    assert (alone.busy, alone.makespan, alone.longest, alone.wasted_rows) == (9, 9, 5, 0)
+    two = simulate(lengths, batches, 8, 2, lambda rows, start: rows, lambda rows: 2)
+    assert (two.busy, two.makespan, two.longest) == (12, 6, 6)
+    assert two.wasted_rows == pytest.approx(3 / 12)
+
+
+class FirstWork(Replay):
+    """Replays by calling what was recorded first, as a graph would repeat it: on memory in place,
+    with the shapes and the numbers of that time."""
+
+    def __init__(self) -> None:
+        super().__init__(recorded=True)
+        self.plays = 0
+
+    def _record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def play() -> Tensor:
+            self.plays += 1
+            return work()
+
+        return play
+
+
+@pytest.mark.parametrize("changes", [{}, {"steps": 2, "refresh": 3, "hash_buckets": 16}])
+def test_replayed_chunks_equal_those_run_as_they_are(changes: dict[str, Any]) -> None:
+    model = small_model()
+    ttt = ttt_params(mode="cached", context=40, **changes)
+    documents = random_documents([150, 140, 120, 61, 60, 59, 20])
+    replay = FirstWork()
+    with frozen(model):
+        expected = Session(model, ttt, 7).losses(documents, SharedProgress(None))
+        session = Session(model, ttt, 7, replay)
+        for part in (documents, documents[2:], documents):  # the memory is used again
+            found = session.losses(part, SharedProgress(None))
+            for one, other in zip(found[::-1], expected[::-1], strict=False):
+                np.testing.assert_allclose(one, other, atol=3e-5)
+    assert replay.plays > 20
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_equal_the_eager_loop() -> None:
+    model = small_model().cuda()
+    documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
+    group = Group(0, 1, torch.device("cuda"))
+    ttt = ttt_params(mode="cached", context=40)
+    expected = ttt_losses(model, documents, ttt, group)
+    graphs = ttt_losses(model, documents, ttt.model_copy(update={"cuda_graphs": True}), group)
+    for one, other in zip(graphs, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-2)
+
+
+@pytest.mark.parametrize("capacity", [5, 64])
+def test_rows_that_run_are_few_numbers_and_enough(capacity: int) -> None:
+    run = [rows_at(count, capacity) for count in range(1, capacity + 1)]
+    assert all(count <= rows <= capacity for count, rows in enumerate(run, 1))
+    assert all(rows < 1.5 * count + 1 for count, rows in enumerate(run, 1))
+    assert len(set(run)) <= 2 * math.log2(capacity) + 1
+
+
+@pytest.mark.parametrize("mode", ["window", "cached"])
+def test_bf16_scores_are_near_and_the_weights_come_back(mode: str) -> None:
+    model = small_model()
+    documents = random_documents([50, 20])
+    expected = ttt_losses(model, documents, ttt_params(mode=mode, lr=1e-4), ALONE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.compute_dtype = torch.bfloat16
+    found = ttt_losses(model, documents, ttt_params(mode=mode, lr=1e-4), ALONE)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=0.3)
+        assert abs(one.mean() - other.mean()) < 0.03
+
+
+def test_casting_the_matrices_once_changes_no_bit() -> None:
+    model = small_model()
+    model.compute_dtype = torch.bfloat16
+    tokens = torch.tensor(random_documents([30])[0].tolist())
+    packed = Documents.from_lengths([30])
+    with torch.no_grad():
+        expected = model(tokens, packed)
+        with frozen(model):
+            assert torch.equal(model(tokens, packed), expected)
 
 
 def test_a_repetitive_document_is_learned() -> None:

@@ -209,25 +209,44 @@ class EvaluateParams(Section):
 class TTTParams(Section):
     """Score-first test-time training: one LoRA per document."""
 
+    mode: Literal["window", "cached"] = about(
+        "window: every chunk reads its context again; cached: keys and values of it are kept"
+    )
     chunk: Count = about("tokens scored, then trained on, at a time", "tokens")
-    context: Count = about("longest window recomputed for a chunk, chunk included", "tokens")
+    context: Count = about("tokens a chunk's last token sees at most, chunk included", "tokens")
+    refresh: Natural = about(
+        "compute the kept context anew after so many chunks (mode cached); 0 = never", "chunks"
+    )
+    steps: Count = about("optimizer steps on each chunk", "steps")
     rank: Count = about("of every adapter")
     sites: list[Literal["query", "key", "value", "attention", "mlp", "head"]] = about(
         "q, k, v projections; branches beside attention and MLP; output head"
     )
     lr: Positive = about("AdamW with beta1 = 0, i.e. RMSProp")
+    lr_decay_tokens: Natural = about(
+        "lr falls as 1/(1 + position/this) inside a document; 0 = constant", "tokens"
+    )
     beta2: Fraction = about("decay of the second moment")
     epsilon: Positive = about("added to the root of the second moment")
     weight_decay: NonNegative = about("decoupled", "1/(lr*step)")
     hash_buckets: Natural = about("rows of the eval-time hash embedding; 0 = off", "rows")
-    batch: Count = about("documents adapted side by side", "documents")
-    tokens_per_batch: Count = about(
-        "bound on the tokens of all their windows: fewer documents where they are long", "tokens"
+    batch: Count = about(
+        "most documents adapted side by side; on CUDA fewer if memory asks for it", "documents"
     )
+    tokens_per_batch: Count = about(
+        "bound on the tokens they read at once: fewer documents where windows are long", "tokens"
+    )
+    cuda_graphs: bool = about("record chunks of equal shapes and replay them (mode cached, CUDA)")
     seed: Natural = about("of the adapters' initial A")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        _require(
+            self.refresh == 0 or (self.mode == "cached" and self.context > self.chunk),
+            "refresh",
+            f"{self.refresh} asks to renew keys and values, but none are kept",
+            "set refresh to 0, or mode to cached and context above chunk",
+        )
         _require(
             self.context >= self.chunk,
             "context",

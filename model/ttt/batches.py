@@ -1,0 +1,115 @@
+"""Which documents adapt side by side, in which order, and how long that takes several processes.
+
+Batches hold documents of similar lengths and begin with the longest, so that a document that takes
+long to read is begun early. Documents of a single chunk are never trained on; they are scored as
+they are, packed, at the very end, where their small pieces of work fill the gaps.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.gpt import GPT
+from model.ttt.adapters import values_per_document
+
+if TYPE_CHECKING:
+    from workflow.params import TTTParams
+
+MEMORY_SHARE = (
+    0.8  # of what is free; the rest is for fragmentation and what the estimate leaves out
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Numbers of the documents, the longest first; adapts: they take more than one chunk."""
+
+    members: list[int]
+    adapts: bool
+
+
+def document_batches(lengths: Sequence[int], ttt: "TTTParams", rows: int) -> list[Batch]:
+    """Batches of all documents, the longest first.
+
+    A batch that adapts has up to `rows` documents, fewer if what they read at once would exceed
+    ttt.tokens_per_batch; a packed one has at most so many tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    long = [number for number in order if lengths[number] > ttt.chunk]
+    batches = []
+    while long:
+        read = min(lengths[long[0]], ttt.context) if ttt.mode == "window" else ttt.chunk
+        count = max(1, min(rows, ttt.tokens_per_batch // read))
+        batches.append(Batch(long[:count], True))
+        long = long[count:]
+    short = [number for number in order if lengths[number] <= ttt.chunk]
+    count = max(1, ttt.tokens_per_batch // ttt.chunk)
+    return batches + [Batch(short[at : at + count], False) for at in range(0, len(short), count)]
+
+
+def rows_that_fit(model: GPT, ttt: "TTTParams") -> int:
+    """Documents side by side: ttt.batch, or on CUDA fewer where the free memory asks for it."""
+    if model.device.type != "cuda":
+        return ttt.batch
+    free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return max(1, min(ttt.batch, int(MEMORY_SHARE * free / bytes_per_document(model, ttt))))
+
+
+def bytes_per_document(model: GPT, ttt: "TTTParams") -> int:
+    """Estimate of the memory one document takes while it adapts.
+
+    Masters and second moments in fp32, working copy and gradients in the activations' dtype; keys
+    and values of the context; activations of a chunk kept for the gradient (mode `window`:
+    bounded by ttt.tokens_per_batch instead, so only the chunk is counted here as well).
+    """
+    params, size = model.params, model.dtype.itemsize
+    adapted = values_per_document(params, ttt) * (8 + 2 * size)
+    kept = 2 * params.layers * ttt.context * params.kv_heads * params.head_width * size
+    per_token = params.layers * (6 * params.width + 3 * params.mlp_width) * size
+    activations = ttt.chunk * (per_token + 12 * params.vocabulary)
+    return adapted + activations + (kept if ttt.mode == "cached" else 0)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How processes get through the batches: units of time as `seconds` of `simulate` gives them.
+
+    busy: of all processes together; makespan: until the last one is done; longest: of one batch;
+    wasted_rows: share of the rows run that belong to no document or one already finished.
+    """
+
+    busy: float
+    makespan: float
+    longest: float
+    wasted_rows: float
+
+
+def simulate(
+    lengths: Sequence[int],
+    batches: Sequence[Batch],
+    chunk: int,
+    processes: int,
+    seconds: Callable[[int, int], float],
+    rows_run: Callable[[int], int] = lambda rows: rows,
+) -> Schedule:
+    """Take batches from one queue with several processes.
+
+    seconds(rows, start): time of a chunk of so many rows that begins at `start`; rows_run: rows
+    that run for so many documents.
+    """
+    clocks = [0.0] * processes
+    used = run = 0
+    times = []
+    for batch in batches:
+        time = 0.0
+        for start in range(0, max(lengths[member] for member in batch.members), chunk):
+            rows = sum(lengths[member] > start for member in batch.members)
+            used, run = used + rows, run + rows_run(rows)
+            time += seconds(rows_run(rows), start)
+        times.append(time)
+        heapq.heappush(clocks, heapq.heappop(clocks) + time)
+    return Schedule(sum(times), max(clocks), max(times), 1 - used / run)

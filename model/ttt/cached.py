@@ -1,0 +1,108 @@
+"""Mode `cached`: a chunk runs alone against the keys and values kept of the tokens before it.
+
+A chunk sees the same tokens as in mode `window`, up to `context` with its own, but what they left
+behind is not computed again: keys and values stay as the adapters of their time made them, at their
+true positions, and the gradient flows through the chunk alone. What is kept comes from the pass
+that gave the score, before the step. Every `refresh` chunks (0: never) the kept part is computed
+anew with the present adapters, as if its first token began the document.
+
+A chunk thus costs its own tokens and not its context's, and its shapes are the same wherever it
+stands, but for the number of slots of the ring that attention looks at.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from model.cache import SlidingCache
+from model.documents import Documents
+from model.gpt import GPT
+from model.ttt.adapters import DocumentAdapters
+
+if TYPE_CHECKING:
+    from workflow.params import TTTParams
+
+
+class CachedReader:
+    """Losses of chunks against a `SlidingCache`.
+
+    `begin` a batch; for each chunk `move_to` it, ask for `losses` once or more, `close` it.
+    Between the first `losses` and `close` every tensor read lies in memory taken here, so that the
+    work can be recorded for one chunk and replayed for others.
+    """
+
+    def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
+        self._model, self._adapters, self._ttt = model, adapters, ttt
+        self._cache = SlidingCache(
+            model.params, rows, ttt.context - ttt.chunk, model.device, model.dtype
+        )
+        shape = (rows, ttt.chunk)
+        self._chunk_tokens = torch.zeros(shape, dtype=torch.int64, device=model.device)
+        self._chunk_targets = torch.zeros_like(self._chunk_tokens)
+
+    def begin(self, tokens: Tensor, targets: Tensor) -> None:
+        """Take up a batch: tokens and targets, int64 (documents, a multiple of chunk)."""
+        self._tokens, self._targets = tokens, targets
+        self._cache.reset(tokens.shape[0])
+        self._arrange()
+
+    def keep_first(self, rows: int) -> None:
+        """Continue only the first `rows` documents."""
+        self._tokens, self._targets = self._tokens[:rows], self._targets[:rows]
+        self._cache.keep_first(rows)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        rows = self._tokens.shape[0]
+        self._packed = Documents.from_rows(rows, self._ttt.chunk, self._model.device)
+
+    def move_to(self, start: int) -> tuple[int, ...]:
+        """Go to the chunk that begins at `start`; chunks of equal keys have equal shapes."""
+        rows, end = self._tokens.shape[0], start + self._ttt.chunk
+        self._chunk_tokens[:rows] = self._tokens[:, start:end]
+        self._chunk_targets[:rows] = self._targets[:, start:end]
+        slots = slots_at(start, self._ttt.chunk, self._cache.capacity)
+        self._cache.move_to(start, slots)
+        return (slots,)
+
+    def losses(self, first: bool) -> Tensor:
+        """Losses (documents, chunk) with the present adapters; the first pass is what is kept."""
+        rows = self._packed.count
+        self._cache.open(self._ttt.chunk, record=first)
+        losses = self._model.losses(
+            self._chunk_tokens[:rows].flatten(),
+            self._chunk_targets[:rows].flatten(),
+            self._packed,
+            adapters=self._adapters,
+            cache=self._cache,
+        )
+        return losses.view(rows, -1)
+
+    def close(self) -> None:
+        """Keep the chunk's keys and values, over the oldest."""
+        self._cache.close()
+
+    @torch.no_grad()
+    def refresh(self, start: int) -> None:
+        """Compute what is kept anew; the next chunk begins at `start`."""
+        past = min(start, self._cache.capacity)
+        rows = self._tokens.shape[0]
+        self._cache.reset(rows)
+        self._cache.move_to(start - past, 0)
+        self._cache.open(past, record=True)
+        window = self._tokens[:, start - past : start].flatten()
+        packed = Documents.from_rows(rows, past, window.device)
+        self._model.hidden(window, packed, self._adapters, self._cache)
+        self._cache.close()
+
+
+def slots_at(start: int, chunk: int, capacity: int) -> int:
+    """Slots to look at for a chunk at `start`: a chunk times a power of two, or all.
+
+    Few different numbers, so that few shapes occur, and less than twice what is filled.
+    """
+    if start == 0:
+        return 0
+    return min(capacity, chunk * 2 ** math.ceil(math.log2(start / chunk)))

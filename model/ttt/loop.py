@@ -1,0 +1,197 @@
+"""The loop over chunks, the same for both modes and every number of processes."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.distributed import Group
+from model.document_parameters import step_scalars
+from model.documents import Documents
+from model.evaluation import (
+    ReportProgress,
+    SharedProgress,
+    gather_losses,
+    shared_queue,
+    targets_of,
+    to_indices,
+)
+from model.gpt import GPT
+from model.ttt.adapters import DocumentAdapters
+from model.ttt.batches import document_batches, rows_that_fit
+from model.ttt.cached import CachedReader
+from model.ttt.replay import CUDAReplay, Replay, rows_at
+from model.ttt.window import WindowReader
+
+if TYPE_CHECKING:
+    from workflow.params import TTTParams
+
+READERS: dict[str, type[WindowReader] | type[CachedReader]] = {
+    "window": WindowReader,
+    "cached": CachedReader,
+}
+
+
+def ttt_losses(
+    model: GPT,
+    documents: Sequence[np.ndarray],
+    ttt: "TTTParams",
+    group: Group,
+    progress: ReportProgress | None = None,
+) -> list[np.ndarray]:
+    """Losses of documents that adapt the model as they are read; the model itself stays as it is.
+
+    documents: token ids, each (n,) with BOS first. progress: called with the number of targets
+    newly scored, by all processes together. Returns one fp32 array (n,) per document, in nats:
+    loss i is that of target i. The work is shared by the processes of `group`; those that are not
+    the main one get an empty list. Raises InputError if there is no document or a loss is not
+    finite.
+    """
+    lengths = [document.size for document in documents]
+    # All processes must make the same batches, whatever memory each of them has.
+    fitting = group.gather_objects(rows_that_fit(model, ttt))
+    rows = group.broadcast_object(min(fitting, default=1))
+    batches = document_batches(lengths, ttt, rows)
+    sizes = [sum(lengths[member] for member in batch.members) for batch in batches]
+    shared = SharedProgress(progress)
+    scored: list[tuple[int, int, np.ndarray]] = []
+    widest = max((len(batch.members) for batch in batches if batch.adapts), default=0)
+    with frozen(model):
+        session = Session(model, ttt, widest) if widest else None
+        for number in shared_queue(group, sizes, shared):
+            batch = batches[number]
+            members = [documents[member] for member in batch.members]
+            if session is not None and batch.adapts:
+                losses = session.losses(members, shared)
+            else:
+                losses = packed_losses(model, members)
+                shared.advance(sizes[number])
+            scored += [(m, 0, row) for m, row in zip(batch.members, losses, strict=True)]
+    return gather_losses(documents, scored, group)
+
+
+@contextmanager
+def frozen(model: GPT) -> Iterator[None]:
+    """Ask for no gradients of the model's own weights inside the block, and cast once.
+
+    The blocks' matrices are held in the activations' dtype instead of being cast at every use.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    masters = {weight: model.get_parameter(weight).data for weight in model.matrices()}
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    for name, master in masters.items():
+        model.get_parameter(name).data = master.to(model.dtype)
+    try:
+        yield
+    finally:
+        for name, master in masters.items():
+            model.get_parameter(name).data = master
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def packed_losses(model: GPT, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Losses of whole documents by the model alone, which fresh adapters leave as it is."""
+    lengths = [document.size for document in documents]
+    losses = model.losses(
+        to_indices(np.concatenate(documents), model.device),
+        to_indices(np.concatenate([targets_of(document) for document in documents]), model.device),
+        Documents.from_lengths(lengths, model.device),
+    )
+    return np.split(losses.cpu().numpy(), np.cumsum(lengths)[:-1])
+
+
+class Session:
+    """Everything a process needs to adapt batches of up to `capacity` documents, taken once.
+
+    replay: how chunks of equal shapes are run; None: recorded if ttt.cuda_graphs and there is a
+    GPU. Inside `frozen(model)` only.
+    """
+
+    def __init__(
+        self, model: GPT, ttt: "TTTParams", capacity: int, replay: Replay | None = None
+    ) -> None:
+        self._model, self._ttt, self._capacity = model, ttt, capacity
+        self._adapters = DocumentAdapters(model, ttt, capacity)
+        self._reader = READERS[ttt.mode](model, self._adapters, ttt, capacity)
+        if replay is None:
+            recorded = ttt.cuda_graphs and model.device.type == "cuda" and ttt.mode == "cached"
+            replay = CUDAReplay(model.device) if recorded else Replay(recorded=False)
+        self._replay = replay
+        self._scalars = torch.zeros(ttt.steps, 3, device=model.device)
+
+    def losses(self, documents: Sequence[np.ndarray], progress: SharedProgress) -> list[np.ndarray]:
+        """Losses of documents, the longest first, that start from fresh adapters."""
+        lengths = np.array([document.size for document in documents])
+        rows = self._rows(len(documents))
+        with self._replay.stream():
+            losses = self._begin(documents, rows)
+            for start in range(0, int(lengths[0]), self._ttt.chunk):
+                end = start + self._ttt.chunk
+                running = self._rows(int((lengths > start).sum()))
+                if running < rows:
+                    rows = running
+                    self._reader.keep_first(rows)
+                    self._adapters.keep_first(rows)
+                losses[:rows, start:end] = self._chunk(start, rows, bool(end < lengths[0]))
+                progress.advance(int((lengths.clip(start, end) - start).sum()))
+            found = losses.cpu().numpy()
+        return [row[:n] for row, n in zip(found, lengths, strict=False)]
+
+    def _rows(self, documents: int) -> int:
+        """Rows that run for so many documents."""
+        return rows_at(documents, self._capacity) if self._replay.recorded else documents
+
+    def _begin(self, documents: Sequence[np.ndarray], rows: int) -> Tensor:
+        """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""
+        chunks = -(-documents[0].size // self._ttt.chunk)
+        length, device = chunks * self._ttt.chunk, self._model.device
+        tokens = _padded(documents, rows, length, device)
+        targets = _padded([targets_of(d) for d in documents], rows, length, device)
+        self._adapters.reset(rows)
+        self._reader.begin(tokens, targets)
+        self._steps = step_scalars(self._ttt, chunks, device).view(chunks, self._ttt.steps, 3)
+        return torch.zeros(rows, length, device=device)
+
+    def _chunk(self, start: int, rows: int, trains: bool) -> Tensor:
+        """Score the chunk at `start` and train on it; losses (rows, chunk) before training."""
+        number = start // self._ttt.chunk
+        if self._ttt.refresh and number and number % self._ttt.refresh == 0:
+            self._reader.refresh(start)
+        key = self._reader.move_to(start)
+        self._scalars.copy_(self._steps[number])
+        return self._replay.run((rows, trains, *key), lambda: self._score_and_step(trains))
+
+    def _score_and_step(self, trains: bool) -> Tensor:
+        """The work of a chunk, on the device alone.
+
+        Documents that end with the chunk are trained as well, which nobody sees: every row has
+        adapters of its own.
+        """
+        scores: list[Tensor] = []
+        for number in range(self._ttt.steps if trains else 1):
+            with torch.set_grad_enabled(trains):
+                losses = self._reader.losses(first=number == 0)
+            scores.append(losses.detach())
+            if trains:
+                self._adapters.step(losses.mean(1).sum(), self._scalars[number])
+        self._reader.close()
+        return scores[0]
+
+
+def _padded(
+    documents: Sequence[np.ndarray], rows: int, length: int, device: torch.device
+) -> Tensor:
+    """int64 (rows, length) of documents, zero where they end.
+
+    The padding follows a document's last token, where nothing that counts can see it.
+    """
+    padded = np.zeros((rows, length), np.int64)
+    for row, values in zip(padded, documents, strict=False):
+        row[: values.size] = values
+    return to_indices(padded, device)
