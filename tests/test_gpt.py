@@ -133,6 +133,17 @@ def test_exclusive_attention_removes_the_own_value():
     own = v.repeat_interleave(2, dim=1)
     assert (result * own).sum(-1).abs().max() < 1e-5
     torch.testing.assert_close(exclude_own_value(result, v), result)
+    unit = torch.nn.functional.normalize(own, dim=-1)
+    torch.testing.assert_close(result, y - (y * unit).sum(-1, keepdim=True) * unit)
+
+
+def test_a_value_of_zero_excludes_nothing_and_has_finite_gradients():
+    y, v = torch.randn(5, 4, 8), torch.zeros(5, 2, 8, requires_grad=True)
+    result = exclude_own_value(y, v)
+    assert torch.equal(result, y)
+    result.sum().backward()
+    assert v.grad is not None
+    assert v.grad.isfinite().all()
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():

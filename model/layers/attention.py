@@ -34,9 +34,15 @@ Deltas = Mapping[str, Callable[[Tensor], Tensor]]
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     """Remove the direction of the own value v (T, kv_heads, d) from y (T, heads, d)."""
     tokens, heads, width = y.shape
-    unit = F.normalize(v, dim=-1).unsqueeze(2)
+    v = v.unsqueeze(2)
     grouped = y.view(tokens, v.shape[1], heads // v.shape[1], width)
-    return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).view_as(y)
+    # By the squared length rather than a unit vector, which would be kept for the backward pass.
+    share = (grouped * v).sum(-1, keepdim=True) * _inverse(v.square().sum(-1, keepdim=True))
+    return (grouped - share * v).view_as(y)
+
+
+def _inverse(squares: Tensor) -> Tensor:
+    return squares.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
 
 
 class Attention(nn.Module):
@@ -76,7 +82,9 @@ class Attention(nn.Module):
         q = q.view(-1, self.heads, self.head_width)
         k = k.view(-1, self.kv_heads, self.head_width)
         v = v.view(-1, self.kv_heads, self.head_width)
-        q = rotate(rms_norm(q), *turns) * self.gain.to(q.dtype)[:, None]
+        # The gain, though it commutes with the rotation, comes first: its gradient needs the normed
+        # q, which follows from the product kept anyway; the rotated q would be kept for it alone.
+        q = rotate(rms_norm(q) * self.gain.to(q.dtype)[:, None], *turns)
         k = rotate(rms_norm(k), *turns)
         if cache is None:
             y = ops.varlen_attention(q, k, v, documents)
