@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import ops
 from model.cache import NO_TOKEN, Cache
 from model.documents import Documents
 from model.layers.attention import Deltas
@@ -163,7 +164,7 @@ class GPT(nn.Module):
         select: int64 indices of the tokens whose logits are wanted; None: all.
         """
         x = self.hidden(tokens, documents, adapters, cache)
-        return self._logits(x, adapters, select)
+        return ops.softcapped(self._logits(x, adapters, select), self.params.softcap)
 
     def losses(
         self,
@@ -181,17 +182,18 @@ class GPT(nn.Module):
     def _losses(
         self, x: Tensor, targets: Tensor, adapters: Adapters | None, select: Tensor | None
     ) -> Tensor:
-        return F.cross_entropy(self._logits(x, adapters, select), targets, reduction="none")
+        z = self._logits(x, adapters, select)
+        return ops.softcapped_loss(z, targets, self.params.softcap)
 
     def _logits(self, x: Tensor, adapters: Adapters | None, select: Tensor | None) -> Tensor:
+        """Logits before the softcap, in the compute dtype."""
         if select is not None:
             x = x[select]
         x = rms_norm(x)
         logits = self.head(x, self.embedding)
         if adapters is not None and (delta := adapters.head(x, select)) is not None:
             logits = logits + delta
-        cap = self.params.softcap
-        return cap * torch.tanh(logits.float() / cap) if cap else logits.float()
+        return logits
 
     def hidden(
         self,

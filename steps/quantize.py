@@ -127,7 +127,7 @@ class Quantization:
 def main(step: Step) -> None:
     """Calibrate, quantise, pack, read back, score, publish."""
     job = Quantization(step)
-    choice = ops.configure(step.params.ops.attention, step.group.device)
+    choice = ops.configure(device=step.group.device, **step.params.ops.model_dump())
     step.open_log(SECTIONS)
     step.log.event("ops", choice=str(choice))
     started = time.perf_counter()

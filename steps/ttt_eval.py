@@ -56,7 +56,9 @@ def main(step: Step) -> None:
     artifact = step.directory("quantize") / "model.pocket"
     model = load_artifact(artifact, step.group.device)
     check_vocabulary(tokenizer, model.params.vocabulary, "train again with these tokens")
-    step.log.event("ops", choice=str(ops.configure(step.params.ops.attention, step.group.device)))
+    step.log.event(
+        "ops", choice=str(ops.configure(device=step.group.device, **step.params.ops.model_dump()))
+    )
     total = sum(document.size for document in documents)
     results = {
         name: measure(step, name, total, evaluate)

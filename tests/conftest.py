@@ -8,6 +8,8 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # kernels are interpreted; read when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

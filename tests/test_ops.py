@@ -16,12 +16,17 @@ def inputs(total: int, device: str, dtype: torch.dtype, heads: int = 4, kv_heads
     return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
 
 
-def compare_with_reference(name: str, lengths: list[int], device: str, dtype: torch.dtype) -> None:
+def compare_with_reference(
+    name: str, lengths: list[int], device: str, dtype: torch.dtype, compiled: bool = False
+) -> None:
+    implementation = varlen.IMPLEMENTATIONS[name]
+    if compiled:
+        implementation = torch.compile(implementation, dynamic=True)
     documents = Documents.from_lengths([*lengths, 0, 0], device)
     mine, theirs = inputs(sum(lengths), device, dtype), inputs(sum(lengths), device, dtype)
     weight = torch.randn(sum(lengths), 4, 64, generator=torch.manual_seed(1)).to(device, dtype)
     (q, k, v), (q0, k0, v0) = mine, theirs
-    result = varlen.IMPLEMENTATIONS[name](q, k, v, documents)
+    result = implementation(q, k, v, documents)
     expected = varlen.reference(q0, k0, v0, documents)
     (result * weight).sum().backward()
     (expected * weight).sum().backward()
@@ -49,16 +54,26 @@ def test_padded_attention_of_uniform_rows_equals_the_reference():
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("name", [n for n in varlen.IMPLEMENTATIONS if n != "reference"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_gpu_attention_equals_the_reference(name, lengths):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gpu_attention_equals_the_reference(name, lengths, compiled):
     if obstacle := varlen.obstacle(name, torch.device("cuda")):
         pytest.skip(obstacle)
-    compare_with_reference(name, lengths, "cuda", torch.bfloat16)
+    compare_with_reference(name, lengths, "cuda", torch.bfloat16, compiled)
 
 
 def test_auto_says_why_it_did_not_take_the_faster_ones():
     choice = ops.configure("auto", torch.device("cpu"))
-    assert choice.attention == "padded"
-    assert "flash_attn_2: needs a CUDA device" in choice.reason
+    assert (choice.attention, choice.mlp, choice.loss) == ("padded", "reference", "reference")
+    assert "flash_attn_2: needs a CUDA device" in choice.reasons["attention"]
+    assert "mlp: reference (triton: needs a CUDA device)" in str(choice)
+
+
+def test_an_implementation_that_is_named_is_taken_as_asked():
+    choice = ops.configure("reference", torch.device("cpu"), mlp="reference", loss="reference")
+    assert str(choice) == (
+        "attention: reference (as asked), mlp: reference (as asked), loss: reference (as asked)"
+    )
+    ops.configure("auto", torch.device("cpu"))
 
 
 def test_an_implementation_that_cannot_be_had_is_refused_with_the_reason():

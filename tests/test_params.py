@@ -259,6 +259,11 @@ def keys_read(file: Path) -> set[str]:
             keys |= {f"{section}.{node.attr}" for section in names.get(owner or "", ())}
             if owner in ("params", "PARAMS"):
                 keys.add(node.attr)
+        if isinstance(node, ast.keyword) and node.arg is None:  # f(**section.model_dump())
+            call = node.value.func if isinstance(node.value, ast.Call) else None
+            if isinstance(call, ast.Attribute) and call.attr == "model_dump":
+                for section in names.get(last_name(call.value) or "", ()):
+                    keys |= {f"{section}.{key}" for key in fields(SECTIONS[section])}
     return keys
 
 

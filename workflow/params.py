@@ -278,8 +278,14 @@ class ReportParams(Section):
 class OpsParams(Section):
     """Accelerators."""
 
-    attention: Literal["auto", "reference", "torch_varlen", "flash_attn_2"] = about(
-        "auto: the fastest that works here; a named one fails if it cannot be had"
+    attention: Literal[
+        "auto", "reference", "padded", "torch_varlen", "flash_attn_2", "flash_attn_3", "flash_attn_4"
+    ] = about("auto: the fastest that works here; a named one fails if it cannot be had")
+    mlp: Literal["auto", "reference", "triton"] = about(
+        "MLP of a training pass; triton: up-projection and activation in one kernel (Hopper)"
+    )
+    loss: Literal["auto", "reference", "triton"] = about(
+        "softcap and cross-entropy of a training pass; triton: one pass over the logits (Hopper)"
     )
 
 

@@ -20,4 +20,4 @@ class MLP(nn.Module):
 
     def forward(self, r: Tensor) -> Tensor:
         """Map r (T, width) to (T, width)."""
-        return self.down(ops.leaky_relu_squared(self.up(r)))
+        return ops.mlp(r, self.up, self.down)

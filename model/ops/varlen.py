@@ -2,16 +2,18 @@
 
     reference      the formula, one document after the other; specification of the others
     padded         documents side by side in one dense batch (torch SDPA); any device
-    torch_varlen   torch.nn.attention.varlen: FlashAttention-2 kernels that ship with torch
+    torch_varlen   FlashAttention-2 as it ships with torch (`model.ops.torch_varlen`)
     flash_attn_2   the `flash_attn` package (Dao 2023)
+    flash_attn_3   the `flash_attn_interface` package (Shah et al. 2024); Hopper
+    flash_attn_4   the `flash-attn-4` package (`model.ops.flash_attn_4`); Hopper and later
 
 All take q (T, heads, d), k and v (T, kv_heads, d) and return (T, heads, d) in the dtype of q. The
-last two need CUDA and bf16 or fp16.
+last four need CUDA and bf16 or fp16.
 """
 
-import inspect
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +23,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.documents import Documents
+from model.ops import flash_attn_4 as fa4
+
+Attention = Callable[[Tensor, Tensor, Tensor, Documents], Tensor]
 
 # cuDNN's kernels are left out: they are compiled anew for every length, which a growing cache
 # changes with every token (80 ms a token on an H100).
@@ -76,23 +81,9 @@ def padded(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
 
 def torch_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """FlashAttention-2 as built into torch."""
-    function, options = _torch_varlen()
-    ends, longest = documents.boundaries, documents.longest
-    return function(q, k, v, ends, ends, longest, longest, **options)
+    from model.ops.torch_varlen import attend
 
-
-@cache
-def _torch_varlen() -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function and how this version of torch spells `causal` and grouped heads."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = (
-        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    )
-    if "enable_gqa" in known:
-        options["enable_gqa"] = True
-    return varlen_attn, options
+    return attend(q, k, v, documents)
 
 
 def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
@@ -103,25 +94,68 @@ def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tenso
     return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Documents], Tensor]] = {
+def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """FlashAttention-3."""
+    from flash_attn_interface import flash_attn_varlen_func
+
+    ends, longest = documents.boundaries, documents.longest
+    y = flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+    return y[0] if isinstance(y, tuple) else y  # older versions return lse as well
+
+
+IMPLEMENTATIONS: dict[str, Attention] = {
     "reference": reference,
     "padded": padded,
     "torch_varlen": torch_varlen,
     "flash_attn_2": flash_attn_2,
+    "flash_attn_3": flash_attn_3,
+    "flash_attn_4": fa4.flash_attn_4,
+}
+AUTO_ORDER = ("flash_attn_3", "flash_attn_4", "flash_attn_2", "torch_varlen", "padded")
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What a CUDA implementation needs: compute capability, and what `find` fails to find."""
+
+    oldest: int
+    newest: int
+    find: Callable[[], Any]
+
+
+def _function(module: str, name: str) -> Any:
+    found = getattr(import_module(module), name, None)
+    if found is None:
+        raise ImportError(f"{module} has no {name}")
+    return found
+
+
+REQUIREMENTS = {
+    "torch_varlen": Requirement(8, 99, lambda: _function("model.ops.torch_varlen", "attend")),
+    "flash_attn_2": Requirement(8, 99, lambda: _function("flash_attn", "flash_attn_varlen_func")),
+    "flash_attn_3": Requirement(
+        9, 9, lambda: _function("flash_attn_interface", "flash_attn_varlen_func")
+    ),
+    "flash_attn_4": Requirement(9, 99, fa4.package),
 }
 
 
-def obstacle(name: str, device: torch.device) -> str | None:
-    """Why implementation `name` cannot run on `device`, or None if it can."""
-    if name in ("reference", "padded"):
+def obstacle(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why implementation `name` cannot run on `device` with `dtype`, or None if it can."""
+    if name not in REQUIREMENTS:
         return None
     if device.type != "cuda":
         return "needs a CUDA device"
+    if dtype not in DTYPES:
+        return f"needs bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
+    needs = REQUIREMENTS[name]
+    major, minor = torch.cuda.get_device_capability(device)
+    if not needs.oldest <= major <= needs.newest:
+        wanted = f"{needs.oldest}.x" + ("" if needs.oldest == needs.newest else " or later")
+        return f"needs compute capability {wanted}, this device has {major}.{minor}"
     try:
-        if name == "torch_varlen":
-            _torch_varlen()
-        else:
-            import flash_attn  # noqa: F401
-    except ImportError as error:
-        return f"not importable ({error})"
+        needs.find()
+    except Exception as error:  # packages that do not fit the installation fail in many ways
+        return f"not importable ({type(error).__name__}: {error})"
     return None
