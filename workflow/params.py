@@ -279,7 +279,13 @@ class OpsParams(Section):
     """Accelerators."""
 
     attention: Literal[
-        "auto", "reference", "padded", "torch_varlen", "flash_attn_2", "flash_attn_3", "flash_attn_4"
+        "auto",
+        "reference",
+        "padded",
+        "torch_varlen",
+        "flash_attn_2",
+        "flash_attn_3",
+        "flash_attn_4",
     ] = about("auto: the fastest that works here; a named one fails if it cannot be had")
     mlp: Literal["auto", "reference", "triton"] = about(
         "MLP of a training pass; triton: up-projection and activation in one kernel (Hopper)"
