@@ -114,6 +114,7 @@ def padded_documents(lengths: list[int], empty: int) -> Documents:
 
 def test_the_record_has_six_graphs_whatever_the_documents_and_rounded_or_not(monkeypatch):
     """No skip, skip, skip and values, values; the input; the loss. fullgraph: nothing outside."""
+    ops.configure("auto", torch.device("cpu"))  # as before every training
     monkeypatch.setattr(ops, "varlen_attention", masked_attention)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

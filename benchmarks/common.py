@@ -1,0 +1,186 @@
+"""What the benchmarks share: timing, measured rates of the device, stages with a limit, tables.
+
+Every stage says when it begins and ends and is given up after its limit, so that one that hangs or
+fails costs neither the others nor the machine's time.
+"""
+
+import argparse
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from model.documents import Documents
+from workflow.params import Params, load_params
+from workflow.preset import compose
+
+MEAN_LOG_LENGTH, DEVIATION_LOG_LENGTH = 6.6, 1.1  # of documents of web text, in tokens
+# Dense bf16 products, FLOP/s, by a part of the device's name.
+PEAK_RATES = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+RATE_SIZE = {"cuda": 8192, "cpu": 512}
+
+_console = Console(width=120)
+
+
+def load(preset: str) -> Params:
+    """Parameters from a file (any path to a .yaml) or a preset by name."""
+    return load_params(preset) if Path(preset).suffix == ".yaml" else compose(preset)
+
+
+def arguments(name: str, description: str) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks have."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--preset", default="record", help="preset, or path of a params.yaml")
+    parser.add_argument("--repeats", type=int, default=20, help="measurements for each median")
+    parser.add_argument("--limit", type=int, default=180, help="seconds a stage may take")
+    return parser
+
+
+def say(text: str, show: bool = True) -> None:
+    """Print at once, also into a file."""
+    if show:
+        print(text, flush=True)
+
+
+class OutOfTime(Exception):
+    """A stage took longer than its limit."""
+
+
+@contextmanager
+def stage(name: str, limit: int, show: bool = True) -> Iterator[None]:
+    """Run the block as a stage; what goes wrong in it, the limit included, is printed and dropped.
+
+    limit: seconds. A call that never comes back to Python is not interrupted.
+    """
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime(f"given up after {limit} s")
+
+    say(f"{name} …", show)
+    started, before = time.perf_counter(), signal.signal(signal.SIGALRM, stop)
+    signal.alarm(limit)
+    try:
+        yield
+    except Exception as error:
+        say(f"{name}: failed: {type(error).__name__}: {error}")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    say(f"{name}: {time.perf_counter() - started:.1f} s", show)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table; numbers to the right, None as a dash."""
+    shown = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        shown.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        shown.add_row(*map(_cell, row))
+    _console.print(shown)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+class Timed:
+    """Calls a function and keeps how long each call took on `device`, without waiting for it."""
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self.function, self.device = function, device
+        self._spans: list[tuple[Any, Any]] = []
+
+    def __call__(self, *values: Any, **named: Any) -> Any:
+        """Call the function."""
+        start = self._now()
+        result = self.function(*values, **named)
+        self._spans.append((start, self._now()))
+        return result
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def median(self) -> float:
+        """Median of the calls so far, in ms."""
+        if self.device.type != "cuda":
+            return statistics.median(1000 * (end - start) for start, end in self._spans)
+        torch.cuda.synchronize(self.device)
+        return statistics.median(start.elapsed_time(end) for start, end in self._spans)
+
+    def forget(self) -> None:
+        """Drop the calls so far."""
+        self._spans.clear()
+
+
+def median_ms(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median duration of a call on `device`, in ms, after three that do not count."""
+    timed = Timed(function, device)
+    for _ in range(3):
+        function()
+    for _ in range(repeats):
+        timed()
+    return timed.median()
+
+
+def peak_rate(device: torch.device) -> float | None:
+    """What the device can do at most in dense bf16 products, FLOP/s; None if it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((rate for part, rate in PEAK_RATES.items() if part in name), None)
+
+
+def copy_rate(device: torch.device, repeats: int) -> float:
+    """Measured bandwidth of a copy, bytes read and written per second."""
+    source = torch.empty(RATE_SIZE[device.type] ** 2, device=device)
+    target = torch.empty_like(source)
+    milliseconds = median_ms(lambda: target.copy_(source), device, repeats)
+    return 2 * source.nbytes / milliseconds * 1000
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
+    """Measured FLOP/s of a large square product."""
+    size = RATE_SIZE[device.type]
+    x = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / median_ms(lambda: x @ x, device, repeats) * 1000
+
+
+def synthetic_lengths(total: int, longest: int, seed: int = 0) -> list[int]:
+    """Lengths of documents, log-normal like web text and cut at `longest`, that add up to total."""
+    generator = np.random.default_rng(seed)
+    lengths: list[int] = []
+    while (missing := total - sum(lengths)) > 0:
+        document = max(1, int(generator.lognormal(MEAN_LOG_LENGTH, DEVIATION_LOG_LENGTH)))
+        while document > 0 and missing > 0:
+            piece = min(document, longest, missing)
+            lengths.append(piece)
+            document, missing = document - piece, missing - piece
+    return lengths
+
+
+def synthetic_documents(total: int, longest: int, device: torch.device, seed: int = 0) -> Documents:
+    """`synthetic_lengths` as packed documents, padded as the training batches are."""
+    lengths = synthetic_lengths(total, longest, seed)
+    lengths += [0] * (-(len(lengths) + 1) % 64)
+    boundaries = Documents.from_lengths(lengths).boundaries.to(device)
+    return Documents(boundaries, total, longest)
+
+
+def causal_pairs(documents: Documents) -> int:
+    """Pairs (token, itself or an earlier one of its document): Σ n(n + 1)/2 over documents."""
+    lengths = documents.boundaries.diff().long()
+    return int((lengths * (lengths + 1) // 2).sum())

@@ -1,0 +1,252 @@
+"""Each operation's implementations beside each other: ms, error, and the floor of the device.
+
+`python -m benchmarks.ops`, one process. Errors are the largest deviation from the plain formula in
+fp32 on the same inputs, relative to its largest value, of result and gradients. Floors: the
+operation's FLOPs at the measured rate of a large product, or its bytes at that of a copy, whichever
+takes longer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks import common, floors
+from benchmarks.common import say, stage, table
+from model import ops
+from model.distributed import process_group
+from model.documents import Documents
+from model.errors import InputError
+from model.gpt import GPT
+from model.layers.linear import Linear
+from model.muon import orthogonalise
+from workflow.params import ModelParams, Params
+
+COLUMNS = ("implementation", "forward ms", "both ms", "floor ms", "error", "cannot be had")
+FUSED = ("reference", "triton")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all comparisons need."""
+
+    params: Params
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int
+    copy: float  # bytes/s
+    product: float  # FLOP/s
+
+    @property
+    def model(self) -> ModelParams:
+        """Sizes of the model."""
+        return self.params.model
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.params.train.tokens_per_microbatch
+
+    def random(self, *shape: int) -> Tensor:
+        """Standard normal values, from whose leaf gradients are taken."""
+        values = torch.randn(*shape, device=self.device, dtype=self.dtype)
+        return values.requires_grad_()
+
+    def floor(self, flops: float, moved: float) -> float:
+        """Milliseconds that the work takes at least."""
+        return 1000 * max(flops / self.product, moved / self.copy)
+
+    def measure(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> "Measured":
+        """Time a function of `inputs`, and keep its result and gradients."""
+        compiled = torch.compile(function) if self.device.type == "cuda" else function
+        result = compiled(*inputs)
+        seed = torch.ones_like(result)
+        gradients = torch.autograd.grad(result, inputs, seed)
+
+        def both() -> None:
+            torch.autograd.grad(compiled(*inputs), inputs, seed)
+
+        forward = common.median_ms(lambda: compiled(*inputs), self.device, self.repeats)
+        together = common.median_ms(both, self.device, self.repeats)
+        return Measured(forward, together, [result.detach(), *gradients])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one implementation in ms, and what it computed."""
+
+    forward: float
+    both: float
+    outputs: list[Tensor]
+
+    def error(self, expected: Sequence[Tensor]) -> float:
+        """Largest deviation of any output, relative to the largest value of that output."""
+        return max(
+            float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+            for ours, theirs in zip(self.outputs, expected, strict=True)
+        )
+
+
+def exact(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Result and gradients in fp32."""
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    result = function(*wide)
+    return [result.detach(), *torch.autograd.grad(result, wide, torch.ones_like(result))]
+
+
+def on_documents(function: ops.varlen.Attention, documents: Documents) -> Callable[..., Tensor]:
+    """An attention as a function of q, k and v alone."""
+    return lambda q, k, v: function(q, k, v, documents)
+
+
+def attention(bench: Bench) -> None:
+    """Every attention on the documents of one micro-batch; the error on a few of them."""
+    model = bench.model
+    documents = common.synthetic_documents(bench.tokens, model.sequence_length, bench.device)
+    few = Documents.from_lengths(
+        [1, model.sequence_length, model.sequence_length // 3], bench.device
+    )
+
+    def inputs(total: int) -> list[Tensor]:
+        heads = (model.heads, model.kv_heads, model.kv_heads)
+        return [bench.random(total, count, model.head_width) for count in heads]
+
+    flops = floors.attention_flops(model, common.causal_pairs(documents)) / model.layers
+    widths = model.heads + model.kv_heads
+    moved = 6.0 * floors.BF16 * bench.tokens * widths * model.head_width
+    large, small = inputs(bench.tokens), inputs(few.total)
+    expected = exact(on_documents(ops.varlen.reference, few), small)
+    rows: list[tuple] = []
+    for name, function in ops.varlen.IMPLEMENTATIONS.items():
+        if name == "reference":
+            continue
+        obstacle = ops.varlen.obstacle(name, bench.device, bench.dtype)
+        if obstacle is not None:
+            rows.append((name, None, None, None, None, obstacle))
+            continue
+        times = bench.measure(on_documents(function, documents), large)
+        check = bench.measure(on_documents(function, few), small)
+        floor = bench.floor(flops, moved)
+        rows.append((name, times.forward, times.both, floor, check.error(expected), ""))
+    count = int((documents.boundaries.diff() > 0).sum())
+    table(f"attention: {bench.tokens:,} tokens in {count} documents", COLUMNS, rows)
+
+
+def mlp(bench: Bench) -> None:
+    """W_down (LeakyReLU_½(W_up r))²."""
+    width, hidden = bench.model.width, bench.model.mlp_width
+    up, down = (Linear(*s).to(bench.device) for s in ((width, hidden), (hidden, width)))
+    inputs = [bench.random(bench.tokens, width)]
+    weights = [layer.weight.detach().to(bench.dtype).requires_grad_() for layer in (up, down)]
+
+    def run(r: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        up.working, down.working = first, second
+        return ops.mlp(r, up, down)
+
+    flops = 18.0 * bench.tokens * width * hidden
+    moved = floors.BF16 * bench.tokens * (6.0 * width + 5.0 * hidden)
+    compare(bench, "mlp", run, [*inputs, *weights], bench.floor(flops, moved))
+
+
+def loss(bench: Bench) -> None:
+    """Softcap and cross-entropy."""
+    model = bench.model
+    logits = bench.random(bench.tokens, model.vocabulary)
+    targets = torch.randint(model.vocabulary, (bench.tokens,), device=bench.device)
+    moved = floors.BF16 * 3.0 * bench.tokens * model.vocabulary
+
+    def run(z: Tensor) -> Tensor:
+        return ops.softcapped_loss(z, targets, model.softcap)
+
+    compare(bench, "loss", run, [logits], bench.floor(0.0, moved))
+
+
+def compare(
+    bench: Bench, op: str, run: Callable[..., Tensor], inputs: Sequence[Tensor], floor: float
+) -> None:
+    """Both implementations of a fused operation; leaves "auto" chosen."""
+    rows: list[tuple] = []
+    ops.configure("auto", bench.device, **{op: "reference"})
+    expected = exact(run, inputs)
+    for name in FUSED:
+        try:
+            ops.configure("auto", bench.device, **{op: name})
+        except InputError as error:
+            rows.append((name, None, None, None, None, error.problem))
+            continue
+        torch._dynamo.reset()
+        found = bench.measure(run, inputs)
+        rows.append((name, found.forward, found.both, floor, found.error(expected), ""))
+    ops.configure("auto", bench.device)
+    table(f"{op}: {bench.tokens:,} tokens", COLUMNS, rows)
+
+
+def products(bench: Bench) -> None:
+    """The shapes of the model's products, alone."""
+    model = bench.model
+    query, key = model.heads * model.head_width, model.kv_heads * model.head_width
+    shapes = {
+        "query": (model.width, query),
+        "key, value": (model.width, key),
+        "query, key and value at once": (model.width, query + 2 * key),
+        "attention output": (query, model.width),
+        "MLP up": (model.width, model.mlp_width),
+        "MLP down": (model.mlp_width, model.width),
+        "head": (model.width, model.vocabulary),
+    }
+    rows = []
+    for name, (inside, outside) in shapes.items():
+        x, weight = bench.random(bench.tokens, inside), bench.random(outside, inside)
+        found = bench.measure(torch.nn.functional.linear, [x, weight])
+        flops = 6.0 * bench.tokens * inside * outside
+        moved = 3.0 * floors.BF16 * bench.tokens * (inside + outside)
+        rate = flops / found.both / 1e9
+        size = f"{inside} → {outside}"
+        rows.append((name, size, found.forward, found.both, bench.floor(flops, moved), rate))
+    columns = ("product", "size", "forward ms", "both ms", "floor ms", "TFLOP/s")
+    table(f"products: {bench.tokens:,} tokens", columns, rows)
+
+
+def newton_schulz(bench: Bench) -> None:
+    """Orthogonalisation of the model's matrices, by shape."""
+    model = GPT(bench.model)
+    shapes = [matrix.weight.shape for matrix in model.matrices().values()]
+    iterations, rows = bench.params.train.newton_schulz_steps, []
+    for shape in dict.fromkeys(shapes):
+        stack = torch.randn(shapes.count(shape), *shape, device=bench.device)
+        milliseconds = common.median_ms(
+            partial(orthogonalise, stack, iterations), bench.device, bench.repeats
+        )
+        m, n = sorted(shape)
+        flops = len(stack) * iterations * (4.0 * m * m * n + 2.0 * m**3)
+        size = f"{len(stack)} x {shape[0]} x {shape[1]}"
+        rows.append((size, milliseconds, bench.floor(flops, 2.0 * stack.nbytes)))
+    table("Newton-Schulz", ("matrices", "ms", "floor ms"), rows)
+
+
+def main() -> None:
+    """Measure, operation by operation."""
+    chosen = common.arguments("ops", "Operations side by side.").parse_args()
+    params = common.load(chosen.preset)
+    with process_group() as group:
+        device = group.device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        torch.manual_seed(0)
+        bench = Bench(
+            params,
+            device,
+            dtype,
+            chosen.repeats,
+            common.copy_rate(device, chosen.repeats),
+            common.product_rate(device, dtype, chosen.repeats),
+        )
+        say(f"copy {bench.copy / 1e12:.3g} TB/s, products {bench.product / 1e12:.3g} TFLOP/s")
+        for comparison in (attention, mlp, loss, products, newton_schulz):
+            with stage(comparison.__name__, chosen.limit):
+                comparison(bench)
+
+
+if __name__ == "__main__":
+    main()

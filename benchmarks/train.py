@@ -1,0 +1,328 @@
+"""Speed of training: tokens/s, utilisation, ms by part beside their floors, memory, start-up.
+
+`python -m benchmarks.train` on one GPU; `torchrun --standalone --nproc-per-node 2 -m
+benchmarks.train` for two, which with the same --json adds the speed-up over the figures of one.
+The batches are those of artifacts/tokenize if its vocabulary fits, else synthetic documents.
+
+MFU = model FLOPs (`benchmarks.floors`) / seconds of the whole step / peak rate of the device.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import common, floors
+from benchmarks.common import Timed, say, stage, table
+from data.loader import TokenStream, TrainingBatches
+from data.shards import Manifest
+from model import ops
+from model.distributed import Group, process_group
+from model.documents import Documents
+from model.files import read_json, write_json
+from model.gpt import GPT
+from model.memory import peak_memory_mib
+from model.run_log import environment
+from model.start_up import compile_statistics, seconds_since_start, use_compile_cache
+from model.training import Batches, Trainer
+from steps.common import TOKENS
+from workflow.params import Params
+
+CACHE = Path(".work/compile-cache")
+PARTS = ("part", "measured", "floor")
+# The category of a kernel is the first with one of these in its name, in lower case.
+KERNELS = {
+    "communication": ("nccl",),
+    "attention": ("flash", "attention", "attn", "fmha"),
+    "products": ("gemm", "cutlass", "nvjet", "xmma", "product_kernel", "::mm", "addmm", "bmm"),
+    "copies": ("memcpy", "memset"),
+}
+OTHER = "elementwise"
+
+
+@dataclass
+class Run:
+    """The trainer under test, its batches, and what has been measured."""
+
+    params: Params
+    group: Group
+    trainer: Trainer
+    batches: Batches
+    data: str
+    attention: str
+    found: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
+    kernels: list[tuple[str, str, float]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, params: Params, group: Group) -> "Run":
+        """Build the trainer and compile, as the train step does."""
+        use_compile_cache(CACHE)
+        choice = ops.configure(device=group.device, **params.ops.model_dump())
+        torch.manual_seed(0)
+        model = GPT(params.model).to(group.device)
+        trainer = Trainer(model, params.train, params.quantize.matrix_bits, group)
+        data, batches = training_batches(params, group)
+        trainer.warm_up(batches)
+        return cls(params, group, trainer, batches, data, choice.attention)
+
+
+def training_batches(params: Params, group: Group) -> tuple[str, Batches]:
+    """What is trained on, in words, and its micro-batches without end."""
+    length, longest = params.train.tokens_per_microbatch, params.model.sequence_length
+    if (TOKENS / "manifest.json").exists():
+        manifest = Manifest.load(TOKENS)
+        stream = TokenStream(manifest.train)
+        if manifest.vocabulary == params.model.vocabulary and stream.total >= length:
+            batches = TrainingBatches(stream, params.train, longest, group, group.device)
+            return str(TOKENS), batches.from_step(0)
+    return "synthetic documents", synthetic_batches(params, group)
+
+
+def synthetic_batches(params: Params, group: Group) -> Iterator[tuple[Any, Any, Documents]]:
+    """Eight micro-batches of random tokens in documents of realistic lengths, again and again."""
+    length = params.train.tokens_per_microbatch
+    ready = []
+    for number in range(8):
+        seed = group.rank + group.size * number
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(params.model.vocabulary, (length + 1,), generator=generator)
+        tokens = tokens.to(group.device)
+        documents = common.synthetic_documents(
+            length, params.model.sequence_length, group.device, seed
+        )
+        ready.append((tokens[:-1], tokens[1:], documents))
+    for batches in repeat(ready):
+        yield from batches
+
+
+def measure_steps(run: Run, steps: int) -> None:
+    """Whole steps, and the parts of them that are calls of their own."""
+    trainer, device = run.trainer, run.group.device
+    watched = {
+        "optimizer": (trainer.optimizer, "step"),
+        "moving average": (trainer.average, "update"),
+        "gradients collected": (trainer.working, "collect"),
+    }
+    timers = {name: Timed(getattr(*place), device) for name, place in watched.items()}
+    for name, (owner, attribute) in watched.items():
+        setattr(owner, attribute, timers[name])
+    waiting = Timed(partial(next, run.batches), torch.device("cpu"))
+    batches = iter(waiting, None)
+    step = Timed(trainer.step, device)
+    step(batches, 1.0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for timer in (*timers.values(), waiting, step):
+        timer.forget()
+    for _ in range(steps):
+        step(batches, 1.0)
+    for owner, attribute in watched.values():
+        delattr(owner, attribute)
+    train = run.params.train
+    run.parts |= {name: timer.median() for name, timer in timers.items()}
+    run.parts["waiting for data"] = waiting.median()
+    run.parts["whole step"] = step.median()
+    rate = train.tokens_per_step / run.group.size / step.median() * 1000
+    run.found["tokens_per_s_per_gpu"] = rate
+    run.found["peak_memory_mib"] = peak_memory_mib(device)
+    _, _, documents = next(run.batches)
+    flops = floors.product_flops(trainer.model, documents.total)
+    flops += floors.attention_flops(run.params.model, common.causal_pairs(documents))
+    peak = common.peak_rate(device)
+    run.found["mfu"] = flops / documents.total * rate / peak if peak else None
+
+
+def measure_microbatch(run: Run, repeats: int) -> None:
+    """Forward and backward of a micro-batch, and its kernels by category."""
+    trainer, device = run.trainer, run.group.device
+    batch = next(run.batches)
+
+    def microbatch() -> None:
+        if trainer.compiled:
+            torch._dynamo.maybe_mark_dynamic(batch[2].boundaries, 0)
+        trainer.model.losses(*batch).mean().backward()
+        trainer.working.collect()
+
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with trainer.working.in_use(None):
+        run.parts["micro-batch"] = common.median_ms(microbatch, device, repeats)
+        with profile(activities=[activity]) as profiler:
+            for _ in range(3):
+                microbatch()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        run.kernels.append((category(event.key), event.key, own / 3000))
+    for name in (*KERNELS, OTHER):
+        run.parts[name] = sum(ms for kind, _, ms in run.kernels if kind == name)
+
+
+def category(kernel: str) -> str:
+    """Which part of the step a kernel belongs to, by its name."""
+    name = kernel.lower()
+    if name.startswith("triton_"):  # inductor names its kernels after what it fused into them
+        return OTHER
+    for kind, marks in KERNELS.items():
+        if any(mark in name for mark in marks):
+            return kind
+    return OTHER
+
+
+def show(run: Run, repeats: int) -> None:
+    """Print the parts beside their floors, and the kernels that take longest."""
+    device, model = run.group.device, run.trainer.model
+    bandwidth = common.copy_rate(device, repeats)
+    rate = common.product_rate(device, model.dtype, repeats)
+    params, tokens = run.params.model, run.params.train.tokens_per_microbatch
+    pairs = common.causal_pairs(next(run.batches)[2])
+    chains = floors.chain_bytes(params, tokens) + floors.head_bytes(params, tokens)
+    state, schulz = floors.optimizer_work(model, run.params.train)
+    floor = {
+        "attention": floors.attention_flops(params, pairs) / rate,
+        "products": floors.product_flops(model, tokens) / rate,
+        OTHER: chains / bandwidth,
+        "optimizer": state / bandwidth + schulz / rate / run.group.size,
+        "moving average": floors.average_bytes(model) / bandwidth,
+    }
+    floor["micro-batch"] = floor["attention"] + floor["products"] + floor[OTHER]
+    microbatches = run.trainer.microbatches
+    floor["whole step"] = (
+        microbatches * floor["micro-batch"] + floor["optimizer"] + floor["moving average"]
+    )
+    rows = [
+        (name, ms, 1000 * floor[name] if name in floor else None) for name, ms in run.parts.items()
+    ]
+    say(f"copy {bandwidth / 1e12:.3g} TB/s, products {rate / 1e12:.3g} TFLOP/s (both measured)")
+    table(f"ms ({microbatches} micro-batches of {tokens:,} tokens a step)", PARTS, rows)
+    longest = sorted(run.kernels, key=lambda kernel: -kernel[2])[:15]
+    table(
+        "kernels of a micro-batch",
+        ("kernel", "part", "ms"),
+        [(name[:80], kind, ms) for kind, name, ms in longest],
+    )
+
+
+def compare_attention(preset: str, limit: int, names: list[str]) -> None:
+    """Tokens/s of the whole step with each attention, in processes of their own."""
+    device, rows = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+    for name in names:
+        obstacle = ops.varlen.obstacle(name, device)
+        if obstacle is not None:
+            rows.append((name, None, None, obstacle))
+            continue
+        result = child(preset, limit, "--attention", name, "--steps", "3", "--brief")
+        figures = (result["tokens_per_s_per_gpu"], result["peak_memory_mib"])
+        rows.append((name, *figures, ""))
+    table("attention", ("implementation", "tokens/s per GPU", "peak MiB", "cannot be had"), rows)
+
+
+def start_up(preset: str, limit: int) -> dict[str, float]:
+    """Seconds from the start of a process to its first step, with an empty and a filled cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        places = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
+        cold, warm = (
+            child(preset, limit, "--steps", "0", "--brief", **places)["startup_seconds"]
+            for _ in range(2)
+        )
+    return {"cold_start_s": cold, "warm_start_s": warm}
+
+
+def child(preset: str, limit: int, *options: str, **variables: str) -> dict[str, Any]:
+    """Run this program in a process of its own and return what it found."""
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory) / "train.json"
+        command = [sys.executable, "-m", "benchmarks.train", "--preset", preset]
+        run = subprocess.run(
+            [*command, *options, "--json", str(result)],
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+        if run.returncode:
+            raise RuntimeError(run.stderr[-2000:])
+        return read_json(result)
+
+
+def report(run: Run, path: Path | None) -> None:
+    """Print the figures and write them."""
+    here = environment()
+    figures: dict[str, Any] = {
+        "device": here["device"],
+        "versions": here["versions"],
+        "commit": here["commit"],
+        "attention_backend": run.attention,
+        "data": run.data,
+        "tokens_per_s_per_gpu": None,
+        "peak_memory_mib": None,
+        "mfu": None,
+        "cold_start_s": None,
+        "warm_start_s": None,
+        "two_gpu_speedup": None,
+        **run.found,
+        "ms": run.parts,
+    }
+    if run.group.size == 2 and path is not None and path.exists():
+        figures = with_speedup(read_json(path), figures)
+    names = [name for name in figures if name not in ("versions", "ms")]
+    table("training", ("figure", "value"), [(name, figures[name]) for name in names])
+    if path is not None:
+        write_json(path, figures)
+
+
+def with_speedup(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one GPU with the speed-up that those of two give, if the devices are alike."""
+    rates = [figures["tokens_per_s_per_gpu"] for figures in (one, two)]
+    if one["device"] != two["device"] or None in rates:
+        return two
+    return one | {"two_gpu_speedup": 2 * rates[1] / rates[0]}
+
+
+def main() -> None:
+    """Measure, stage by stage."""
+    parser = common.arguments("train", "Speed of training; see the module's docstring.")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps to time")
+    parser.add_argument("--attention", default=None, help="instead of the preset's ops.attention")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
+    parser.add_argument("--brief", action="store_true", help="whole steps only")
+    chosen = parser.parse_args()
+    params = common.load(chosen.preset)
+    if chosen.attention:
+        ops_params = params.ops.model_copy(update={"attention": chosen.attention})
+        params = params.model_copy(update={"ops": ops_params})
+    with process_group() as group:
+        say("start …", group.is_main)
+        run = Run.start(params, group)
+        run.found["startup_seconds"] = seconds_since_start(group.device)
+        say(f"start: {run.found['startup_seconds']:.1f} s, {compile_statistics()}", group.is_main)
+        if chosen.steps:
+            with stage(f"{chosen.steps} steps on {run.data}", chosen.limit, group.is_main):
+                measure_steps(run, chosen.steps)
+        alone = group.size == 1 and not chosen.brief
+        if alone:
+            with stage("micro-batch", chosen.limit):
+                measure_microbatch(run, chosen.repeats)
+            with stage("floors", chosen.limit):
+                show(run, chosen.repeats)
+            with stage("start-up, cold and warm", 2 * chosen.limit):
+                run.found |= start_up(chosen.preset, chosen.limit)
+            with stage("attention", 6 * chosen.limit):
+                names = [name for name in ops.varlen.IMPLEMENTATIONS if name != "reference"]
+                compare_attention(chosen.preset, chosen.limit, names)
+        if group.is_main:
+            report(run, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
