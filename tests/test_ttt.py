@@ -281,13 +281,27 @@ def test_batches_hold_each_document_once_longest_first_within_both_bounds(
 ) -> None:
     lengths = [9, 90, 10, 40, 11, 5, 1, 33, 64]
     ttt = ttt_params(mode=mode, tokens_per_batch=70)
-    batches = document_batches(lengths, ttt, 3)
+    batches = document_batches(lengths, ttt, 3, 1)
     flat = [number for batch in batches for number in batch.members]
     assert sorted(flat) == list(range(len(lengths)))
     ordered = [lengths[number] for number in flat]
     assert ordered == sorted(lengths, reverse=True)
     assert [len(batch.members) for batch in batches] == rows
     assert [batch.adapts for batch in batches] == [True, True, True, False]
+
+
+def test_several_processes_get_pieces_small_enough_to_keep_all_busy() -> None:
+    generator = np.random.default_rng(0)
+    lengths = np.exp(generator.normal(6, 1, 400)).astype(int).tolist()
+    ttt = ttt_params(mode="cached", batch=64)
+
+    def busy(processes: int, known: int) -> float:
+        batches = document_batches(lengths, ttt, 64, known)
+        assert sorted(n for batch in batches for n in batch.members) == list(range(400))
+        plan = simulate(lengths, batches, 8, processes, lambda rows, start: rows)
+        return plan.busy / processes / plan.makespan
+
+    assert busy(4, 4) > 0.9 > busy(4, 1)
 
 
 def test_simulation_of_a_queue_worked_out_by_hand() -> None:

@@ -8,6 +8,7 @@ they are, packed, at the very end, where their small pieces of work fill the gap
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,20 +32,30 @@ class Batch:
     adapts: bool
 
 
-def document_batches(lengths: Sequence[int], ttt: "TTTParams", rows: int) -> list[Batch]:
+def document_batches(
+    lengths: Sequence[int], ttt: "TTTParams", rows: int, processes: int
+) -> list[Batch]:
     """Batches of all documents, the longest first.
 
     A batch that adapts has up to `rows` documents, fewer if what they read at once would exceed
-    ttt.tokens_per_batch; a packed one has at most so many tokens.
+    ttt.tokens_per_batch, or where several processes share the work and it would be too much of it:
+    at most 1/(2·processes) of the tokens left (guided self-scheduling, Polychronopoulos & Kuck
+    1987, with smaller pieces). A packed batch has at most ttt.tokens_per_batch tokens.
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     long = [number for number in order if lengths[number] > ttt.chunk]
     batches = []
+    left = sum(lengths[number] for number in long)
     while long:
         read = min(lengths[long[0]], ttt.context) if ttt.mode == "window" else ttt.chunk
-        count = max(1, min(rows, ttt.tokens_per_batch // read))
-        batches.append(Batch(long[:count], True))
-        long = long[count:]
+        count = min(rows, ttt.tokens_per_batch // read)
+        if processes > 1:
+            tokens = accumulate(lengths[number] for number in long[:count])
+            count = sum(total <= left / (2 * processes) for total in tokens)
+        members = long[: max(1, count)]
+        batches.append(Batch(members, True))
+        left -= sum(lengths[number] for number in members)
+        long = long[len(members) :]
     short = [number for number in order if lengths[number] <= ttt.chunk]
     count = max(1, ttt.tokens_per_batch // ttt.chunk)
     return batches + [Batch(short[at : at + count], False) for at in range(0, len(short), count)]

@@ -54,7 +54,7 @@ def ttt_losses(
     # All processes must make the same batches, whatever memory each of them has.
     fitting = group.gather_objects(rows_that_fit(model, ttt))
     rows = group.broadcast_object(min(fitting, default=1))
-    batches = document_batches(lengths, ttt, rows)
+    batches = document_batches(lengths, ttt, rows, group.size)
     sizes = [sum(lengths[member] for member in batch.members) for batch in batches]
     shared = SharedProgress(progress)
     scored: list[tuple[int, int, np.ndarray]] = []

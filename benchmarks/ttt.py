@@ -1,0 +1,295 @@
+"""Speed of test-time training: scored tokens/s by mode, chunk and batch, beside their floors.
+
+`python -m benchmarks.ttt` on one GPU or CPU; under `torchrun --standalone --nproc-per-node 2` the
+preset's own mode is also run by both processes together, for the speed-up. The model is that of
+--artifact, the documents are those of artifacts/tokenize; without them, random ones.
+
+Floor of one reading: model FLOPs at the measured rate of a large product plus the bytes of adapters
+and optimizer at the measured rate of a copy. Per token that is read, 4 FLOPs for each value of the
+frozen matrices (forward, gradient of the input) and 6 for each of an adapter; 12·layers·heads·d for
+each visible pair. Per document and chunk, each adapter value moves 16 bytes of masters and second
+moments, and five times its working copy or gradient.
+
+The simulated queue takes the time of a chunk as linear in its rows, between 1 and ttt.batch
+documents, both measured.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import common, floors
+from benchmarks.common import say, table
+from data.loader import validation_documents
+from data.shards import MANIFEST, Manifest
+from model import ops
+from model.artifact import load_artifact
+from model.distributed import Group, process_group
+from model.evaluation import SharedProgress, plain_losses
+from model.files import write_json
+from model.gpt import GPT
+from model.layers.linear import Linear
+from model.memory import peak_memory_mib
+from model.run_log import environment
+from model.start_up import seconds_since_start
+from model.ttt import ttt_losses
+from model.ttt.adapters import values_per_document
+from model.ttt.batches import document_batches, rows_that_fit, simulate
+from model.ttt.loop import Session, frozen
+from model.ttt.replay import rows_at
+from steps.common import TOKENS
+from workflow.params import Params, TTTParams
+
+QUEUE_SIZES = (1, 2, 8)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way of reading the documents, and what it took."""
+
+    ttt: TTTParams
+    seconds: float
+    nats: float
+    memory: float
+    floor: tuple[float, float]
+
+    def row(self, tokens: int, read: int) -> list[Any]:
+        """Cells of the table."""
+        ttt, (products, copies) = self.ttt, self.floor
+        return [
+            ttt.mode, ttt.chunk, ttt.batch, ttt.lr, self.nats, self.seconds, tokens / self.seconds,
+            read / self.seconds, products, copies, (products + copies) / self.seconds, self.memory,
+        ]  # fmt: skip
+
+
+COLUMNS = (
+    "mode", "chunk", "batch", "lr", "nats", "s", "scored/s", "read/s", "floor: FLOPs, s",
+    "floor: bytes, s", "share of floor", "peak MiB",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Measure what the arguments say."""
+    parser = common.arguments("ttt", "Speed of test-time training.")
+    parser.add_argument(
+        "--artifact", type=Path, default=Path("artifacts/quantize/seed0/model.pocket")
+    )
+    parser.add_argument("--documents", type=int, default=None, help="how many; default: preset's")
+    parser.add_argument("--tokens", type=int, default=200_000, help="of random documents")
+    parser.add_argument("--modes", nargs="+", default=["window", "cached"])
+    parser.add_argument("--chunks", nargs="+", type=int, help="default: the preset's")
+    parser.add_argument("--batches", nargs="+", type=int, help="default: the preset's")
+    parser.add_argument("--lr", nargs="+", type=float, help="default: the preset's")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay cached chunks")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    params = common.load(options.preset)
+    with process_group() as group:
+        ops.configure(device=group.device, **params.ops.model_dump())
+        model, documents = subject(params, options, group)
+        found = measure(params, options, group, model, documents)
+        if group.is_main and options.json is not None:
+            write_json(options.json, found)
+
+
+def subject(params: Params, options: Any, group: Group) -> tuple[GPT, list[np.ndarray]]:
+    """The model and the documents it reads."""
+    if options.artifact.exists():
+        model = load_artifact(options.artifact, group.device)
+    else:
+        torch.manual_seed(0)
+        model = GPT(params.model).to(group.device)
+        say("no artifact: a model with random weights", group.is_main)
+    if (TOKENS / MANIFEST).exists():
+        limit = options.documents or params.evaluate.documents
+        return model, validation_documents(Manifest.load(TOKENS), limit)
+    say("no tokens: random documents with the lengths of web text", group.is_main)
+    lengths = common.synthetic_lengths(options.tokens, options.tokens)
+    generator = np.random.default_rng(0)
+    pieces = (generator.integers(4, model.params.vocabulary, n, dtype=np.uint16) for n in lengths)
+    return model, [np.concatenate([np.array([1], np.uint16), piece[1:]]) for piece in pieces]
+
+
+def measure(
+    params: Params, options: Any, group: Group, model: GPT, documents: list[np.ndarray]
+) -> dict[str, Any]:
+    """Print the tables; returns the figures of --json."""
+    alone = Group(0, 1, group.device)
+    first = params.ttt.model_copy(update={"mode": options.modes[0]})
+    ttt_losses(model, [documents[0][: 3 * first.chunk]], first, alone)  # loads the kernels
+    start_up = seconds_since_start(group.device)
+    plain = mean_loss(plain_losses(model, documents, params.evaluate.tokens_per_batch, alone))
+    readings = grid(params.ttt, options, model, documents, alone) if group.is_main else []
+    group.barrier()
+    speed_up = measured_speed_up(params.ttt, model, documents, group)
+    if not group.is_main:
+        return {}
+    lengths = [document.size for document in documents]
+    tokens = sum(lengths)
+    rows = [r.row(tokens, read_tokens(lengths, r.ttt)) for r in readings]
+    table(f"{tokens:,} tokens, plain {plain:.4f} nats, start-up {start_up:.1f} s", COLUMNS, rows)
+    simulated(params.ttt, options, model, lengths)
+    best = {mode: [r for r in readings if r.ttt.mode == mode] for mode in ("window", "cached")}
+    nats = {mode: min((r.nats for r in found), default=None) for mode, found in best.items()}
+    read = [read_tokens(lengths, r.ttt) / r.seconds for r in best["window"]]
+    return {
+        **environment(),
+        "window_tokens_per_s": max(read, default=None),
+        "cached_tokens_per_s": max((tokens / r.seconds for r in best["cached"]), default=None),
+        "window_nats": nats["window"],
+        "cached_nats": nats["cached"],
+        "best_nats": min((r.nats for r in readings), default=None),
+        "no_ttt_nats": plain,
+        "startup_s": start_up,
+        "two_gpu_speedup": speed_up if group.size == 2 else None,
+        "readings": [dict(zip(COLUMNS, row, strict=True)) for row in rows],
+    }
+
+
+def grid(
+    ttt: TTTParams, options: Any, model: GPT, documents: list[np.ndarray], group: Group
+) -> list[Reading]:
+    """One reading for each combination of the arguments, by this process alone."""
+    rates = (
+        common.product_rate(group.device, model.dtype, options.repeats),
+        common.copy_rate(group.device, options.repeats),
+    )
+    readings = []
+    for mode in options.modes:
+        for chunk in options.chunks or [ttt.chunk]:
+            for batch in options.batches or [ttt.batch]:
+                for lr in options.lr or [ttt.lr]:
+                    changes = {"mode": mode, "chunk": chunk, "batch": batch, "lr": lr}
+                    changes |= {"cuda_graphs": options.cuda_graphs or ttt.cuda_graphs}
+                    changed = TTTParams(**{**ttt.model_dump(), **changes})
+                    with common.stage(
+                        f"{mode}, chunk {chunk}, batch {batch}, lr {lr}", options.limit
+                    ):
+                        readings.append(reading(changed, model, documents, group, rates))
+    return readings
+
+
+def reading(
+    ttt: TTTParams,
+    model: GPT,
+    documents: list[np.ndarray],
+    group: Group,
+    rates: tuple[float, float],
+) -> Reading:
+    """Read all documents once; the losses' way to the host ends the time."""
+    if group.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(group.device)
+    began = time.perf_counter()
+    losses = ttt_losses(model, documents, ttt, group)
+    seconds = time.perf_counter() - began
+    flops, moved = floor_work(model, ttt, [document.size for document in documents])
+    floor = (flops / rates[0], moved / rates[1])
+    return Reading(ttt, seconds, mean_loss(losses), peak_memory_mib(group.device), floor)
+
+
+def mean_loss(losses: Sequence[np.ndarray]) -> float:
+    """Nats per token."""
+    total = sum(float(loss.sum(dtype=np.float64)) for loss in losses)
+    return total / sum(loss.size for loss in losses)
+
+
+def read_tokens(lengths: Sequence[int], ttt: TTTParams) -> int:
+    """Tokens that run through the blocks: every window's in mode window, each once in cached."""
+    if ttt.mode == "cached":
+        return sum(lengths)
+    starts = (start for n in lengths for start in range(0, n, ttt.chunk))
+    return sum(min(start + ttt.chunk, ttt.context) for start in starts)
+
+
+def floor_work(model: GPT, ttt: TTTParams, lengths: Sequence[int]) -> tuple[float, float]:
+    """FLOPs and bytes of a reading, as the head of this file counts them."""
+    adapted = values_per_document(model.params, ttt)
+    matrices = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
+    frozen_values = sum(matrix.numel() for matrix in [*matrices, model.embedding])
+    per_token = 4.0 * frozen_values + 6.0 * adapted
+    pairs = trained_chunks = 0
+    for length in lengths:
+        trained_chunks += (length - 1) // ttt.chunk
+        for start in range(0, length, ttt.chunk):
+            seen = min(start + ttt.chunk, ttt.context)
+            window = seen * (seen + 1) // 2
+            past = seen - ttt.chunk
+            pairs += window if ttt.mode == "window" else window - past * (past + 1) // 2
+    flops = read_tokens(lengths, ttt) * per_token + floors.attention_flops(model.params, pairs)
+    return flops * ttt.steps, adapted * trained_chunks * (
+        16.0 + 5 * model.dtype.itemsize
+    ) * ttt.steps
+
+
+def measured_speed_up(
+    ttt: TTTParams, model: GPT, documents: list[np.ndarray], group: Group
+) -> float | None:
+    """Time of the main process alone over the time of all together; None for one process."""
+    if group.size == 1:
+        return None
+    times = []
+    for members in (Group(0, 1, group.device), group):
+        group.barrier()
+        began = time.perf_counter()
+        if group.is_main or members is group:
+            ttt_losses(model, documents, ttt, members)
+        group.barrier()
+        times.append(time.perf_counter() - began)
+    return times[0] / times[1]
+
+
+def simulated(ttt: TTTParams, options: Any, model: GPT, lengths: list[int]) -> None:
+    """Print what a queue of these documents costs several processes."""
+    rows = []
+    for mode in options.modes:
+        changed = ttt.model_copy(update={"mode": mode})
+        limit = rows_that_fit(model, changed)
+        one, many = chunk_seconds(model, changed, 1), chunk_seconds(model, changed, limit)
+        slope = (many - one) / max(1, limit - 1)
+        recorded = options.cuda_graphs and mode == "cached"
+
+        def seconds(
+            count: int, start: int, one: float = one, slope: float = slope, ttt: TTTParams = changed
+        ) -> float:
+            share = min(1.0, (start + ttt.chunk) / ttt.context) if ttt.mode == "window" else 1.0
+            return share * (one + slope * (count - 1))
+
+        def rows_run(count: int, limit: int = limit, recorded: bool = recorded) -> int:
+            return rows_at(count, limit) if recorded else count
+
+        for processes in QUEUE_SIZES:
+            batches = document_batches(lengths, changed, limit, processes)
+            plan = simulate(lengths, batches, changed.chunk, processes, seconds, rows_run)
+            efficiency = plan.busy / processes / plan.makespan
+            cells = (1000 * one, 1000 * many, plan.makespan, plan.longest, efficiency)
+            rows.append([mode, processes, *cells, plan.wasted_rows])
+    columns = [
+        "mode", "processes", "ms/chunk, 1 row", f"ms/chunk, {ttt.batch} rows", "makespan, s",
+        "longest batch, s", "busy share", "wasted rows",
+    ]  # fmt: skip
+    table("Simulated queue, the longest documents first", columns, rows)
+
+
+def chunk_seconds(model: GPT, ttt: TTTParams, rows: int, chunks: int = 4) -> float:
+    """Seconds of a chunk at full context for so many documents side by side."""
+    generator = np.random.default_rng(0)
+    length = ttt.context + chunks * ttt.chunk
+    documents = [generator.integers(4, 256, length, dtype=np.uint16) for _ in range(rows)]
+    short = [document[: ttt.context] for document in documents]
+    with frozen(model):
+        session = Session(model, ttt, rows)
+        times = []
+        for part in (short, short, documents):
+            began = time.perf_counter()
+            session.losses(part, SharedProgress(None))
+            times.append(time.perf_counter() - began)
+    return max(1e-9, (times[2] - times[1]) / chunks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The benchmark of test-time training: its counts against loops, and a run at tiny size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ttt import floor_work, read_tokens
+from model.layers.linear import Linear
+from model.ttt.adapters import initial_parameters
+from tests.models import small_model, ttt_params
+from workflow.preset import compose, render
+
+ROOT = Path(__file__).parents[1]
+KEYS = {"device", "versions", "commit", "window_tokens_per_s", "cached_tokens_per_s"}
+KEYS |= {"window_nats", "cached_nats", "best_nats", "no_ttt_nats", "startup_s", "two_gpu_speedup"}
+
+
+@pytest.mark.parametrize("mode", ["window", "cached"])
+def test_floors_count_every_token_pair_and_value(mode: str) -> None:
+    model = small_model()
+    ttt = ttt_params(mode=mode, chunk=8, context=24)
+    lengths = [40, 16]
+    tokens = pairs = 0
+    for length in lengths:
+        for start in range(0, length, 8):
+            begin = max(0, start + 8 - 24)
+            queries = range(begin if mode == "window" else start, start + 8)
+            tokens += len(queries)
+            pairs += sum(query - begin + 1 for query in queries)
+    if mode == "window":
+        assert read_tokens(lengths, ttt) == tokens
+    adapted = sum(tensor.numel() for tensor in initial_parameters(model.params, ttt).values())
+    frozen = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+    frozen += model.embedding.numel()
+    flops, moved = floor_work(model, ttt, lengths)
+    assert flops == tokens * (4 * frozen + 6 * adapted) + 12 * 4 * 4 * 8 * pairs
+    assert moved == (4 + 1) * adapted * 36  # chunks trained on; fp32
+
+
+def test_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/record.yaml").write_text((ROOT / "conf/record.yaml").read_text())
+    (tmp_path / "conf/miniature.yaml").write_text((ROOT / "tests/miniature.yaml").read_text())
+    params = compose("miniature", ["processes=1"], tmp_path / "conf")
+    (tmp_path / "params.yaml").write_text(render(params))
+    sizes = ["--tokens", "2000", "--repeats", "1", "--chunks", "16", "--batches", "2", "4"]
+    command = ["-m", "benchmarks.ttt", "--preset", "params.yaml", *sizes, "--json", "ttt.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "ttt.json").read_text())
+    assert set(found) >= KEYS
+    assert len(found["readings"]) == 4
+    assert found["best_nats"] == min(found["window_nats"], found["cached_nats"])
+    assert found["cached_tokens_per_s"] > 0 < found["window_tokens_per_s"]
+    assert "Simulated queue" in done.stdout

@@ -1,0 +1,194 @@
+"""Run a grid of parameters as DVC experiments: `python -m workflow.sweep conf/sweep/ttt.yaml`.
+
+Every combination is queued as an experiment of one stage, so that what the stage reads
+(checkpoints, tokens) is what is in force, and the queue is then worked off. The stage's metrics,
+averaged over the seeds, end in sweep.csv, sweep.md and sweep.svg: loss against device seconds, with
+the Pareto front, the combinations that no other beats in both. The experiments stay in DVC: `dvc
+exp apply NAME` makes one the experiment in force, `dvc exp remove` forgets it.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import InputError
+from model.files import atomic_file, write_bytes
+from model.run_log import step_errors
+
+KEYS = {"stage", "always", "cost", "grids"}
+Combination = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A combination and what it gave: nats per token, device seconds, by experiment name."""
+
+    name: str
+    combination: Combination
+    loss: float
+    cost: float
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """Read and check a sweep file; raises InputError."""
+    from ruamel.yaml import YAML
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file", "name a file like conf/sweep/ttt.yaml")
+    sweep = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    if not isinstance(sweep, dict) or set(sweep) != KEYS:
+        raise InputError(f"{path}: needs exactly the keys {', '.join(sorted(KEYS))}", "correct it")
+    return sweep
+
+
+def combinations(sweep: dict[str, Any]) -> list[Combination]:
+    """All combinations of all grids, each once, in the order of the file."""
+    found: dict[str, Combination] = {}
+    for grid in sweep["grids"]:
+        for values in itertools.product(*grid.values()):
+            combination = {**sweep["always"], **dict(zip(grid, values, strict=True))}
+            found[json.dumps(combination, sort_keys=True)] = combination
+    return list(found.values())
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as `dvc exp run -S` reads it."""
+    text = json.dumps(value).replace('"', "").replace(" ", "")
+    return f"{key}={text}"
+
+
+def dvc(*arguments: str) -> str:
+    """Run a command of DVC in this directory and return what it prints; InputError if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise InputError(
+            f"dvc {' '.join(arguments)}: failed", "see its message above, then run the sweep again"
+        )
+    return done.stdout
+
+
+def enqueue(stage: str, planned: list[Combination]) -> dict[str, Combination]:
+    """Queue an experiment for each combination; returns them by name."""
+    prefix = time.strftime("sweep-%Y%m%d-%H%M%S")
+    named = {f"{prefix}-{number:03}": one for number, one in enumerate(planned)}
+    for name, combination in named.items():
+        settings = [f"--set-param={override(*item)}" for item in combination.items()]
+        dvc("exp", "run", "--queue", "--quiet", "--single-item", "--name", name, *settings, stage)
+    return named
+
+
+def collect(shown: str, named: dict[str, Combination], stage: str, cost: str) -> list[Point]:
+    """The points that `dvc exp show --json` knows of, in the order of `named`."""
+    results = dict(_experiments(json.loads(shown)))
+    points = []
+    for name, combination in named.items():
+        metrics = [
+            file["data"]
+            for path, file in results.get(name, {}).items()
+            if f"/{stage}/" in f"/{path}" and file.get("data")
+        ]
+        if metrics:
+            losses = [one["loss"] for one in metrics]
+            costs = [one.get("world_size", 1) * _nested(one, cost) for one in metrics]
+            mean_loss, mean_cost = (sum(values) / len(values) for values in (losses, costs))
+            points.append(Point(name, combination, mean_loss, mean_cost))
+    return points
+
+
+def _experiments(shown: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and metrics, by file, of all experiments."""
+    for commit in shown:
+        for experiment in commit.get("experiments") or []:
+            newest = experiment["revs"][0]
+            data = newest.get("data") or {}
+            yield newest.get("name") or experiment.get("name"), data.get("metrics") or {}
+
+
+def _nested(metrics: dict[str, Any], key: str) -> float:
+    for part in key.split("."):
+        metrics = metrics[part]
+    return float(metrics)  # type: ignore[arg-type]
+
+
+def pareto(points: list[Point]) -> list[Point]:
+    """The points that no other beats in both loss and cost, the cheapest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.cost, point.loss)):
+        if not front or point.loss < front[-1].loss:
+            front.append(point)
+    return front
+
+
+def write_results(directory: Path, points: list[Point], title: str) -> None:
+    """Write sweep.csv, sweep.md and sweep.svg, the best loss first."""
+    front = {point.name for point in pareto(points)}
+    keys = list(dict.fromkeys(key for point in points for key in point.combination))
+    header = ["experiment", *keys, "loss", "device seconds", "front"]
+    rows = []
+    for point in sorted(points, key=lambda point: point.loss):
+        values = [_text(point.combination.get(key)) for key in keys]
+        star = "*" if point.name in front else ""
+        rows.append([point.name, *values, f"{point.loss:.4f}", f"{point.cost:.1f}", star])
+    csv = "\n".join(",".join(row) for row in [header, *rows]) + "\n"
+    write_bytes(directory / "sweep.csv", csv.encode())
+    marked = [header, ["---"] * len(header), *rows]
+    markdown = "\n".join("| " + " | ".join(row) + " |" for row in marked) + "\n"
+    write_bytes(directory / "sweep.md", markdown.encode())
+    plot(directory / "sweep.svg", points, title)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else json.dumps(value).replace('"', "").replace(",", "")
+
+
+def plot(path: Path, points: list[Point], title: str) -> None:
+    """Loss against device seconds with the Pareto front."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    front = pareto(points)
+    axes.scatter([p.cost for p in points], [p.loss for p in points], s=18, color="tab:grey")
+    costs, losses = [p.cost for p in front], [p.loss for p in front]
+    axes.step(costs, losses, where="post", marker="o", color="tab:blue", label="Pareto front")
+    axes.set(xscale="log", xlabel="device seconds", ylabel="loss (nats per token)", title=title)
+    axes.legend()
+    with atomic_file(path) as file:
+        figure.savefig(file, format="svg")
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Queue, run, collect."""
+    parser = argparse.ArgumentParser(prog="python -m workflow.sweep")
+    parser.add_argument("sweep", type=Path, help="a file like conf/sweep/ttt.yaml")
+    parser.add_argument("--output", type=Path, default=Path("artifacts/sweep"))
+    options = parser.parse_args()
+    with step_errors():
+        sweep = read_sweep(options.sweep)
+        named = enqueue(sweep["stage"], combinations(sweep))
+        print(f"{len(named)} experiments queued", flush=True)
+        dvc("exp", "run", "--run-all", "--jobs", "1")
+        points = collect(dvc("exp", "show", "--json"), named, sweep["stage"], sweep["cost"])
+        if not points:
+            raise InputError("no experiment of the sweep succeeded", "see `dvc queue logs NAME`")
+        write_results(options.output, points, f"{sweep['stage']}: {options.sweep}")
+        print((options.output / "sweep.md").read_text(), end="")
+        if len(points) < len(named):
+            missing = sorted(set(named) - {point.name for point in points})
+            print(f"failed: {', '.join(missing)}; see `dvc queue logs NAME`", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
