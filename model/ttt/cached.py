@@ -41,6 +41,7 @@ class CachedReader:
         shape = (rows, ttt.chunk)
         self._chunk_tokens = torch.zeros(shape, dtype=torch.int64, device=model.device)
         self._chunk_targets = torch.zeros_like(self._chunk_tokens)
+        self._documents: dict[int, Documents] = {}
 
     def begin(self, tokens: Tensor, targets: Tensor) -> None:
         """Take up a batch: tokens and targets, int64 (documents, a multiple of chunk)."""
@@ -55,8 +56,13 @@ class CachedReader:
         self._arrange()
 
     def _arrange(self) -> None:
+        """Describe the rows; what is derived from that stays in place, as recorded work needs."""
         rows = self._tokens.shape[0]
-        self._packed = Documents.from_rows(rows, self._ttt.chunk, self._model.device)
+        if rows not in self._documents:
+            packed = Documents.from_rows(rows, self._ttt.chunk, self._model.device)
+            _ = packed.index, packed.positions, packed.first
+            self._documents[rows] = packed
+        self._packed = self._documents[rows]
 
     def move_to(self, start: int) -> tuple[int, ...]:
         """Go to the chunk that begins at `start`; chunks of equal keys have equal shapes."""
