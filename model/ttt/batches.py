@@ -38,9 +38,9 @@ def document_batches(
     """Batches of all documents, the longest first.
 
     A batch that adapts has up to `rows` documents, fewer if what they read at once would exceed
-    ttt.tokens_per_batch, or where several processes share the work and it would be too much of it:
-    at most 1/(2·processes) of the tokens left (guided self-scheduling, Polychronopoulos & Kuck
-    1987, with smaller pieces). A packed batch has at most ttt.tokens_per_batch tokens.
+    ttt.tokens_per_batch, or where several processes share the work and it would be more than
+    1/processes of the tokens left (guided self-scheduling, Polychronopoulos & Kuck 1987). A packed
+    batch has at most ttt.tokens_per_batch tokens.
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     long = [number for number in order if lengths[number] > ttt.chunk]
@@ -51,7 +51,7 @@ def document_batches(
         count = min(rows, ttt.tokens_per_batch // read)
         if processes > 1:
             tokens = accumulate(lengths[number] for number in long[:count])
-            count = sum(total <= left / (2 * processes) for total in tokens)
+            count = sum(total <= left / processes for total in tokens)
         members = long[: max(1, count)]
         batches.append(Batch(members, True))
         left -= sum(lengths[number] for number in members)
