@@ -10,9 +10,9 @@
 
 The header holds the model section of the parameters; name, shape, encoding and stream of every
 tensor; name, bytes, compressor and shuffling of every stream. A stream is the concatenation of like
-data in the order of the tensors: the codes of one kind of matrix, all scales, all fp16 values, all
-fp32 values. Each has the compressor that made it smallest. Nothing is pickled. The details are in
-docs/artifact.md.
+data in the order of the tensors: the codes of one kind of matrix, range-coded; all scales, all fp16
+values, all fp32 values, each with the compressor that made it smallest. Nothing is pickled. The
+details are in docs/artifact.md.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import build
-from model.compression import Compressed, compress_all
+from model.compression import Compressed, Stream, compress_all
 from model.errors import InputError
 from model.files import write_bytes
 from model.quantizer import Quantized
@@ -42,7 +42,7 @@ VERSION = 1
 PREAMBLE = struct.Struct("<8sII32s")
 SCALES = "scales"
 DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-CODE, SCALE = np.dtype("i1"), np.dtype("<f2")
+SCALE = np.dtype("<f2")
 
 Stored = Quantized | Tensor  # a tensor is stored as it is and must be fp16 or fp32
 Architecture = dict[str, Any]
@@ -57,23 +57,20 @@ def restore(stored: Stored) -> Tensor:
 class Packed:
     """An artifact in memory.
 
-    content: the file. parts: bytes by part, which add up to the file. by_compressor: bytes of all
-    streams, had only that compressor been used. compressors: the one used, by stream.
+    content: the file. parts: bytes by part, which add up to the file. compressors: the one used, by
+    stream.
     """
 
     content: bytes
     parts: dict[str, int]
-    by_compressor: dict[str, int]
     compressors: dict[str, str]
 
 
 def pack(
     architecture: Architecture, tensors: Mapping[str, Stored], compressors: Sequence[str]
 ) -> Packed:
-    """Lay out and compress an artifact; all `compressors` are tried on every stream."""
-    streams = _streams(tensors)
-    results = compress_all(streams, compressors)
-    best = {name: min(found.values(), key=lambda c: len(c.data)) for name, found in results.items()}
+    """Lay out and compress an artifact; `compressors` are tried on what is not codes."""
+    best = compress_all(_streams(tensors), compressors)
     header = {
         "model": architecture,
         "tensors": [
@@ -94,7 +91,6 @@ def pack(
             "header": PREAMBLE.size + len(packed_header),
             **{name: len(chosen.data) for name, chosen in best.items()},
         },
-        {key: sum(len(found[key].data) for found in results.values()) for key in compressors},
         {name: chosen.compressor for name, chosen in best.items()},
     )
 
@@ -174,24 +170,26 @@ def _encoding(stored: Stored) -> str:
     return str(stored.dtype).removeprefix("torch.")
 
 
-def _streams(tensors: Mapping[str, Stored]) -> dict[str, tuple[bytes, int]]:
-    """Content and bytes per value of every stream that is not empty."""
-    pieces: dict[str, list[bytes]] = {}
-    item_bytes: dict[str, int] = {}
-
-    def append(stream: str, values: Tensor, dtype: np.dtype) -> None:
-        data = values.detach().cpu().numpy().astype(dtype).tobytes()
-        pieces.setdefault(stream, []).append(data)
-        item_bytes[stream] = dtype.itemsize
-
+def _streams(tensors: Mapping[str, Stored]) -> dict[str, Stream]:
+    """The streams, those that are not empty."""
+    codes: dict[str, list[Tensor]] = {}
+    floats: dict[str, list[Tensor]] = {}
     for name, stored in tensors.items():
-        stream = _stream_of(name, stored)
         if isinstance(stored, Quantized):
-            append(stream, stored.codes, CODE)
-            append(SCALES, stored.scales, SCALE)
+            codes.setdefault(_stream_of(name, stored), []).append(stored.codes)
+            floats.setdefault(SCALES, []).append(stored.scales)
         else:
-            append(stream, stored, DTYPES[_encoding(stored)])
-    return {stream: (b"".join(parts), item_bytes[stream]) for stream, parts in pieces.items()}
+            floats.setdefault(_stream_of(name, stored), []).append(stored)
+    streams = {}
+    for stream, matrices in codes.items():
+        stack = torch.stack(matrices).cpu().numpy()
+        data = stack.astype(stack.dtype.newbyteorder("<")).tobytes()
+        streams[stream] = Stream(data, stack.itemsize, stack.shape)
+    for stream, parts in floats.items():
+        dtype = SCALE if stream == SCALES else DTYPES[stream]
+        values = torch.cat([part.detach().flatten() for part in parts]).cpu().numpy()
+        streams[stream] = Stream(values.astype(dtype).tobytes(), dtype.itemsize)
+    return streams
 
 
 class _Reader:
@@ -210,6 +208,7 @@ class _Reader:
 def _read(shape: Sequence[int], encoding: str, stream: str, readers: dict[str, _Reader]) -> Stored:
     if encoding in DTYPES:
         return readers[stream].take(shape, DTYPES[encoding])
-    codes = readers[stream].take(shape, CODE)
+    bits = int(encoding.removeprefix("int"))
+    codes = readers[stream].take(shape, np.dtype("i1" if bits <= 8 else "<i2"))
     scales = readers[SCALES].take(shape[:1], SCALE)
-    return Quantized(codes, scales, int(encoding.removeprefix("int")))
+    return Quantized(codes, scales, bits)

@@ -3,28 +3,28 @@
 Counted code is the Python source an evaluation needs, as one deterministic tar archive compressed
 by LZMA. The tokenizer and the libraries are not counted, as in the challenge the budget comes from.
 
-If the total is too large, codes of ±1 are set to zero, those of the least squared scale first:
-that is the squared error each of them adds. Zeros are what the compressors store cheapest, so the
-size falls with the number of pruned codes; the number is searched between none and all by
-interpolation, every size being that of the real, compressed file. The search ends when the total
-leaves less than `SLACK` of the budget unused, or no number between too few and enough is left.
+How finely the tensors are rounded follows from the budget: `model.allocation` gives steps for a
+number of bits, the real artifact made with them has a size, and the difference corrects the bits.
+The prediction errs by little, so two or three attempts suffice. The search ends when less than
+`SLACK` of the budget is unused, or when the finest steps fit.
 """
 
 import io
 import lzma
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
-import torch
-
-from model.artifact import Packed, Stored
+from model.allocation import Allocation, Steps
 from model.errors import InputError
-from model.quantizer import Quantized
+
+Result = TypeVar("Result")
 
 SOURCES = ("data", "model", "steps", "workflow")
-SLACK = 0.0005  # of the budget
+SLACK = 0.001  # of the budget
+ATTEMPTS = 8
 
 
 def code_bytes(root: str | Path) -> int:
@@ -39,74 +39,63 @@ def code_bytes(root: str | Path) -> int:
     return len(lzma.compress(archive.getvalue(), check=lzma.CHECK_NONE, preset=9))
 
 
-class Pruner:
-    """Zeroes the ±1 codes that cost least; `candidates` is how many there are."""
-
-    def __init__(self, tensors: Mapping[str, Stored]) -> None:
-        self._tensors = tensors
-        self._quantized = [t for t in tensors.values() if isinstance(t, Quantized)]
-        self._codes = torch.cat([q.codes.flatten() for q in self._quantized])
-        scales = torch.cat(
-            [q.scales.float().repeat_interleave(q.codes.shape[1]) for q in self._quantized]
-        )
-        ones = (self._codes.abs() == 1).nonzero().squeeze(1)
-        self._order = ones[scales[ones].argsort(stable=True)]
-        self.candidates = len(ones)
-
-    def prune(self, count: int) -> dict[str, Stored]:
-        """The tensors with the `count` cheapest ±1 codes set to zero; the others are shared."""
-        codes = self._codes.clone()
-        codes[self._order[:count]] = 0
-        parts = iter(codes.split([q.codes.numel() for q in self._quantized]))
-        return {
-            name: Quantized(next(parts).view_as(t.codes), t.scales, t.bits)
-            if isinstance(t, Quantized)
-            else t
-            for name, t in self._tensors.items()
-        }
-
-
 @dataclass(frozen=True)
-class Fit:
-    """An artifact that fits the budget, the tensors in it, and how many codes were pruned."""
+class Attempt(Generic[Result]):
+    """What came of rounding with `steps`: bytes of the artifact, and the artifact or the like."""
 
-    packed: Packed
-    tensors: Mapping[str, Stored]
-    pruned: int
+    steps: Steps
+    size: int
+    result: Result
 
 
 def fit_budget(
-    tensors: Mapping[str, Stored],
-    pack: Callable[[Mapping[str, Stored]], Packed],
+    allocation: Allocation,
+    attempt: Callable[[Steps], tuple[int, Result]],
+    first: tuple[Steps, float],
     code: int,
     budget: int,
-) -> Fit:
-    """Pack tensors, pruning as few codes as it takes to make code and artifact fit the budget.
+) -> Attempt[Result]:
+    """Find the finest steps whose artifact fits the budget beside the code.
 
-    pack: makes the artifact; code: bytes of the counted code. Raises InputError if it does not fit
-    even with all ±1 codes pruned.
+    attempt: rounds and packs; returns the bytes of the artifact and what to keep of it. first:
+    steps and a guess of the artifact's bytes at them. code: bytes of the counted code. Raises
+    InputError if even the coarsest steps do not fit. All processes of a job may search together,
+    if `attempt` returns the same bytes in all of them.
     """
-    room = budget - code
     require_room(code, budget)
-    whole = Fit(pack(tensors), tensors, 0)
-    if _size(whole) <= room:
-        return whole
-    pruner = Pruner(tensors)
+    room, slack = budget - code, int(SLACK * budget)
+    steps, expected = first
+    best: Attempt[Result] | None = None
+    tried: list[Steps] = []
+    gain = 1.0  # bits that the artifact really changes by, for each that was predicted
+    for _ in range(ATTEMPTS):
+        spare = 8 * (room - slack // 2 - expected)
+        wanted = allocation.steps_for(spare / gain, steps)
+        if wanted in tried:
+            break
+        size, result = attempt(wanted)
+        if size <= room and (best is None or size > best.size):
+            best = Attempt(wanted, size, result)
+        if size <= room and (size >= room - slack or wanted == allocation.steps(0.0)):
+            break
+        predicted = allocation.bits(wanted, steps)
+        if tried and predicted:
+            gain = min(max(8 * (size - expected) / predicted, 0.25), 4.0)
+        tried.append(wanted)
+        steps, expected = wanted, size
+    if best is None:
+        raise InputError(*_too_large(int(expected), code, budget))
+    return best
 
-    def attempt(count: int) -> Fit:
-        pruned = pruner.prune(count)
-        return Fit(pack(pruned), pruned, count)
 
-    smallest = attempt(pruner.candidates)
-    if _size(smallest) > room:
-        raise InputError(
-            f"quantize.budget_bytes: {code + _size(smallest):,} bytes ({code:,} code) with all "
-            f"{pruner.candidates:,} codes of ±1 pruned, {_size(smallest) - room:,} more than "
-            f"{budget:,} (unpruned: {_size(whole) - room:,} more)",
-            "lower quantize.matrix_bits or quantize.embedding_bits, or make the model smaller "
-            "(model.layers, model.mlp_width, model.width)",
-        )
-    return _search(attempt, whole, smallest, room, int(SLACK * budget))
+def _too_large(size: int, code: int, budget: int) -> tuple[str, str]:
+    missing = code + size - budget
+    return (
+        f"quantize.budget_bytes: {code + size:,} bytes ({code:,} code) with the coarsest rounding "
+        f"that makes sense, {missing:,} more than {budget:,}",
+        f"raise quantize.budget_bytes to {code + size:,}, or make the model smaller "
+        "(model.layers, model.mlp_width, model.width)",
+    )
 
 
 def require_room(code: int, budget: int) -> None:
@@ -116,24 +105,3 @@ def require_room(code: int, budget: int) -> None:
             f"quantize.budget_bytes: the code alone has {code:,} bytes, the budget is {budget:,}",
             "raise quantize.budget_bytes",
         )
-
-
-def _size(fit: Fit) -> int:
-    return len(fit.packed.content)
-
-
-def _search(attempt: Callable[[int], Fit], large: Fit, fits: Fit, room: int, slack: int) -> Fit:
-    """Between `large`, pruned too little, and `fits`: pruned little and no larger than `room`."""
-    halve = False
-    while fits.pruned - large.pruned > 1 and _size(fits) < room - slack:
-        share = (_size(large) - (room - slack // 2)) / (_size(large) - _size(fits))
-        # Interpolation, and every other time halving, which alone would end as well.
-        share = 0.5 if halve else min(max(share, 0.02), 0.98)
-        halve = not halve
-        between = large.pruned + round(share * (fits.pruned - large.pruned))
-        tried = attempt(min(max(between, large.pruned + 1), fits.pruned - 1))
-        if _size(tried) <= room:
-            fits = tried
-        else:
-            large = tried
-    return fits

@@ -1,8 +1,9 @@
-"""General-purpose compressors of byte streams, by name, tried against each other.
+"""Lossless coders of the artifact's streams, by name.
 
-Values of several bytes can be *shuffled* first: all first bytes, then all second bytes, and so on,
-so that the exponents of floats, which vary little, stand together. Each stream keeps whichever
-result is smallest. To add a coder, add an entry to `COMPRESSORS`.
+Codes of matrices are range-coded (`model.entropy_coder`), which always beats the general-purpose
+compressors. These are tried against each other on the other streams. Values of several bytes can be
+*shuffled* first: all first bytes, then all second ones, and so on, so that the exponents of floats,
+which vary little, stand together. To add a compressor, add an entry to `COMPRESSORS`.
 """
 
 import lzma
@@ -12,7 +13,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from model.entropy_coder import decode_codes, encode_codes
 from model.errors import InputError
+
+RANGE = "range"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Bytes to compress, as values of `item_bytes` bytes; codes have a shape.
+
+    shape: (matrices, rows, columns) of a stack of integer codes; None: other values.
+    """
+
+    data: bytes
+    item_bytes: int
+    shape: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,41 +97,46 @@ def unshuffle(data: bytes, item_bytes: int) -> bytes:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed stream and how to read it; shuffle: bytes per item, 1 if not shuffled."""
+    """A compressed stream and how to read it.
+
+    shuffle: bytes per item, 1 if not shuffled; of range-coded integers always their bytes.
+    """
 
     data: bytes
     compressor: str
     shuffle: int
 
     def decompress(self) -> bytes:
-        """The stream; raises InputError if the compressor is not installed."""
+        """The stream; raises InputError if it is damaged or the compressor is not installed."""
+        if self.compressor == RANGE:
+            return decode_codes(self.data).astype(f"<i{self.shuffle}").tobytes()
         return unshuffle(compressor(self.compressor).decompress(self.data), self.shuffle)
 
 
-def compress_all(
-    streams: dict[str, tuple[bytes, int]], names: Sequence[str]
-) -> dict[str, dict[str, Compressed]]:
-    """Compress every stream with every compressor, side by side on all cores.
+def compress_all(streams: dict[str, Stream], names: Sequence[str]) -> dict[str, Compressed]:
+    """Compress every stream on its own, side by side on all cores.
 
-    streams: content and bytes per item, by name. Returns the smaller of plain and shuffled, by
-    stream and compressor.
+    names: compressors to try on streams that are not codes, plain and shuffled; the smallest
+    result is kept.
     """
     tasks = [
         (stream, name, size)
-        for stream, (_, item_bytes) in streams.items()
-        for name in names
-        for size in sorted({1, item_bytes})
+        for stream, content in streams.items()
+        for name in ((RANGE,) if content.shape else names)
+        for size in ({content.item_bytes} if content.shape else {1, content.item_bytes})
     ]
 
     def work(task: tuple[str, str, int]) -> Compressed:
         stream, name, size = task
-        data = compressor(name).compress(shuffle(streams[stream][0], size))
-        return Compressed(data, name, size)
+        content = streams[stream]
+        if content.shape:
+            codes = np.frombuffer(content.data, f"<i{size}").reshape(content.shape)
+            return Compressed(encode_codes(codes), name, size)
+        return Compressed(compressor(name).compress(shuffle(content.data, size)), name, size)
 
-    results: dict[str, dict[str, Compressed]] = {stream: {} for stream in streams}
-    with ThreadPoolExecutor() as pool:  # the compressors release Python's lock
-        for (stream, name, _), found in zip(tasks, pool.map(work, tasks), strict=True):
-            best = results[stream].get(name)
-            if best is None or len(found.data) < len(best.data):
-                results[stream][name] = found
+    results: dict[str, Compressed] = {}
+    with ThreadPoolExecutor() as pool:  # numpy and the compressors release Python's lock
+        for (stream, _, _), found in zip(tasks, pool.map(work, tasks), strict=True):
+            if stream not in results or len(found.data) < len(results[stream].data):
+                results[stream] = found
     return results

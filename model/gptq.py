@@ -12,18 +12,12 @@ matrix product. H is damped, H + λ·mean(diag H)·I, so that it can be inverted
 never fires is thereby simply rounded.
 
 U needs no inverse of H: with J the reversal of rows and J H J = L Lᵀ, U = (J L J)⁻¹.
-
-The rows of W do not influence each other. So several clips are tried for every row in the same
-solve, and each row keeps the one of least error e H eᵀ, e the row's error, H damped: what GPTQ
-minimises, not the plain squared error of the weights.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from model.quantizer import Quantized, encode, row_scales
+from model.quantizer import CODE_BITS, Quantized, encode, quantized
 
 
 def damped(hessians: Tensor, damping: float) -> Tensor:
@@ -52,37 +46,22 @@ def weighted_error(difference: Tensor, hessians: Tensor) -> Tensor:
 
 
 def gptq(
-    weights: Tensor,
-    hessians: Tensor,
-    bits: int,
-    clip_quantiles: Sequence[float],
-    damping: float,
-    block_columns: int,
+    weights: Tensor, hessians: Tensor, steps: Tensor, damping: float, block_columns: int
 ) -> list[Quantized]:
     """Quantise matrices of one shape together.
 
-    weights: (matrices, rows, n), fp32; hessians: (matrices, n, n), fp64; on one device.
-    clip_quantiles: of the absolute values of a row; the best for each row is kept.
+    weights: (matrices, rows, n), fp32; hessians: (matrices, n, n), fp64; steps of the matrices'
+    grids: (matrices,), fp32 values that fp16 can hold; all on one device.
     damping: share of the Hessian's mean diagonal; block_columns: columns solved at once.
     Returns one `Quantized` per matrix on that device.
     """
     h = damped(hessians, damping)
     order = h.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     h = _take_columns(_take_columns(h, order).mT, order)
-    ordered = _take_columns(weights, order)
-    scales = row_scales(ordered, clip_quantiles, bits)  # (matrices, clips, rows)
-    # All clips of a matrix are more rows of the same solve.
-    candidates = ordered.repeat(1, len(clip_quantiles), 1)
     factor = inverse_factor(h).to(weights.dtype)
-    codes = solve(candidates, factor, scales.flatten(1), bits, block_columns)
-    errors = weighted_error(candidates - codes * scales.flatten(1)[..., None], h)
-    best = errors.view(scales.shape).argmin(1, keepdim=True)
-
-    scales = scales.gather(1, best).squeeze(1)
-    codes = codes.view(len(weights), len(clip_quantiles), *weights.shape[1:])
-    codes = codes.take_along_dim(best[..., None], dim=1).squeeze(1)
-    codes = _take_columns(codes, order.argsort(dim=-1)).to(torch.int8)
-    return [Quantized(c, s.half(), bits) for c, s in zip(codes, scales, strict=True)]
+    codes = solve(_take_columns(weights, order), factor, steps[:, None], CODE_BITS, block_columns)
+    codes = _take_columns(codes, order.argsort(dim=-1))
+    return [quantized(c, s) for c, s in zip(codes, steps.tolist(), strict=True)]
 
 
 def _take_columns(matrices: Tensor, order: Tensor) -> Tensor:
@@ -93,7 +72,7 @@ def _take_columns(matrices: Tensor, order: Tensor) -> Tensor:
 def solve(weights: Tensor, factor: Tensor, scales: Tensor, bits: int, block_columns: int) -> Tensor:
     """Codes, as floats, of weights (matrices, rows, n) in the given order of columns.
 
-    factor: U of `inverse_factor`, (matrices, n, n); scales: (matrices, rows).
+    factor: U of `inverse_factor`, (matrices, n, n); scales: (matrices, rows or 1).
     """
     left = weights.clone()
     codes = torch.empty_like(left)

@@ -1,22 +1,27 @@
 """Symmetric integers with one scale per row: w ≈ s·c, |c| ≤ 2^(bits − 1) − 1.
 
-The scale of a row is its clip divided by the largest code, rounded to fp16; values beyond the clip
-get the largest code. A product of an fp16 scale (11 significant bits) and a code (at most 7) is
-exact in fp32, so every machine restores the same weights to the bit.
+Scales are fp16 values; values of w beyond the largest code get it. A product of an fp16 scale (11
+significant bits) and a code (at most 10) is exact in fp32, so every machine restores the same
+weights to the bit. The artifact's tensors have one step for all rows and codes of up to 11 bits:
+what they cost is up to the entropy coder, to which wide rows and columns are no surprise.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+CODE_BITS = 11  # of the artifact's codes
+LARGEST_CODE = 2 ** (CODE_BITS - 1) - 1
 SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix as codes int8 (rows, columns) of `bits` bits and scales fp16 (rows,)."""
+    """A matrix as codes (rows, columns) of `bits` bits and scales fp16 (rows,).
+
+    codes: int8 up to 8 bits, int16 beyond.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -36,19 +41,10 @@ def largest_code(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def row_scales(weight: Tensor, quantiles: Sequence[float], bits: int) -> Tensor:
-    """Scales that clip each row at quantiles of its absolute values.
-
-    weight: (…, rows, columns). Returns (…, len(quantiles), rows), fp32 values that fp16 can hold.
-    """
-    ordered = weight.float().abs().sort(-1).values
-    places = torch.tensor(quantiles, dtype=torch.float64) * (weight.shape[-1] - 1)
-    below = places.floor().long().to(weight.device)
-    above = places.ceil().long().to(weight.device)
-    share = (places - places.floor()).float().to(weight.device)
-    clips = torch.lerp(ordered[..., below], ordered[..., above], share).transpose(-1, -2)
-    scales = (clips / largest_code(bits)).half().float()
-    return scales.clamp(min=SMALLEST_SCALE, max=torch.finfo(torch.float16).max)
+def representable(step: float) -> float:
+    """The nearest positive fp16 value."""
+    rounded = float(torch.tensor(step).half())
+    return min(max(rounded, SMALLEST_SCALE), torch.finfo(torch.float16).max)
 
 
 def encode(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -57,8 +53,21 @@ def encode(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     return (weight / scales).round().clamp(-largest, largest)
 
 
+def quantized(codes: Tensor, step: float) -> Quantized:
+    """Codes (rows, columns), integers of any dtype, of a grid with one step for all rows."""
+    scales = torch.full((len(codes),), step, dtype=torch.float16, device=codes.device)
+    return Quantized(codes.to(torch.int16), scales, CODE_BITS)
+
+
+def round_to_step(weight: Tensor, step: float) -> Quantized:
+    """The nearest multiples of `step`, an fp16 value."""
+    return quantized(encode(weight.float(), torch.tensor(step), CODE_BITS), step)
+
+
 def round_to_nearest(weight: Tensor, bits: int) -> Quantized:
     """Quantise (rows, columns), each row on its own with nothing clipped."""
-    scales = row_scales(weight, [1.0], bits)[0]
+    clips = weight.float().abs().amax(1)
+    scales = (clips / largest_code(bits)).half().float()
+    scales = scales.clamp(min=SMALLEST_SCALE, max=torch.finfo(torch.float16).max)
     codes = encode(weight.float(), scales[:, None], bits)
     return Quantized(codes.to(torch.int8), scales.half(), bits)

@@ -1,13 +1,12 @@
 """Quantise the trained model with text it writes itself, and pack it into the byte budget.
 
-Calibration, Hessians and GPTQ are shared by all processes; the main one compresses. The artifact
-is read back, compared with what was packed, and scored before the step publishes it.
+Calibration, Hessians, sensitivities and GPTQ are shared by all processes; the main one compresses.
+The artifact is read back, compared with what was packed, and scored before the step publishes it.
 """
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from data.loader import validation_documents
 from data.shards import BOS, MANIFEST, Manifest
 from data.tokenizer import Tokenizer, check_vocabulary
 from model import ops
-from model.artifact import Stored, load_artifact, pack, restore, save_artifact
-from model.budget import Fit, code_bytes, fit_budget, require_room
+from model.allocation import Allocation, Steps, rounding
+from model.artifact import Packed, Stored, load_artifact, pack, restore, save_artifact
+from model.budget import Attempt, code_bytes, fit_budget, require_room
 from model.checkpoint import load_checkpoint, require_architecture
 from model.compression import compressor
 from model.errors import InputError
@@ -28,9 +28,20 @@ from model.files import read_json
 from model.generate import generate, sampling_noise
 from model.gpt import GPT
 from model.hessian import collect_hessians
-from model.quantizer import Quantized
-from model.storage import relative_errors, store_matrices, store_model
+from model.quantizer import CODE_BITS
+from model.sensitivity import sensitivities
+from model.storage import (
+    probe_steps,
+    quantize_weights,
+    relative_errors,
+    rounded_weights,
+    rounding_errors,
+    solved_modules,
+    store_model,
+)
 from steps.common import TOKENS, Step, progress, run
+
+Made = tuple[Packed, Mapping[str, Stored]]  # an artifact and what it holds
 
 SECTIONS = ("quantize", "evaluate", "ops")
 ROOT = Path(__file__).parents[1]
@@ -61,53 +72,83 @@ class Quantization:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; its seconds go to the log and the metrics."""
+        """Time a stage, or one more part of it; its seconds go to the log and the metrics."""
         started = time.perf_counter()
         yield
         if self.step.group.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds[name] = time.perf_counter() - started
-        self.step.log.event("stage", name=name, took=round(self.seconds[name], 3))
+        took = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        self.step.log.event("stage", name=name, took=round(took, 3))
+
+    def noise(self, length: int) -> Tensor:
+        """What decides this process's share of the random draws, fp64 (sequences, length)."""
+        group, params = self.step.group, self.params
+        share = range(group.rank, params.calibration_sequences, group.size)
+        return sampling_noise(params.calibration_seed, share, length + 1)
 
     def calibration_text(self) -> Tensor:
         """This process's share of the text the model writes, int64 (sequences, tokens)."""
-        params, group = self.params, self.step.group
-        share = range(group.rank, params.calibration_sequences, group.size)
-        noise = sampling_noise(params.calibration_seed, share, params.calibration_tokens)
-        forbidden = torch.from_numpy(self.tokenizer.control)
+        params, is_main = self.params, self.step.group.is_main
         total = params.calibration_tokens - 1
-        with progress("calibration: tokens of each sequence", total, group.is_main) as bar:
+        forbidden = torch.from_numpy(self.tokenizer.control)
+        with progress("calibration: tokens of each sequence", total, is_main) as bar:
             advance = bar.advance if bar else None
-            temperature = params.calibration_temperature
+            noise, temperature = self.noise(total), params.calibration_temperature
             return generate(self.model, noise, temperature, BOS, forbidden, advance)
 
     def hessians(self, text: Tensor) -> dict[str, Tensor]:
-        """Second moments of the matrices' inputs over the text of all processes."""
+        """Second moments of the inputs of all that GPTQ solves, over the text of all processes."""
         tokens = self.step.params.evaluate.tokens_per_batch
-        return collect_hessians(self.model, self.model.matrices(), text, tokens, self.step.group)
+        return collect_hessians(
+            self.model, solved_modules(self.model), text, tokens, self.step.group
+        )
 
-    def matrices(self, hessians: Mapping[str, Tensor]) -> dict[str, Quantized]:
-        """The matrices of the blocks, quantised; in the main process only."""
+    def allocation(self, text: Tensor, hessians: Mapping[str, Tensor]) -> Allocation:
+        """What rounding each tensor costs, measured at the probe's steps."""
+        group, weights = self.step.group, rounded_weights(self.model)
+        steps = probe_steps(weights)
+        rounded = quantize_weights(self.model, steps, hessians, self.params, group)
+        errors = rounding_errors(self.model, rounded, group)
+        # The text is written by the noise of the positions before the one that is redrawn here.
+        noise = self.noise(2 * text.shape[1])[:, text.shape[1] :]
+        losses = sensitivities(self.model, errors, text, noise, group)
+        self.step.log.event("sensitivities", nats={k: round(v, 9) for k, v in losses.items()})
+        return Allocation(
+            {name: rounding(w, losses[name] / steps[name] ** 2) for name, w in weights.items()}
+        )
+
+    def attempt(self, steps: Steps, hessians: Mapping[str, Tensor]) -> tuple[int, Made | None]:
+        """Round with these steps and pack; bytes in every process, the artifact in the main one."""
         group = self.step.group
-        with progress("gptq: matrices", len(hessians), group.is_main) as bar:
+        with progress("gptq: tensors", len(steps), group.is_main) as bar:
             advance = bar.advance if bar else None
-            solved = store_matrices(self.model, hessians, self.params, group, advance)
-        errors = relative_errors(self.model, hessians, solved)
-        self.step.log.event("gptq", relative_errors={k: round(v, 7) for k, v in errors.items()})
-        return solved
+            with self.stage("gptq"):
+                rounded = quantize_weights(self.model, steps, hessians, self.params, group, advance)
+        made: Made | None = None
+        with self.stage("compress"):
+            if group.is_main:
+                tensors = store_model(self.model, rounded)
+                architecture = self.model.architecture()
+                made = pack(architecture, tensors, self.params.compressors), tensors
+        size = group.broadcast_object(len(made[0].content) if made else 0)
+        self.step.log.event("attempt", artifact_bytes=size, steps=steps)
+        if group.is_main:
+            errors = relative_errors(self.model, hessians, rounded)
+            self.step.log.event("gptq", relative_errors={k: round(v, 9) for k, v in errors.items()})
+        return size, made
 
-    def compress(self, tensors: Mapping[str, Stored], path: Path) -> Fit:
-        """Fit the tensors into the budget and write the artifact; in the main process only."""
-        compressors = self.params.compressors
-        fit = fit_budget(
-            tensors,
-            partial(pack, self.model.architecture(), compressors=compressors),
+    def fit(self, allocation: Allocation, hessians: Mapping[str, Tensor]) -> Attempt[Made | None]:
+        """The finest rounding that fits the budget."""
+        finest = allocation.steps(0.0)
+        guess = sum(t.values for t in allocation.tensors.values()) * CODE_BITS / 8
+        return fit_budget(
+            allocation,
+            lambda steps: self.attempt(steps, hessians),
+            (finest, guess),
             self.code_bytes,
             self.params.budget_bytes,
         )
-        save_artifact(path, fit.packed)
-        self.step.log.event("compressors", by_stream=fit.packed.compressors)
-        return fit
 
     def score(self, path: Path) -> Score | None:
         """Validate the artifact at `path`, in the main process; None elsewhere."""
@@ -135,20 +176,22 @@ def main(step: Step) -> None:
         text = job.calibration_text()
     with job.stage("hessians"):
         hessians = job.hessians(text)
-    with job.stage("gptq"):
-        matrices = job.matrices(hessians)
+    with job.stage("sensitivity"):
+        allocation = job.allocation(text, hessians)
+    fit = job.fit(allocation, hessians)
 
-    draft, fit = step.work / "model.pocket", None
-    with job.stage("compress"):
-        if step.group.is_main:
-            fit = job.compress(store_model(job.model, matrices, job.params), draft)
-            require_equal(load_artifact(draft), fit.tensors, draft)
+    draft = step.work / "model.pocket"
+    with job.stage("verify"):
+        if fit.result is not None:
+            packed, tensors = fit.result
+            save_artifact(draft, packed)
+            require_equal(load_artifact(draft), tensors, draft)
         step.group.barrier()
     with job.stage("evaluate"):
         score = job.score(draft)
     job.seconds["total"] = time.perf_counter() - started
-    if fit is not None and score is not None:
-        publish(job, fit, score)
+    if fit.result is not None and score is not None:
+        publish(job, fit.result[0], allocation.loss(fit.steps), score)
         draft.unlink()
 
 
@@ -169,23 +212,22 @@ def require_equal(loaded: GPT, tensors: Mapping[str, Stored], path: Path) -> Non
             raise RuntimeError(f"{path}: {name} reads back differently from what was packed")
 
 
-def publish(job: Quantization, fit: Fit, score: Score) -> None:
+def publish(job: Quantization, packed: Packed, predicted_gap: float, score: Score) -> None:
     """Write the artifact and the metrics."""
-    packed, params = fit.packed, job.params
+    params = job.params
     size = len(packed.content)
     parameters = sum(tensor.numel() for tensor in job.model.state_dict().values())
     metrics: dict[str, Any] = {
         "loss": score.loss,
         "bpb": score.bpb,
         "gap": score.loss - job.trained_loss,
+        "predicted_gap": predicted_gap,
         "artifact_bytes": size,
         "code_bytes": job.code_bytes,
         "total_bytes": size + job.code_bytes,
         "budget_bytes": params.budget_bytes,
-        "pruned_codes": fit.pruned,
         "bits_per_weight": 8 * size / parameters,
         "compressor": "+".join(sorted(set(packed.compressors.values()))),
-        "compressed_bytes": packed.by_compressor,
         "seconds": {name: round(seconds, 3) for name, seconds in job.seconds.items()},
         "bytes": packed.parts,
         "world_size": job.step.group.size,

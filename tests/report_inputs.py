@@ -77,7 +77,7 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
             "code_bytes": CODE,
             "total_bytes": artifact + CODE,
             "budget_bytes": 16_000_000,
-            "pruned_codes": 0,
+            "bits_per_weight": 4.5,
             "compressor": "lzma",
             "seconds": {
                 "calibration": 12.5,

@@ -2,9 +2,14 @@ import pytest
 import torch
 
 from model.gptq import damped, gptq, inverse_factor, solve, weighted_error
-from model.quantizer import encode, largest_code, round_to_nearest, row_scales
-
-QUANTILES = [0.9, 0.97, 1.0]
+from model.quantizer import (
+    CODE_BITS,
+    encode,
+    largest_code,
+    representable,
+    round_to_nearest,
+    round_to_step,
+)
 
 
 def problem(matrices=2, rows=12, columns=24, seed=0):
@@ -15,8 +20,8 @@ def problem(matrices=2, rows=12, columns=24, seed=0):
     return torch.randn(matrices, rows, columns), (inputs.mT @ inputs / 500).double()
 
 
-def quantise(weights, hessians, bits=4, quantiles=QUANTILES, damping=0.01, block=7):
-    return gptq(weights, hessians, bits, quantiles, damping, block)
+def quantise(weights, hessians, step=0.5, damping=0.01, block=7):
+    return gptq(weights, hessians, torch.full((len(weights),), step), damping, block)
 
 
 def errors(results, weights, hessians):
@@ -39,9 +44,9 @@ def textbook(weight, hessian, scales, bits):
 
 def test_the_identity_hessian_is_rounding_to_nearest():
     weights, _ = problem()
-    results = quantise(weights, torch.eye(24).double().repeat(2, 1, 1), quantiles=[1.0])
+    results = quantise(weights, torch.eye(24).double().repeat(2, 1, 1), 0.25)
     for weight, result in zip(weights, results, strict=True):
-        expected = round_to_nearest(weight, 4)
+        expected = round_to_step(weight, 0.25)
         assert torch.equal(result.codes, expected.codes)
         assert torch.equal(result.scales, expected.scales)
 
@@ -50,7 +55,7 @@ def test_the_identity_hessian_is_rounding_to_nearest():
 def test_blocks_equal_the_textbook_loop(block):
     weights, hessians = problem()
     h = damped(hessians, 0.01)
-    scales = row_scales(weights, [0.97], 4)[:, 0]
+    scales = 0.2 + torch.rand(2, 12)
     codes = solve(weights, inverse_factor(h).float(), scales, 4, block)
     for i in range(2):
         assert torch.equal(codes[i].double(), textbook(weights[i], h[i], scales[i], 4))
@@ -60,9 +65,8 @@ def test_columns_go_in_the_order_of_the_diagonal():
     weights, hessians = problem(matrices=1)
     h = damped(hessians, 0.01)[0]
     order = h.diagonal().argsort(descending=True)
-    scales = row_scales(weights[0], [1.0], 4)[0]
-    expected = textbook(weights[0][:, order], h[order][:, order], scales, 4)
-    (result,) = quantise(weights, hessians, quantiles=[1.0])
+    expected = textbook(weights[0][:, order], h[order][:, order], torch.full((12,), 0.5), CODE_BITS)
+    (result,) = quantise(weights, hessians)
     assert torch.equal(result.codes[:, order].double(), expected)
 
 
@@ -83,22 +87,32 @@ def test_the_weighted_error_is_the_mean_square_of_the_outputs_change():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 6])
-def test_it_beats_rounding_under_the_hessian(bits):
+@pytest.mark.parametrize("step", [0.8, 0.4, 0.1])
+def test_it_beats_rounding_under_the_hessian(step):
     weights, hessians = problem(rows=64)
-    solved = errors(quantise(weights, hessians, bits, [1.0]), weights, hessians)
-    rounded = errors([round_to_nearest(w, bits) for w in weights], weights, hessians)
+    step = representable(step)
+    solved = errors(quantise(weights, hessians, step), weights, hessians)
+    rounded = errors([round_to_step(w, step) for w in weights], weights, hessians)
     assert solved.sum() < 0.7 * rounded.sum()
 
 
-def test_each_row_keeps_its_best_clip():
-    weights, hessians = problem(rows=64)
-    chosen = errors(quantise(weights, hessians, 3), weights, hessians)
-    fixed = torch.stack(
-        [errors(quantise(weights, hessians, 3, [q]), weights, hessians) for q in QUANTILES]
-    )
-    torch.testing.assert_close(chosen, fixed.min(0).values)
-    assert all((fixed.argmin(0) == i).any() for i in range(2))  # the choice is a real one
+def test_the_error_is_quadratic_in_the_step():
+    """The law that `model.allocation` relies on."""
+    weights, hessians = problem(rows=256)
+    found = [
+        errors(quantise(weights, hessians, 2.0**-k), weights, hessians).sum() for k in (2, 3, 4)
+    ]
+    assert found[0] / found[1] == pytest.approx(4, rel=0.06)
+    assert found[1] / found[2] == pytest.approx(4, rel=0.06)
+
+
+def test_every_matrix_has_its_own_step():
+    weights, hessians = problem()
+    results = gptq(weights, hessians, torch.tensor([0.5, 0.125]), 0.01, 7)
+    for weight, hessian, step, result in zip(weights, hessians, (0.5, 0.125), results, strict=True):
+        (alone,) = quantise(weight[None], hessian[None], step)
+        assert torch.equal(result.codes, alone.codes)
+        assert (result.scales == step).all()
 
 
 def test_a_batch_equals_each_matrix_alone():
@@ -113,10 +127,10 @@ def test_a_batch_equals_each_matrix_alone():
 def test_dead_columns_are_rounded_and_disturb_nothing():
     weights, hessians = problem(matrices=1)
     hessians[:, 5], hessians[:, :, 5] = 0, 0
-    (result,) = quantise(weights, hessians, quantiles=[1.0])
-    expected = round_to_nearest(weights[0], 4)
+    (result,) = quantise(weights, hessians)
+    expected = round_to_step(weights[0], 0.5)
     assert torch.equal(result.codes[:, 5], expected.codes[:, 5])
-    (unknown,) = quantise(weights, torch.zeros_like(hessians), quantiles=[1.0])
+    (unknown,) = quantise(weights, torch.zeros_like(hessians))
     assert torch.equal(unknown.codes, expected.codes)
 
 
@@ -125,9 +139,10 @@ def test_inputs_of_nearly_rank_one_are_solved():
     inputs = (1000 * torch.randn(800, 1) + torch.randn(800, 512)).double()
     weights = torch.randn(1, 8, 512)
     hessians = (inputs.T @ inputs / 800)[None]
-    (result,) = gptq(weights, hessians, 6, [1.0], 1e-6, 128)
+    (result,) = quantise(weights, hessians, 0.125, 1e-6, 128)
     solved = weighted_error(weights[0] - result.dequantize(), hessians[0])
-    rounded = weighted_error(weights[0] - round_to_nearest(weights[0], 6).dequantize(), hessians[0])
+    nearest = round_to_step(weights[0], 0.125).dequantize()
+    rounded = weighted_error(weights[0] - nearest, hessians[0])
     assert solved.sum() < 0.05 * rounded.sum()
 
 
@@ -143,15 +158,17 @@ def test_codes_and_scales_keep_their_limits():
 
 
 def test_restoring_is_exact():
-    codes, scales = torch.arange(-127, 128).float(), torch.rand(4096).half()
+    codes, scales = torch.arange(-1023, 1024).float(), torch.rand(4096).half()
     exact = codes.double()[:, None] * scales.double()
     assert torch.equal((codes[:, None] * scales.float()).double(), exact)
 
 
-def test_row_scales_are_the_quantiles():
-    weight = torch.randn(2, 5, 33)
-    expected = torch.quantile(weight.abs(), torch.tensor(QUANTILES), dim=-1).transpose(0, 1) / 7
-    torch.testing.assert_close(row_scales(weight, QUANTILES, 4), expected, rtol=1e-3, atol=1e-4)
+def test_steps_are_positive_fp16_values():
+    for step in (0.0, 1e-12, 0.1, 1e9):
+        found = representable(step)
+        assert 0 < found < float("inf")
+        assert torch.tensor(found).half().item() == found
+    assert not round_to_step(torch.zeros(2, 3), representable(0.0)).codes.any()
 
 
 @pytest.mark.gpu

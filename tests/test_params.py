@@ -126,7 +126,7 @@ def test_missing_key(values: dict[str, Any]) -> None:
             "2 bytes per token",
         ),
         ({"quantize.budget_bytes": 100_000}, "quantize.budget_bytes", "cannot hold"),
-        ({"quantize.clip_quantiles": []}, "quantize.clip_quantiles", "is empty"),
+        ({"quantize.compressors": []}, "quantize.compressors", "is empty"),
         ({"processes": 3}, "processes", "do not divide train.tokens_per_step"),
         ({"train.tokens_per_microbatch": 3000}, "train.tokens_per_step", "not a multiple"),
         (

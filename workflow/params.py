@@ -185,16 +185,17 @@ class QuantizeParams(Section):
     calibration_seed: Natural = about("of the sampling")
     damping: Positive = about("added to the Hessian's diagonal", "share of its mean")
     block_columns: Count = about("columns GPTQ solves at once", "columns")
-    matrix_bits: Annotated[int, Field(ge=2, le=8)] = about("of the blocks' matrices", "bits")
-    embedding_bits: Annotated[int, Field(ge=2, le=8)] = about("of the other large tables", "bits")
-    small_tensor_values: Natural = about("tensors up to this size are stored as fp16", "values")
-    clip_quantiles: list[Fraction] = about("of |row|; the best by Hessian-weighted error is kept")
-    compressors: list[Literal["lzma", "zstd", "brotli"]] = about("tried; the smallest result wins")
+    matrix_bits: Annotated[int, Field(ge=2, le=8)] = about(
+        "grid of late quantisation-aware training; the artifact's grids follow from budget_bytes",
+        "bits",
+    )
+    compressors: list[Literal["lzma", "zstd", "brotli"]] = about(
+        "tried on what is not codes, which are range-coded; the smallest result wins"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for key in ("clip_quantiles", "compressors"):
-            _require(bool(getattr(self, key)), key, "is empty", "name at least one")
+        _require(bool(self.compressors), "compressors", "is empty", "name at least one")
         return self
 
 
@@ -339,12 +340,12 @@ class Params(Section):
             f"control tokens) and {LARGEST_VOCABULARY} (shards hold 2 bytes per token)",
             "choose one between, e.g. 1024",
         )
-        least = self.model.matrix_values * self.quantize.matrix_bits // 8 // 2
+        least = self.model.matrix_values // 4
         _require(
             least <= self.quantize.budget_bytes,
             "quantize.budget_bytes",
             f"{self.quantize.budget_bytes} bytes cannot hold the {self.model.matrix_values} values "
-            f"of the matrices: {least} bytes even at half of matrix_bits each",
+            f"of the matrices: {least} bytes even at two bits each",
             "raise budget_bytes, or make the model smaller",
         )
         per_round = self.processes * self.train.tokens_per_microbatch

@@ -238,12 +238,12 @@ def _bytes(summary: dict[str, Any]) -> list[Block]:
             _count(run["code_bytes"]),
             _count(run["total_bytes"]),
             f"{_percent(run['total_bytes'], budget)} %",
-            _count(run["pruned_codes"]),
+            f"{run['bits_per_weight']:.3f}",
             run["compressor"],
         ]
         for run in runs
     ]
-    header = ["", "artifact", "code", "total", f"of {_count(budget)}", "codes pruned", "compressor"]
+    header = ["", "artifact", "code", "total", f"of {_count(budget)}", "bits/weight", "compressor"]
     figure = Figure(
         "artifact_bytes.svg",
         "Bytes of the submission by part",

@@ -50,7 +50,7 @@ class QuantizeMetrics(Score):
     code_bytes: int
     total_bytes: int
     budget_bytes: int
-    pruned_codes: int
+    bits_per_weight: float
     compressor: str
     seconds: dict[str, float]
     bytes: dict[str, int]

@@ -91,7 +91,7 @@ def _run(result: SeedResult) -> dict[str, Any]:
         "ttt_tokens_per_second": evaluation.tokens_per_second,
         "train_peak_memory_mib": train.peak_memory_mib,
         "ttt_peak_memory_mib": evaluation.peak_memory_mib,
-        "pruned_codes": quantize.pruned_codes,
+        "bits_per_weight": quantize.bits_per_weight,
         "compressor": quantize.compressor,
         "artifact_bytes": quantize.artifact_bytes,
         "code_bytes": quantize.code_bytes,
