@@ -6,6 +6,10 @@ neither on how the sequences are batched and shared among processes nor on wheth
 are cached, up to the rounding of z: a token changes only if u falls within that rounding of the
 border between two tokens.
 
+A token's work has shapes that depend only on the number of cache slots it looks at, which grows by
+blocks, and reads and writes memory that stays in place: on CUDA it is recorded once for every
+number of slots and replayed, since its some 800 kernels run faster than Python launches them.
+
 Each sequence is one document: BOS, then text. Control tokens are never drawn: in packed documents
 BOS begins the next document, so a sequence that contained one would be two, one of them empty of
 context; every token of the calibration text is thus one that training has shown inside a document.
@@ -16,10 +20,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from model.cache import SlidingCache
 from model.documents import Documents
 from model.gpt import GPT
+from model.ttt.replay import CUDAReplay, Replay
 
 ReportProgress = Callable[[int], None]
+SLOTS = 256  # of the cache, by which the number that a token looks at grows
 
 
 def sampling_noise(seed: int, sequences: Sequence[int], length: int) -> Tensor:
@@ -45,6 +52,41 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, forbidden: Tensor) -
     return drawn.clamp(max=logits.shape[-1] - 1)
 
 
+class _Writer:
+    """Writes one more token of every sequence at a time, all in memory that stays in place."""
+
+    def __init__(
+        self, model: GPT, noise: Tensor, temperature: float, bos: int, forbidden: Tensor
+    ) -> None:
+        rows, length = noise.shape[0], noise.shape[1] + 1
+        device = model.device
+        self._model, self._temperature = model, temperature
+        self._noise, self._forbidden = noise.to(device), forbidden.to(device)
+        self.tokens = torch.full((rows, length), bos, dtype=torch.int64, device=device)
+        self._cache = SlidingCache(model.params, rows, length, device, model.dtype)
+        self._step = Documents.from_rows(rows, 1, device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def move_to(self, position: int) -> int:
+        """Go to the token at `position`; returns how many slots of the cache it will look at."""
+        blocks = -(-position // SLOTS)
+        slots = min(blocks * SLOTS, self.tokens.shape[1])
+        self._cache.move_to(position, slots)
+        self._position.fill_(position)
+        return slots
+
+    def write(self) -> Tensor:
+        """Read the token at the position and draw the next, (rows,)."""
+        self._cache.open(1, record=True)
+        current = self.tokens.index_select(1, self._position).squeeze(1)
+        logits = self._model(current, self._step, cache=self._cache)
+        noise = self._noise.index_select(1, self._position).squeeze(1)
+        drawn = draw(logits, noise, self._temperature, self._forbidden)
+        self.tokens.index_copy_(1, self._position + 1, drawn[:, None])
+        self._cache.close()
+        return drawn
+
+
 @torch.no_grad()
 def generate(
     model: GPT,
@@ -53,26 +95,25 @@ def generate(
     bos: int,
     forbidden: Tensor,
     progress: ReportProgress | None = None,
+    replay: Replay | None = None,
 ) -> Tensor:
     """Write one sequence per row of `noise`, all at once, with a key/value cache.
 
     noise: (rows, length − 1) of `sampling_noise`; forbidden: bool (vocabulary,), tokens never
-    drawn; progress: called with 1 at every token. Returns int64 (rows, length), BOS first, on the
-    model's device.
+    drawn; progress: called with 1 at every token. replay: how a token's work is run; None:
+    recorded as CUDA graphs on CUDA, as it is elsewhere. Returns int64 (rows, length), BOS first,
+    on the model's device.
     """
-    rows, length = noise.shape[0], noise.shape[1] + 1
-    noise, forbidden = noise.to(model.device), forbidden.to(model.device)
-    tokens = torch.full((rows, length), bos, dtype=torch.int64, device=model.device)
-    if rows == 0:
-        return tokens
-    step = Documents.from_rows(rows, 1, model.device)
-    cache = model.new_cache(rows, length)
-    for t in range(length - 1):
-        logits = model(tokens[:, t], step, cache=cache)
-        tokens[:, t + 1] = draw(logits, noise[:, t], temperature, forbidden)
-        if progress is not None:
-            progress(1)
-    return tokens
+    writer = _Writer(model, noise, temperature, bos, forbidden)
+    if replay is None:
+        on_cuda = model.device.type == "cuda"
+        replay = CUDAReplay(model.device) if on_cuda else Replay(recorded=False)
+    with replay.stream():
+        for position in range(noise.shape[1] if len(noise) else 0):
+            replay.run(writer.move_to(position), writer.write)
+            if progress is not None:
+                progress(1)
+    return writer.tokens
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from model.generate import draw, generate, generate_uncached, sampling_noise
+from model.ttt.replay import Replay
 from tests.models import small_model
 
 BOS = 1
@@ -14,6 +15,16 @@ def test_cached_text_equals_the_uncached():
     cached = generate(model, noise, 0.8, BOS, FORBIDDEN)
     assert torch.equal(cached, generate_uncached(model, noise, 0.8, BOS, FORBIDDEN))
     assert len(cached.unique()) > 20  # real sampling, not a loop
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_text_is_the_same_over_several_blocks_of_slots(recorded, monkeypatch):
+    """`recorded`: the work first seen for a number of slots is run for all later tokens."""
+    monkeypatch.setattr("model.generate.SLOTS", 8)
+    model = small_model()
+    noise = sampling_noise(3, range(4), 30)
+    found = generate(model, noise, 0.8, BOS, FORBIDDEN, replay=Replay(recorded))
+    assert torch.equal(found, generate_uncached(model, noise, 0.8, BOS, FORBIDDEN))
 
 
 def test_every_component_may_be_off():
@@ -87,4 +98,5 @@ def test_the_gpu_writes_the_text_of_the_cpu_in_fp32():
     noise = sampling_noise(7, range(3), 24)
     expected = generate(model, noise, 0.8, BOS, FORBIDDEN)
     model.compute_dtype = torch.float32
-    assert torch.equal(generate(model.cuda(), noise, 0.8, BOS, FORBIDDEN).cpu(), expected)
+    recorded = generate(model.cuda(), noise, 0.8, BOS, FORBIDDEN)
+    assert torch.equal(recorded.cpu(), expected)
