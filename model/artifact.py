@@ -70,7 +70,7 @@ def pack(
     architecture: Architecture, tensors: Mapping[str, Stored], compressors: Sequence[str]
 ) -> Packed:
     """Lay out and compress an artifact; `compressors` are tried on what is not codes."""
-    best = compress_all(_streams(tensors), compressors)
+    best = compress_all(streams_of(tensors), compressors)
     header = {
         "model": architecture,
         "tensors": [
@@ -170,7 +170,7 @@ def _encoding(stored: Stored) -> str:
     return str(stored.dtype).removeprefix("torch.")
 
 
-def _streams(tensors: Mapping[str, Stored]) -> dict[str, Stream]:
+def streams_of(tensors: Mapping[str, Stored]) -> dict[str, Stream]:
     """The streams, those that are not empty."""
     codes: dict[str, list[Tensor]] = {}
     floats: dict[str, list[Tensor]] = {}

@@ -43,7 +43,7 @@ ONE = 256  # fixed point of the means of |code|
 BUCKETS = 57  # widths from 1/16 to 1,024
 LARGEST = 1024  # |code|
 MEAN_WEIGHT = 4  # codes that the mean of the whole counts for in that of a row or column
-PRIOR_WEIGHT = 32  # codes that the initial Gaussian of a bucket counts for
+PRIOR_WEIGHT = 512  # codes that the initial Gaussian of a bucket counts for
 COUNT_ONE = 256  # fixed point of the counts, so that the initial Gaussian's are not all 0
 FREE_WEIGHT = 2**24  # what the frequencies and 1 for every symbol sum to
 

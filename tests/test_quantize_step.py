@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import benchmarks.quantise
 from data.shards import BOS, Manifest, Shard, ShardWriter
 from data.sources import SPLITS, Split
 from model.artifact import load_artifact, read_artifact, restore
@@ -109,6 +110,22 @@ def test_the_step_quantises_packs_and_scores(workspace, monkeypatch):
             assert nearest == (name not in matrices and name != "embedding")  # or else GPTQ
         else:
             assert torch.equal(restore(stored), weight.half().float())
+
+
+def test_the_benchmark_measures_what_the_step_left(workspace, monkeypatch, capsys):
+    metrics = quantise(monkeypatch)
+    benchmarks.quantise.main(["--json", "--compressors", "zstd"])
+    printed = capsys.readouterr().out
+    assert "mlp.down" in printed
+    assert "all codes" in printed
+    recorded = json.loads((workspace / "records/benchmarks/quantise.json").read_text())
+    keys = {"device", "versions", "commit", "calibration_s", "coding_s", "decode_s"}
+    assert keys < recorded.keys()
+    assert recorded["quantise_s"] == metrics["seconds"]["total"]
+    assert recorded["gap_nats"] == metrics["gap"]
+    assert recorded["total_bytes"] == metrics["total_bytes"]
+    # Small streams cost a little more than their entropy, the header and what is learned.
+    assert 0.9 < recorded["coded_over_entropy"] < 1.3
 
 
 def test_gptq_beats_rounding_on_the_models_own_text(workspace, monkeypatch):

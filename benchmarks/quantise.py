@@ -1,0 +1,103 @@
+"""Seconds, bytes and nats of a quantised model, beside the entropy of its codes.
+
+    python -m benchmarks.quantise --seed 0
+
+It reads what the quantize step left in artifacts/quantize/seed<n>, codes the codes of the artifact
+again, and by the general-purpose compressors for comparison. Coding is timed with all streams side
+by side, as the step does it; decoding is reading the artifact.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import table
+from model.artifact import read_artifact, streams_of
+from model.compression import COMPRESSORS, Stream, compress_all, compressor
+from model.files import read_json, write_json
+from model.run_log import environment, step_errors
+
+RECORD = Path("records/benchmarks/quantise.json")
+
+
+def entropy_bytes(stream: Stream) -> float:
+    """Zero-order entropy of all codes of a stream under one table, in bytes."""
+    codes = np.frombuffer(stream.data, f"<i{stream.item_bytes}")
+    counts = np.unique(codes, return_counts=True)[1]
+    return float(-(counts * np.log2(counts / codes.size)).sum() / 8)
+
+
+def general_bytes(stream: Stream, name: str) -> int:
+    """Bytes by a general-purpose compressor, of codes as single bytes if they fit."""
+    codes = np.frombuffer(stream.data, f"<i{stream.item_bytes}")
+    narrow = codes.astype(np.int8)
+    data = narrow.tobytes() if np.array_equal(narrow, codes) else stream.data
+    return len(compressor(name).compress(data))
+
+
+def measure(directory: Path, compressors: list[str]) -> tuple[list[list[Any]], dict[str, Any]]:
+    """Rows of the table of streams, and the figures to record, of the step's output."""
+    metrics = read_json(directory / "metrics.json")
+    started = time.perf_counter()
+    _, tensors = read_artifact(directory / "model.pocket")
+    decode_s = time.perf_counter() - started
+    codes = {name: s for name, s in streams_of(tensors).items() if s.shape is not None}
+    started = time.perf_counter()
+    coded = compress_all(codes, [])
+    coding_s = time.perf_counter() - started
+    rows = []
+    for name, stream in codes.items():
+        values, size = len(stream.data) // stream.item_bytes, len(coded[name].data)
+        others = [general_bytes(stream, other) for other in compressors]
+        rows.append([name, values, size, entropy_bytes(stream), *others])
+    total = ["all codes", *(sum(column) for column in list(zip(*rows, strict=True))[1:])]
+    figures = {
+        "quantise_s": metrics["seconds"]["total"],
+        "calibration_s": metrics["seconds"]["calibration"],
+        "coded_over_entropy": total[2] / total[3],
+        "coding_s": coding_s,
+        "decode_s": decode_s,
+        "gap_nats": metrics["gap"],
+        "predicted_gap_nats": metrics["predicted_gap"],
+        "total_bytes": metrics["total_bytes"],
+        "codes": total[1],
+        "seconds": metrics["seconds"],
+    }
+    return [*rows, total], figures
+
+
+def show(rows: list[list[Any]], figures: dict[str, Any], compressors: list[str]) -> None:
+    """Print the tables."""
+    table(
+        "Codes",
+        ["stream", "values", "bytes", "bits each", "entropy", "of entropy", *compressors],
+        [[n, v, size, 8 * size / v, 8 * h / v, size / h, *rest] for n, v, size, h, *rest in rows],
+    )
+    table("The step", ["part", "seconds"], [[k, float(v)] for k, v in figures["seconds"].items()])
+    table(
+        "In all",
+        ["figure", "value"],
+        [[name, value] for name, value in figures.items() if name != "seconds"],
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantise", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="whose artifact")
+    parser.add_argument("--compressors", nargs="*", default=list(COMPRESSORS), choices=COMPRESSORS)
+    parser.add_argument("--json", action="store_true", help=f"write {RECORD}")
+    options = parser.parse_args(arguments)
+    with step_errors():
+        directory = Path(f"artifacts/quantize/seed{options.seed}")
+        rows, figures = measure(directory, options.compressors)
+        show(rows, figures, options.compressors)
+        if options.json:
+            write_json(RECORD, {**environment(), **figures})
+
+
+if __name__ == "__main__":
+    main()
