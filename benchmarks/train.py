@@ -70,7 +70,7 @@ class Run:
         choice = ops.configure(device=group.device, **params.ops.model_dump())
         torch.manual_seed(0)
         model = GPT(params.model).to(group.device)
-        trainer = Trainer(model, params.train, params.quantize.matrix_bits, group)
+        trainer = Trainer(model, params.train, group)
         data, batches = training_batches(params, group)
         trainer.warm_up(batches)
         return cls(params, group, trainer, batches, data, choice.attention)

@@ -4,7 +4,7 @@ All documents of a cache have the same length so far. Keys are stored rotated, a
 positions. What is stored carries no gradient: a training step through a cached continuation
 differentiates the new tokens alone.
 
-    Cache          grows: every pass appends its tokens
+    Cache          grows: every pass appends its tokens; the plain specification of the other
     SlidingCache   a ring of the latest `capacity` tokens; a pass may be repeated before its tokens
                    enter the ring, and shapes do not depend on the length, which is on the device
 """

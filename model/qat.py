@@ -1,6 +1,7 @@
 """Quantisation-aware training: matrices are rounded in the forward pass, not in the backward.
 
-A row w becomes s·round(w/s) on the grid of the artifact (`model.quantizer`), with nothing clipped.
+A row w becomes s·round(w/s) on a symmetric grid that reaches up to its largest value. The steps of
+the artifact follow from the byte budget and are known only after training; this grid stands in.
 The rounding has no useful derivative; the straight-through estimator (Bengio et al. 2013) takes it
 for the identity, so the fp32 master weights go on learning. `model.working_weights` applies it.
 """

@@ -29,19 +29,16 @@ Batches = Iterator[tuple[Tensor, Tensor, Documents]]
 
 
 class Trainer:
-    """Trains `model`, which is on the device of `group`, by the `train` section `params`.
+    """Trains `model`, which is on the device of `group`, by the `train` section `params`."""
 
-    matrix_bits: what late quantisation-aware training rounds the matrices to.
-    """
-
-    def __init__(self, model: GPT, params: "TrainParams", matrix_bits: int, group: Group) -> None:
+    def __init__(self, model: GPT, params: "TrainParams", group: Group) -> None:
         self.model, self.params, self.group = model, params, group
         self.compiled = params.compile and group.device.type == "cuda"
         if self.compiled:
             model.compile_parts()
         self.optimizer = Optimizer(model, params, group)
         self.average = Average(dict(model.named_parameters()), params.ema_decay)
-        self.rounding = StraightThrough(matrix_bits)
+        self.rounding = StraightThrough(params.qat_bits)
         self.working = WorkingWeights(model)
         self.microbatches = params.tokens_per_step // params.tokens_per_microbatch // group.size
         self.steps = 0

@@ -77,7 +77,7 @@ class Training:
         # The seed decides the initial weights; the order of the data is the same for all seeds.
         torch.manual_seed(step.seed or 0)
         model = GPT(params.model).to(group.device)
-        self.trainer = Trainer(model, self.params, params.quantize.matrix_bits, group)
+        self.trainer = Trainer(model, self.params, group)
         self.data = TrainingBatches(
             stream, self.params, params.model.sequence_length, group, group.device
         )
@@ -86,7 +86,6 @@ class Training:
         self.state_file = step.work / "state.safetensors"
         self.key = run_key(
             seed=step.seed,
-            matrix_bits=params.quantize.matrix_bits,
             data=sha256(TOKENS / MANIFEST),
             **step.section_values(("model", "train")),
         )

@@ -213,7 +213,7 @@ def batches():
 
 def trainer(seed: int = 0, **changes: Any) -> Trainer:
     params = train_params(**{**TRAIN, "tokens_per_step": 128, **changes})
-    return Trainer(small_model(seed), params, 6, Group(0, 1, torch.device("cpu")))
+    return Trainer(small_model(seed), params, Group(0, 1, torch.device("cpu")))
 
 
 def test_warm_up_leaves_no_trace_and_draws_no_random_numbers():

@@ -146,6 +146,10 @@ class TrainParams(Section):
     gradient_clip: Positive | None = about("global norm after the reduction; null = off")
     ema_decay: Decay = about("per step; the averaged weights are the result; 0 = off")
     qat_threshold: Fraction = about("matrices are rounded once lr multiplier < this; 0 = off")
+    qat_bits: Annotated[int, Field(ge=2, le=8)] = about(
+        "to which the matrices are rounded then; the artifact's own steps follow from the budget",
+        "bits",
+    )
     log_every: Count = about("steps between lines of the log", "steps")
     save_every_seconds: Positive = about("between saves of the state for resuming", "s")
 
@@ -185,10 +189,6 @@ class QuantizeParams(Section):
     calibration_seed: Natural = about("of the sampling")
     damping: Positive = about("added to the Hessian's diagonal", "share of its mean")
     block_columns: Count = about("columns GPTQ solves at once", "columns")
-    matrix_bits: Annotated[int, Field(ge=2, le=8)] = about(
-        "grid of late quantisation-aware training; the artifact's grids follow from budget_bytes",
-        "bits",
-    )
     compressors: list[Literal["lzma", "zstd", "brotli"]] = about(
         "tried on what is not codes, which are range-coded; the smallest result wins"
     )
