@@ -7,8 +7,8 @@ are cached, up to the rounding of z: a token changes only if u falls within that
 border between two tokens.
 
 A token's work has shapes that depend only on the number of cache slots it looks at, which grows by
-blocks, and reads and writes memory that stays in place: on CUDA it is recorded once for every
-number of slots and replayed, since its some 800 kernels run faster than Python launches them.
+blocks, and reads and writes memory that stays in place: so it can be recorded as a CUDA graph for
+every number of slots and replayed, as its some 800 kernels run faster than Python launches them.
 
 Each sequence is one document: BOS, then text. Control tokens are never drawn: in packed documents
 BOS begins the next document, so a sequence that contained one would be two, one of them empty of
@@ -23,7 +23,7 @@ from torch import Tensor
 from model.cache import SlidingCache
 from model.documents import Documents
 from model.gpt import GPT
-from model.ttt.replay import CUDAReplay, Replay
+from model.ttt.replay import Replay
 
 ReportProgress = Callable[[int], None]
 SLOTS = 256  # of the cache, by which the number that a token looks at grows
@@ -100,14 +100,11 @@ def generate(
     """Write one sequence per row of `noise`, all at once, with a key/value cache.
 
     noise: (rows, length − 1) of `sampling_noise`; forbidden: bool (vocabulary,), tokens never
-    drawn; progress: called with 1 at every token. replay: how a token's work is run; None:
-    recorded as CUDA graphs on CUDA, as it is elsewhere. Returns int64 (rows, length), BOS first,
-    on the model's device.
+    drawn; progress: called with 1 at every token. replay: how a token's work is run; None: as it
+    is. Returns int64 (rows, length), BOS first, on the model's device.
     """
     writer = _Writer(model, noise, temperature, bos, forbidden)
-    if replay is None:
-        on_cuda = model.device.type == "cuda"
-        replay = CUDAReplay(model.device) if on_cuda else Replay(recorded=False)
+    replay = replay or Replay(recorded=False)
     with replay.stream():
         for position in range(noise.shape[1] if len(noise) else 0):
             replay.run(writer.move_to(position), writer.write)

@@ -39,6 +39,7 @@ from model.storage import (
     solved_modules,
     store_model,
 )
+from model.ttt.replay import CUDAReplay
 from steps.common import TOKENS, Step, progress, run
 
 Made = tuple[Packed, Mapping[str, Stored]]  # an artifact and what it holds
@@ -95,7 +96,9 @@ class Quantization:
         with progress("calibration: tokens of each sequence", total, is_main) as bar:
             advance = bar.advance if bar else None
             noise, temperature = self.noise(total), params.calibration_temperature
-            return generate(self.model, noise, temperature, BOS, forbidden, advance)
+            recorded = params.cuda_graphs and self.model.device.type == "cuda"
+            replay = CUDAReplay(self.model.device) if recorded else None
+            return generate(self.model, noise, temperature, BOS, forbidden, advance, replay)
 
     def hessians(self, text: Tensor) -> dict[str, Tensor]:
         """Second moments of the inputs of all that GPTQ solves, over the text of all processes."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.generate import draw, generate, generate_uncached, sampling_noise
-from model.ttt.replay import Replay
+from model.ttt.replay import CUDAReplay, Replay
 from tests.models import small_model
 
 BOS = 1
@@ -98,5 +98,7 @@ def test_the_gpu_writes_the_text_of_the_cpu_in_fp32():
     noise = sampling_noise(7, range(3), 24)
     expected = generate(model, noise, 0.8, BOS, FORBIDDEN)
     model.compute_dtype = torch.float32
-    recorded = generate(model.cuda(), noise, 0.8, BOS, FORBIDDEN)
-    assert torch.equal(recorded.cpu(), expected)
+    model.cuda()
+    for replay in (None, CUDAReplay(model.device)):
+        text = generate(model, noise, 0.8, BOS, FORBIDDEN, replay=replay)
+        assert torch.equal(text.cpu(), expected)

@@ -187,6 +187,7 @@ class QuantizeParams(Section):
     calibration_tokens: Count = about("length of each of them", "tokens")
     calibration_temperature: Positive = about("of the sampling")
     calibration_seed: Natural = about("of the sampling")
+    cuda_graphs: bool = about("record the work of a calibration token and replay it (CUDA)")
     damping: Positive = about("added to the Hessian's diagonal", "share of its mean")
     block_columns: Count = about("columns GPTQ solves at once", "columns")
     compressors: list[Literal["lzma", "zstd", "brotli"]] = about(
