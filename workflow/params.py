@@ -41,7 +41,8 @@ class DataParams(Section):
     """Where the text comes from."""
 
     source: Literal["docstrings", "files", "fineweb"] = about(
-        "docstrings: this Python's own documentation; files: your globs; fineweb: published shards"
+        "docstrings: documentation of this Python and its packages; files: your globs; "
+        "fineweb: published shards"
     )
     files: list[str] = about("globs of .jsonl, .jsonl.zst, .parquet or .txt (source: files)")
     validation_files: list[str] = about(
@@ -75,7 +76,7 @@ class ModelParams(Section):
     mlp_width: Count = about("hidden width of the MLP", "values")
     sequence_length: Count = about("documents are cut here in training and evaluation", "tokens")
     rope_width: Natural = about("dimensions of a head that are rotated; 0 = off", "values")
-    rope_base: Positive = about("slowest wavelength of the rotation", "radians/token, inverse")
+    rope_base: Positive = about("pair i turns by rope_base^(-2i/rope_width) radians per token")
     query_gain: Positive = about("initial gain of the RMS-normed queries, learned per head")
     exclusive_attention: bool = about("XSA: remove the own value's direction from each head")
     bigram_buckets: Natural = about("rows of the hashed bigram embedding; 0 = off", "rows")
@@ -182,11 +183,13 @@ class TrainParams(Section):
 class QuantizeParams(Section):
     """GPTQ, compression and the byte budget."""
 
-    budget_bytes: Count = about("code + artifact, decimal; the step fails above it", "bytes")
+    budget_bytes: Count = about(
+        "code + artifact, decimal; weights are rounded as finely as it allows", "bytes"
+    )
     calibration_sequences: Count = about("documents the model writes for its own calibration")
     calibration_tokens: Count = about("length of each of them", "tokens")
     calibration_temperature: Positive = about("of the sampling")
-    calibration_seed: Natural = about("of the sampling")
+    calibration_seed: Natural = about("of the sampling, here and for sensitivities")
     cuda_graphs: bool = about("record the work of a calibration token and replay it (CUDA)")
     damping: Positive = about("added to the Hessian's diagonal", "share of its mean")
     block_columns: Count = about("columns GPTQ solves at once", "columns")
@@ -209,7 +212,7 @@ class EvaluateParams(Section):
 
 
 class TTTParams(Section):
-    """Score-first test-time training: one LoRA per document."""
+    """Score-first test-time training: each document has adapters of its own."""
 
     mode: Literal["window", "cached"] = about(
         "window: every chunk reads its context again; cached: keys and values of it are kept"
@@ -265,7 +268,7 @@ class TTTParams(Section):
 
 
 class ReportParams(Section):
-    """The significance test."""
+    """The significance test, and the time allowed."""
 
     baseline: str = about(
         "no_ttt: this run's own models without TTT; a file like those in records/; or none: no test"
