@@ -95,10 +95,9 @@ def pack(
     )
 
 
-def save_artifact(path: str | Path, packed: Packed) -> dict[str, int]:
-    """Write an artifact atomically; returns its bytes by part."""
+def save_artifact(path: str | Path, packed: Packed) -> None:
+    """Write an artifact atomically."""
     write_bytes(path, packed.content)
-    return packed.parts
 
 
 def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> "GPT":

@@ -6,7 +6,7 @@ by LZMA. The tokenizer and the libraries are not counted, as in the challenge th
 How finely the tensors are rounded follows from the budget: `model.allocation` gives steps for a
 number of bits, the real artifact made with them has a size, and the difference corrects the bits.
 The prediction errs by little, so two or three attempts suffice. The search ends when less than
-`SLACK` of the budget is unused, or when the finest steps fit.
+`SLACK` of the budget is unused or the finest steps fit, and after `ATTEMPTS` with the best so far.
 """
 
 import io

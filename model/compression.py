@@ -1,10 +1,10 @@
 """Lossless coders of the artifact's streams, by name.
 
-Codes of matrices are range-coded (`model.entropy_coder`), which beats the general-purpose
-compressors on every family of matrices. These are tried against each other on the other streams.
-Values of several bytes can be *shuffled* first: all first bytes, then all second ones, and so on,
-so that the exponents of floats, which vary little, stand together. To add a compressor, add an
-entry to `COMPRESSORS`.
+Integer codes are range-coded (`model.entropy_coder`), which beats the general-purpose compressors
+on every family of the blocks' matrices. The latter are tried against each other on the other
+streams. Values of several bytes can be *shuffled* first: all first bytes, then all second ones, and
+so on, so that the exponents of floats, which vary little, stand together. To add a compressor, add
+an entry to `COMPRESSORS`.
 """
 
 import lzma

@@ -1,8 +1,9 @@
 """Parameters of which every document has its own copy, and their optimizer.
 
-The copies are the rows of one fp32 matrix (documents, values); second moments, gradients and a
-working copy in the dtype of the activations have the same layout. So an optimizer step is one pass
-over everything (`model.ops.rmsprop`), and leaving documents out is a view of the leading rows.
+The copies are the rows of one fp32 matrix (documents, values); second moments, also fp32, and
+gradients and a working copy, both in the dtype of the activations, have the same layout. So an
+optimizer step is one pass over everything (`model.ops.rmsprop`), and leaving documents out is a
+view of the leading rows.
 
 The gradients are written straight into their place by the functions that use the parameters
 (`model.lora`, `model.hash_embedding`), each of which is therefore called once per forward pass.

@@ -118,7 +118,7 @@ class GPT(nn.Module):
         self._score = torch.compile(self._losses, **options)
 
     def matrices(self) -> dict[str, Linear]:
-        """The matrices of the blocks by the name of their weight: what Muon and GPTQ treat."""
+        """The matrices of the blocks by the name of their weight: Muon's, and GPTQ's too."""
         return {
             f"blocks.{name}.weight": module
             for name, module in self.blocks.named_modules()

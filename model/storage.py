@@ -2,7 +2,7 @@
 
     matrices of the blocks, embedding   GPTQ, with the Hessian of their inputs
     other tables and projections        rounded to nearest
-    control tensors                     fp16
+    control tensors                     fp16; fp32 if one has values beyond fp16
 
 Which step each grid has is decided by `model.allocation`. The embedding is tied: GPTQ takes it as
 the output projection, by the Hessian of the final norm; that it is the input as well counts in its

@@ -1,9 +1,10 @@
 """Work of equal shapes recorded once as a CUDA graph and replayed.
 
 A cached chunk is some thousand kernels of microseconds, which take longer to launch than to run; a
-graph launches them at once. The first call of a key runs as it is, which also loads its kernels;
-the second is recorded; it and the later ones are replayed. The work may read and write only memory
-that stays in place, and its shapes may depend on the key alone.
+graph launches them at once. So are the tokens of the calibration text (`model.generate`). The first
+call of a key runs as it is, which also loads its kernels; the second is recorded; it and the later
+ones are replayed. The work may read and write only memory that stays in place, and its shapes may
+depend on the key alone.
 """
 
 from collections.abc import Callable, Hashable, Iterator
