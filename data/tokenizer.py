@@ -26,9 +26,9 @@ import sentencepiece
 from data.shards import BOS
 from model.errors import InputError
 from model.files import write_bytes
+from workflow.params import LARGEST_VOCABULARY
 
 SPACE = "\u2581"
-LARGEST_VOCABULARY = 1 << 16  # tokens are stored as uint16
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,

@@ -11,6 +11,7 @@ The prediction errs by little, so two or three attempts suffice. The search ends
 
 import io
 import lzma
+import math
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,9 +84,21 @@ def fit_budget(
             gain = min(max(8 * (size - expected) / predicted, 0.25), 4.0)
         tried.append(wanted)
         steps, expected = wanted, size
-    if best is None:
-        raise InputError(*_too_large(int(expected), code, budget))
-    return best
+    return best or _coarsest(allocation, attempt, code, budget)
+
+
+def _coarsest(
+    allocation: Allocation,
+    attempt: Callable[[Steps], tuple[int, Result]],
+    code: int,
+    budget: int,
+) -> Attempt[Result]:
+    """The last resort of `fit_budget`; raises InputError if it does not fit either."""
+    steps = allocation.steps(math.inf)
+    size, result = attempt(steps)
+    if code + size > budget:
+        raise InputError(*_too_large(size, code, budget))
+    return Attempt(steps, size, result)
 
 
 def _too_large(size: int, code: int, budget: int) -> tuple[str, str]:

@@ -128,16 +128,10 @@ def write_provenance(
 
 
 @contextmanager
-def step_errors(log: RunLog | None = None) -> Iterator[None]:
-    """Show an InputError as two lines and exit with status 2; log every other exception."""
+def step_errors() -> Iterator[None]:
+    """Show an InputError as two lines and exit with status 2; other exceptions pass through."""
     try:
         yield
     except InputError as error:
-        if log is not None:
-            log.event("error", problem=error.problem, repair=error.repair)
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
-    except Exception as error:
-        if log is not None:
-            log.event("error", problem=f"{type(error).__name__}: {error}", repair=None)
-        raise

@@ -113,7 +113,12 @@ def run(name: str, main: Callable[[Step], None], seeded: bool = True) -> None:
             try:
                 main(step)
             except Exception as error:
-                step.log.event("error", problem=str(error), kind=type(error).__name__)
+                problem, repair = (
+                    getattr(error, "problem", str(error)),
+                    getattr(error, "repair", None),
+                )
+                kind = type(error).__name__
+                step.log.event("error", kind=kind, problem=problem, repair=repair)
                 raise
 
 

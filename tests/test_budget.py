@@ -70,6 +70,17 @@ def test_what_cannot_fit_fails_and_says_what_would():
         problem.fit(CODE)
 
 
+def test_the_coarsest_steps_are_tried_before_giving_up():
+    problem = Problem()
+    coarsest = problem.allocation.steps(float("inf"))
+
+    def attempt(steps):  # sizes that do not follow the prediction: only the coarsest steps fit
+        return (1_000 if steps == coarsest else 900_000), steps
+
+    first = (problem.allocation.steps(0.0), 900_000.0)
+    assert fit_budget(problem.allocation, attempt, first, CODE, CODE + 899_999).steps == coarsest
+
+
 def test_counted_code_is_the_python_source_alone(tmp_path):
     for package in ("data", "model", "steps", "workflow"):
         shutil.copytree(ROOT / package, tmp_path / package)

@@ -231,7 +231,7 @@ class TTTParams(Section):
     lr_decay_tokens: Natural = about(
         "lr falls as 1/(1 + position/this) inside a document; 0 = constant", "tokens"
     )
-    beta2: Fraction = about("decay of the second moment")
+    beta2: Decay = about("decay of the second moment")
     epsilon: Positive = about("added to the root of the second moment")
     weight_decay: NonNegative = about("decoupled", "1/(lr*step)")
     hash_buckets: Natural = about("rows of the eval-time hash embedding; 0 = off", "rows")

@@ -1,7 +1,8 @@
 """Accelerated operations, and the only place that chooses between their implementations.
 
 `configure` decides once per process, before anything is compiled, and returns the choice with its
-reasons, for the log. A device that it was not called for gets "auto". Optional packages are
+reasons, for the log. A device that it was not called for gets the fastest attention
+and the plain MLP and loss. Optional packages are
 imported in this folder, on demand, and nowhere else.
 """
 
@@ -110,7 +111,7 @@ def _obstacle(module: str, name: str, device: torch.device) -> str | None:
 
 def _chosen(device: torch.device) -> _Bound:
     if device.type not in _bound:
-        configure("auto", device)
+        configure("auto", device, mlp="reference", loss="reference")
     return _bound[device.type]
 
 
