@@ -144,7 +144,13 @@ def train_tokenizer(
     if failures:
         raise failures[0]
     if first is None:
-        raise InputError("data: the corpus is empty", "name files that hold text in data.files")
+        raise InputError(
+            "data: no text to train the tokenizer on: the corpus is empty, or all its documents "
+            "are held out for validation (a .txt file is one document), or longer than "
+            f"tokenizer.training_megabytes ({megabytes})",
+            "name more files in data.files, lower data.validation_fraction, or raise "
+            "tokenizer.training_megabytes",
+        )
     model = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -129,9 +129,15 @@ def write_provenance(
 
 @contextmanager
 def step_errors() -> Iterator[None]:
-    """Show an InputError as two lines and exit with status 2; other exceptions pass through."""
+    """Show an InputError as two lines and exit with status 2, Ctrl-C as one and with 130.
+
+    Other exceptions pass through.
+    """
     try:
         yield
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
+    except KeyboardInterrupt as interrupt:
+        print("interrupted; run again to continue", file=sys.stderr, flush=True)
+        raise SystemExit(130) from interrupt

@@ -6,6 +6,10 @@ has succeeded, the sidecar last.
 """
 
 import argparse
+import ctypes
+import fcntl
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +33,7 @@ from model.files import write_bytes, write_json
 from model.run_log import RunLog, step_errors, write_provenance
 from workflow.params import Params, load_params
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 TOKENS = Path("artifacts/tokenize/tokens")  # what `tokenize` makes of the text
 
 
@@ -106,12 +111,14 @@ def run(name: str, main: Callable[[Step], None], seeded: bool = True) -> None:
         parser.add_argument("--seed", type=int, required=True, help="which of the seeds")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads per process")
     arguments = parser.parse_args()
+    _end_with_launcher()
     with step_errors():
         params = load_params()
         with process_group(arguments.threads) as group:
             step = Step(name, getattr(arguments, "seed", None), params, group)
             try:
-                main(step)
+                with _only_writer(step):
+                    main(step)
             except Exception as error:
                 problem, repair = (
                     getattr(error, "problem", str(error)),
@@ -120,6 +127,28 @@ def run(name: str, main: Callable[[Step], None], seeded: bool = True) -> None:
                 kind = type(error).__name__
                 step.log.event("error", kind=kind, problem=problem, repair=repair)
                 raise
+
+
+def _end_with_launcher() -> None:
+    """Let the kernel end this process if torchrun is killed, which starts it in its own session."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def _only_writer(step: Step) -> Iterator[None]:
+    """Wait until no other run of this step and seed uses the work directory, and keep it."""
+    if not step.group.is_main:
+        yield
+        return
+    step.work.mkdir(parents=True, exist_ok=True)
+    with open(step.work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{step.work}: another run of this step is using it; waiting", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class Bar:

@@ -127,8 +127,7 @@ def test_baseline_from_a_record(run):
     assert metrics["test"]["p"] == pytest.approx(expected, rel=1e-6)
     report = Path("artifacts/report/report.md").read_text()
     assert "62,021,632 tokens" in report  # scored on other text, and the report says so
-    assert expected > 0.01
-    assert "claim is not made" in report
+    assert "No claim: `records/2026-03-25_baseline.json` was scored on other text" in report
 
 
 def test_published_p_in_the_report(run):
@@ -139,6 +138,8 @@ def test_published_p_in_the_report(run):
         shift = item.final.loss - table["ttt"].astype("float64").mean()
         table["ttt"] = table["ttt"].astype("float64") + shift
         write_seed(Path("."), seed, table)
+    same = {"tokens": len(run[0]), "bytes": int(run[0]["bytes"].sum())}
+    edit_json(Path(BASELINE), scored=same)
     metrics = make(parameters(baseline=BASELINE, margin=0.005))
     assert round(metrics["test"]["p"], 6) == 0.002928
     assert "p = 0.002928" in Path("artifacts/report/report.md").read_text()

@@ -21,6 +21,7 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 260, 65_536
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -34,7 +35,7 @@ def about(reason: str, unit: str = "") -> Any:
 class Section(BaseModel):
     """A section of params.yaml: immutable, no unknown keys, no silent type conversion."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataParams(Section):
@@ -303,8 +304,8 @@ class OpsParams(Section):
 class Params(Section):
     """The whole of params.yaml."""
 
-    seeds: list[Natural] = about("one model each; a p-value needs at least two")
-    processes: Count = about("per step, started by torchrun; one GPU each if there are GPUs")
+    seeds: list[Seed] = about("one model each; a p-value needs at least two")
+    processes: Count = about("per step; one GPU each if there are GPUs")
     data: DataParams
     tokenizer: TokenizerParams
     model: ModelParams

@@ -172,6 +172,13 @@ def _baseline_sentence(summary: dict[str, Any]) -> str:
     )
 
 
+def _same_text(summary: dict[str, Any]) -> bool:
+    """Whether the baseline was scored on the same text, but for the tail that some drop."""
+    scored, wanted = summary["test"]["baseline_scored"], summary["scored"]
+    pairs = zip(scored, (wanted["tokens"], wanted["bytes"]), strict=False)
+    return all(abs(theirs - ours) <= 0.001 * theirs for theirs, ours in pairs)
+
+
 def _verdict(summary: dict[str, Any]) -> str:
     """The outcome of the test in one sentence."""
     if summary["test"] is None:
@@ -181,6 +188,11 @@ def _verdict(summary: dict[str, Any]) -> str:
     claimed = test.p < level
     baseline = summary["test"]["baseline"]
     shown = "the same models without TTT" if baseline == "no_ttt" else f"`{baseline}`"
+    if not _same_text(summary):
+        return (
+            f"No claim: {shown} was scored on other text than this run (see Significance), and "
+            "losses of different texts cannot be compared."
+        )
     return (
         f"Claim: {test.hypothesis}. p = {_probability(test.p)} (one-sided Welch test, "
         f"{test.new.n} seeds against {test.baseline.n} of {shown}): "

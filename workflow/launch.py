@@ -1,0 +1,45 @@
+"""Start a step in N processes: `python -m workflow.launch --processes N -m steps.train --seed 0`.
+
+One process needs no launcher, so the step takes this one's place. More are started by torchrun; of
+a step that failed, only its own message is shown, and its exit status is passed on.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+
+def launch(processes: int, module: str, arguments: list[str]) -> int:
+    """Run `python -m module arguments` in so many processes of this host; returns the status."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    options = ["--standalone", "--nproc-per-node", str(processes), "-m", module, *arguments]
+    try:
+        torchrun.main(options)
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)  # negative: ended by a signal
+    except SignalException:
+        return 130
+    return 0
+
+
+def main() -> None:
+    """Parse the command line and start."""
+    parser = argparse.ArgumentParser(prog="python -m workflow.launch")
+    parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument("-m", dest="module", required=True, help="the step, e.g. steps.train")
+    options, arguments = parser.parse_known_args()
+    if options.processes == 1:
+        os.execv(sys.executable, [sys.executable, "-m", options.module, *arguments])
+    sys.exit(launch(options.processes, options.module, arguments))
+
+
+if __name__ == "__main__":
+    main()
