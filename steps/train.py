@@ -59,6 +59,13 @@ def check_inputs(step: Step, manifest: Manifest, stream: TokenStream) -> None:
     """Refuse what cannot be trained on, before any time is spent."""
     params = step.params
     check_vocabulary(Tokenizer(manifest.tokenizer), params.model.vocabulary, "tokenize again")
+    per_round = step.group.size * params.train.tokens_per_microbatch
+    if params.train.tokens_per_step % per_round:
+        raise InputError(
+            f"train: started with {step.group.size} processes, whose micro-batches ({per_round} "
+            f"tokens) do not divide train.tokens_per_step ({params.train.tokens_per_step})",
+            f"start it with the {params.processes} of params.yaml, or change train.tokens_per_step",
+        )
     if stream.total < params.train.tokens_per_microbatch:
         raise InputError(
             f"{manifest.directory}: {stream.total} tokens to train on, fewer than "
