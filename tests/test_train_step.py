@@ -1,6 +1,7 @@
 """The train step as a program: interrupted, shared by processes, given bad input."""
 
 import csv
+import fcntl
 import os
 import signal
 import socket
@@ -94,6 +95,15 @@ def start(directory: Path, **environment: str) -> subprocess.Popen:
     )
 
 
+def start_two(directory: Path) -> list[subprocess.Popen]:
+    """Start the step as two processes of one group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [start(directory, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+
+
 def finish(process: subprocess.Popen) -> str:
     """Wait for success and return what the process said."""
     _, said = process.communicate(timeout=300)
@@ -168,13 +178,7 @@ def test_a_killed_run_continues_to_the_same_weights(tokens, whole, tmp_path):
 
 def test_two_processes_have_the_curve_of_one(tokens, whole, tmp_path):
     directory = workplace(tmp_path / "two", tokens, save_every_seconds=1e9)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    processes = [
-        start(directory, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)
-    ]
+    processes = start_two(directory)
     for process in processes:
         finish(process)
     assert read_json(directory / "artifacts/train/seed0/metrics.json")["world_size"] == 2
@@ -253,3 +257,26 @@ def test_state_file_is_for_its_own_run_only(tmp_path):
     assert "other parameters" in found
     path.write_bytes(path.read_bytes()[:-5])
     assert load_state(path, key)[0] is None
+
+
+def test_processes_that_do_not_share_a_step_evenly_are_refused(tokens, tmp_path):
+    directory = workplace(tmp_path / "odd", tokens, tokens_per_step=128, tokens_per_microbatch=128)
+    for process in start_two(directory):
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 2
+        assert "started with 2 processes" in said
+        assert "do not divide train.tokens_per_step (128)" in said
+
+
+def test_a_second_run_of_the_same_step_waits(tokens, tmp_path):
+    directory = workplace(tmp_path / "twice", tokens)
+    work = directory / ".work/train/seed0"
+    work.mkdir(parents=True)
+    with open(work / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(directory)
+        assert process.stderr is not None
+        assert "another run of this step is using it; waiting" in process.stderr.readline()
+        assert not (work / "log.jsonl").exists()
+    finish(process)
+    assert (directory / "artifacts/train/seed0/metrics.json").exists()
