@@ -42,7 +42,16 @@ PARTS = ("part", "measured", "floor")
 # The category of a kernel is the first with one of these in its name, in lower case.
 KERNELS = {
     "communication": ("nccl",),
-    "attention": ("flash", "attention", "attn", "fmha"),
+    "attention": (
+        "flash",
+        "attention",
+        "attn",
+        "fmha",
+        "query_kernel",
+        "key_kernel",
+        "forward_kernel",
+        "prepare_kernel",
+    ),
     "products": ("gemm", "cutlass", "nvjet", "xmma", "product_kernel", "::mm", "addmm", "bmm"),
     "copies": ("memcpy", "memset"),
 }
@@ -148,8 +157,7 @@ def measure_microbatch(run: Run, repeats: int) -> None:
     batch = next(run.batches)
 
     def microbatch() -> None:
-        if trainer.compiled:
-            torch._dynamo.maybe_mark_dynamic(batch[2].boundaries, 0)
+        trainer.announce(batch[2])
         trainer.model.losses(*batch).mean().backward()
         trainer.working.collect()
 

@@ -18,6 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+TILE = 64  # tokens of a tile of attention
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -70,3 +72,24 @@ class Documents:
     def first(self) -> Tensor:
         """bool (T,): whether a token is the first of its document."""
         return self.positions == 0
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """int32 (T // TILE + n, 3): all pieces of up to TILE tokens that documents are cut into.
+
+        Each row has the document's first token, the piece's first token and the document's end.
+        The longest documents come first, as programs that take long should begin early; a
+        document's pieces stand together, so that they find its keys in the cache. Rows that are
+        left over have a piece that begins at its document's end.
+        """
+        ends, device = self.boundaries.long(), self.boundaries.device
+        order = torch.argsort(ends.diff(), descending=True, stable=True)
+        begin, end = ends[:-1][order], ends[1:][order]
+        pieces = (end - begin + TILE - 1) // TILE
+        last = pieces.cumsum(0)
+        number = torch.arange(self.total // TILE + self.count, device=device)
+        document = torch.searchsorted(last, number, right=True).clamp(max=self.count - 1)
+        begin, end, last = begin[document], end[document], last[document]
+        first = begin + (last - 1 - number) * TILE
+        first = torch.where(number < last, first, end)
+        return torch.stack((begin, first, end), 1).int()

@@ -203,7 +203,7 @@ class GPT(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """Residual stream after the last block, (T, width) in the compute dtype."""
-        _ = documents.first  # where documents begin is found once, outside the compiled parts
+        ops.find_pieces(documents, tokens.device)
         x0, turns, values = self._input(tokens, documents, adapters, cache)
         if cache is not None:
             cache.length += documents.total // cache.rows

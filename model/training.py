@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model import ops
 from model.distributed import Group
 from model.documents import Documents
 from model.ema import Average
@@ -67,12 +68,18 @@ class Trainer:
 
     def _microbatch(self, tokens: Tensor, targets: Tensor, documents: Documents) -> Tensor:
         """Add the gradients of one micro-batch; its share of the step's mean loss."""
-        if self.compiled:  # one graph for any number of documents, from the first batch on
-            torch._dynamo.maybe_mark_dynamic(documents.boundaries, 0)
+        self.announce(documents)
         losses = self.model.losses(tokens, targets, documents)
         loss = losses.mean() / (self.microbatches * self.group.size)
         loss.backward()
         return loss.detach()
+
+    def announce(self, documents: Documents) -> None:
+        """Let one compiled graph serve any number of documents, from the first batch on."""
+        if self.compiled:
+            ops.find_pieces(documents, self.group.device)
+            for table in (documents.boundaries, documents.tiles):
+                torch._dynamo.maybe_mark_dynamic(table, 0)
 
     def warm_up(self, batches: Batches) -> None:
         """Take a step of one micro-batch for each kind, rounded and not, and undo them exactly.

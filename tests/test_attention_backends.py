@@ -204,7 +204,7 @@ def test_choice_is_bound_before_anything_is_compiled(monkeypatch):
     install(monkeypatch, *STAND_INS["flash_attn_4"])
     monkeypatch.setattr(ops, "_bound", {})
     monkeypatch.setattr(varlen, "obstacle", lambda *_: None)
-    ops.configure("flash_attn_4", torch.device("cpu"), mlp="reference", loss="reference")
+    ops.configure("flash_attn_4", torch.device("cpu"), mlp="reference")
     compiled = torch.compile(ops.varlen_attention, backend="aot_eager", fullgraph=True)
     with pytest.MonkeyPatch.context() as inside:
         inside.setattr(ops, "configure", None)

@@ -3,9 +3,9 @@ import torch
 
 from model.documents import Documents
 from model.gpt import GPT
-from model.layers.attention import exclude_own_value
 from model.layers.embeddings import BigramEmbedding
 from model.layers.rotary import rotate, rotation
+from model.ops.plain import exclude_own_value
 from tests.models import SMALL, record_params, small_model
 
 LENGTHS = [7, 1, 20, 32, 2]

@@ -63,15 +63,15 @@ def test_gpu_attention_equals_the_reference(name, lengths, compiled):
 
 def test_auto_says_why_it_did_not_take_the_faster_ones():
     choice = ops.configure("auto", torch.device("cpu"))
-    assert (choice.attention, choice.mlp, choice.loss) == ("padded", "reference", "reference")
+    assert (choice.attention, choice.mix, choice.mlp) == ("padded", "reference", "reference")
     assert "flash_attn_2: needs a CUDA device" in choice.reasons["attention"]
     assert "mlp: reference (triton: needs a CUDA device)" in str(choice)
 
 
 def test_an_implementation_that_is_named_is_taken_as_asked():
-    choice = ops.configure("reference", torch.device("cpu"), mlp="reference", loss="reference")
+    choice = ops.configure("reference", torch.device("cpu"), mix="reference", mlp="reference")
     assert str(choice) == (
-        "attention: reference (as asked), mlp: reference (as asked), loss: reference (as asked)"
+        "attention: reference (as asked), mix: reference (as asked), mlp: reference (as asked)"
     )
     ops.configure("auto", torch.device("cpu"))
 

@@ -292,12 +292,13 @@ class OpsParams(Section):
         "flash_attn_2",
         "flash_attn_3",
         "flash_attn_4",
+        "triton",
     ] = about("auto: the fastest that works here; a named one fails if it cannot be had")
+    mix: Literal["auto", "reference", "triton"] = about(
+        "skip, mix and norm of a block's input in training; triton: one kernel (Hopper)"
+    )
     mlp: Literal["auto", "reference", "triton"] = about(
         "MLP of a training pass; triton: up-projection and activation in one kernel (Hopper)"
-    )
-    loss: Literal["auto", "reference", "triton"] = about(
-        "softcap and cross-entropy of a training pass; triton: one pass over the logits (Hopper)"
     )
 
 

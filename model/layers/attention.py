@@ -22,27 +22,11 @@ from model import ops
 from model.cache import LayerCache
 from model.documents import Documents
 from model.layers.linear import Linear
-from model.layers.norm import rms_norm
-from model.layers.rotary import rotate
 
 if TYPE_CHECKING:
     from workflow.params import ModelParams
 
 Deltas = Mapping[str, Callable[[Tensor], Tensor]]
-
-
-def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Remove the direction of the own value v (T, kv_heads, d) from y (T, heads, d)."""
-    tokens, heads, width = y.shape
-    v = v.unsqueeze(2)
-    grouped = y.view(tokens, v.shape[1], heads // v.shape[1], width)
-    # By the squared length rather than a unit vector, which would be kept for the backward pass.
-    share = (grouped * v).sum(-1, keepdim=True) * _inverse(v.square().sum(-1, keepdim=True))
-    return (grouped - share * v).view_as(y)
-
-
-def _inverse(squares: Tensor) -> Tensor:
-    return squares.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
 
 
 class Attention(nn.Module):
@@ -76,31 +60,27 @@ class Attention(nn.Module):
         deltas: what adapters add to `query`, `key`, `value`, and (site `attention`) to the result,
         each a function of n; cache: earlier keys and values of the same documents.
         """
-        q, k, v = self._project(n, deltas)
-        if self.value_gain is not None and values is not None:
-            v = v + self.value_gain.to(v.dtype) * values
-        q = q.view(-1, self.heads, self.head_width)
-        k = k.view(-1, self.kv_heads, self.head_width)
-        v = v.view(-1, self.kv_heads, self.head_width)
-        # The gain, though it commutes with the rotation, comes first: its gradient needs the normed
-        # q, which follows from the product kept anyway; the rotated q would be kept for it alone.
-        q = rotate(rms_norm(q) * self.gain.to(q.dtype)[:, None], *turns)
-        k = rotate(rms_norm(k), *turns)
+        projected = self._project(n, values, deltas)
+        how = (self.gain, turns, self.head_width, self.exclusive)
         if cache is None:
-            y = ops.varlen_attention(q, k, v, documents)
+            y = ops.self_attention(projected, documents, *how)
         else:
-            y = ops.cached_attention(q, k, v, documents, cache)
-        if self.exclusive:
-            y = exclude_own_value(y, v)
-        result = self.output(y.flatten(1))
+            y = ops.continued_attention(projected, documents, cache, *how)
+        result = self.output(y)
         return result + deltas["attention"](n) if "attention" in deltas else result
 
-    def _project(self, n: Tensor, deltas: Deltas) -> tuple[Tensor, ...]:
+    def _project(self, n: Tensor, values: Tensor | None, deltas: Deltas) -> Tensor:
+        """q, k and v side by side, (T, (heads + 2·kv_heads)·d)."""
         layers = {"query": self.query, "key": self.key, "value": self.value}
         if self.working is not None:
-            widths = [layer.weight.shape[0] for layer in layers.values()]
-            return F.linear(n, self.working).split(widths, dim=-1)
-        return tuple(
-            layer(n) + deltas[site](n) if site in deltas else layer(n)
-            for site, layer in layers.items()
-        )
+            projected = F.linear(n, self.working)
+        else:
+            parts = [
+                layer(n) + deltas[site](n) if site in deltas else layer(n)
+                for site, layer in layers.items()
+            ]
+            projected = torch.cat(parts, dim=1)
+        if self.value_gain is None or values is None:
+            return projected
+        before = projected.shape[1] - values.shape[1]
+        return projected + F.pad(self.value_gain.to(values.dtype) * values, (before, 0))

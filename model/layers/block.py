@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from model import ops
 from model.cache import LayerCache
 from model.documents import Documents
 from model.layers.attention import Attention, Deltas
@@ -62,23 +63,14 @@ class Block(nn.Module):
 
         skip: an earlier block's output (T, width) and its weights (width,), or None.
         """
-        if skip is not None:
-            earlier, weight = skip
-            x = x + weight.to(x.dtype) * earlier
-        if self.mix is not None:
-            mix = self.mix.to(x.dtype)
-            x = mix[0] * x + mix[1] * x0
-        n = self._norm(x)
+        x, n = ops.mixed_norm(x, x0, self.mix, self.depth_scale, skip)
         branch = self.attention(n, documents, turns, values, deltas, cache)
         x = x + _scaled(branch, self.attention_scale, self.attention.output)
-        r = self._norm(x)
+        r = rms_norm(x) * self.depth_scale.to(x.dtype)
         branch = self.mlp(r)
         if "mlp" in deltas:
             branch = branch + deltas["mlp"](r)
         return x + _scaled(branch, self.mlp_scale, self.mlp.down)
-
-    def _norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x) * self.depth_scale.to(x.dtype)
 
 
 def _scaled(branch: Tensor, scale: Tensor | None, output: Linear) -> Tensor:

@@ -2,7 +2,7 @@
 
 `configure` decides once per process, before anything is compiled, and returns the choice with its
 reasons, for the log. A device that it was not called for gets the fastest attention
-and the plain MLP and loss. Optional packages are
+and the plain formulas otherwise. Optional packages are
 imported in this folder, on demand, and nowhere else.
 """
 
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from model.cache import LayerCache
 from model.documents import Documents
 from model.errors import InputError
 from model.ops import plain, varlen
 from model.ops.cached import cached_attention as cached_attention
 from model.ops.plain import softcapped as softcapped
+from model.ops.plain import softcapped_loss as softcapped_loss
 
 if TYPE_CHECKING:
     from model.layers.linear import Linear
@@ -31,8 +33,8 @@ class Choice:
     """Which implementation of each operation runs, and why."""
 
     attention: str
+    mix: str
     mlp: str
-    loss: str
     reasons: Mapping[str, str]
 
     def __str__(self) -> str:
@@ -44,32 +46,37 @@ class _Bound:
     """The functions chosen for a device; None: the plain formula."""
 
     attention: varlen.Attention
+    self_attention: Callable[..., Tensor] | None
+    mix: Callable[..., tuple[Tensor, Tensor]] | None
     mlp: Callable[[Tensor, Tensor, Tensor], Tensor] | None
-    loss: Callable[[Tensor, Tensor, float], Tensor] | None
 
 
 _bound: dict[str, _Bound] = {}
 
 
 def configure(
-    attention: str, device: torch.device, mlp: str = "auto", loss: str = "auto"
+    attention: str,
+    device: torch.device,
+    mix: str = "auto",
+    mlp: str = "auto",
 ) -> Choice:
     """Choose the implementations for `device` and return them with the reasons.
 
     attention: "auto" for the fastest that works here, or a name of `varlen.IMPLEMENTATIONS`;
-    mlp, loss: "auto", "triton" or "reference". Raises InputError if a named one cannot be had.
+    mix, mlp: "auto", "triton" or "reference". Raises InputError if a named one cannot be had.
     """
     wanted: dict[str, tuple[str, Iterable[str], Callable[[str], str | None]]] = {
         "attention": (attention, varlen.AUTO_ORDER, lambda name: varlen.obstacle(name, device)),
+        "mix": (mix, FUSED_ORDER, lambda name: _obstacle("fused_mix", name, device)),
         "mlp": (mlp, FUSED_ORDER, lambda name: _obstacle("fused_mlp", name, device)),
-        "loss": (loss, FUSED_ORDER, lambda name: _obstacle("softcap_loss", name, device)),
     }
     found = {op: _choose(op, *which) for op, which in wanted.items()}
     names = {op: name for op, (name, _) in found.items()}
     _bound[device.type] = _Bound(
         varlen.IMPLEMENTATIONS[names["attention"]],
+        _kernel("fused_attention").self_attention if names["attention"] == "triton" else None,
+        _kernel("fused_mix").mixed_norm if names["mix"] == "triton" else None,
         _kernel("fused_mlp").fused_mlp if names["mlp"] == "triton" else None,
-        _kernel("softcap_loss").fused_softcap_loss if names["loss"] == "triton" else None,
     )
     return Choice(**names, reasons={op: reason for op, (_, reason) in found.items()})
 
@@ -111,7 +118,7 @@ def _obstacle(module: str, name: str, device: torch.device) -> str | None:
 
 def _chosen(device: torch.device) -> _Bound:
     if device.type not in _bound:
-        configure("auto", device, mlp="reference", loss="reference")
+        configure("auto", device, mix="reference", mlp="reference")
     return _bound[device.type]
 
 
@@ -121,6 +128,76 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> T
     Scale 1/sqrt(d); query head h reads key/value head h // (heads / kv_heads).
     """
     return _chosen(q.device).attention(q, k, v, documents)
+
+
+def self_attention(
+    projected: Tensor,
+    documents: Documents,
+    gain: Tensor,
+    turns: tuple[Tensor, Tensor],
+    width: int,
+    exclusive: bool,
+) -> Tensor:
+    """Attention from the products with W_q, W_k and W_v on, before that with W_o.
+
+    projected (T, (heads + 2·kv_heads)·width): q, k and v of each token side by side; gain: fp32
+    (heads,) of the normed queries; turns: of `model.layers.rotary.rotation`; exclusive: each
+    token's own value is removed from its result. Returns (T, heads·width).
+    """
+    fused = _chosen(projected.device).self_attention
+    if fused is not None and projected.dtype in varlen.DTYPES:
+        return fused(projected, documents, gain, turns, width, exclusive)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return varlen_attention(q, k, v, documents)
+
+    return plain.attend(projected, gain, turns, width, exclusive, attention)
+
+
+def continued_attention(
+    projected: Tensor,
+    documents: Documents,
+    cache: LayerCache,
+    gain: Tensor,
+    turns: tuple[Tensor, Tensor],
+    width: int,
+    exclusive: bool,
+) -> Tensor:
+    """`self_attention` of tokens that continue what is in `cache`, which takes them in."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return cached_attention(q, k, v, documents, cache)
+
+    return plain.attend(projected, gain, turns, width, exclusive, attention)
+
+
+def find_pieces(documents: Documents, device: torch.device) -> None:
+    """Compute once what the chosen implementations need to know of the documents.
+
+    Called before compiled parts run, which would otherwise find it again in every layer.
+    """
+    _ = documents.first
+    if _chosen(device).self_attention is not None:
+        _ = documents.tiles
+
+
+def mixed_norm(
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor | None,
+    scale: Tensor,
+    skip: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """What a block does to its input x (T, width): returns the residual stream and its norm.
+
+    skip: an earlier block's output e (T, width) and weights w (width,), for x ← x + w⊙e; mix:
+    fp32 (2, width), for x ← mix₀⊙x + mix₁⊙x0; scale: fp32, 0-dimensional factor of the norm.
+    The fused kernel runs where a gradient is wanted.
+    """
+    fused = _chosen(x.device).mix
+    if fused is None or mix is None or x.dtype not in varlen.DTYPES or not mix.requires_grad:
+        return plain.mixed_norm(x, x0, mix, scale, skip)
+    return fused(x, x0, mix, scale, *(skip or (None, None)))
 
 
 def mlp(r: Tensor, up: "Linear", down: "Linear") -> Tensor:
@@ -136,15 +213,3 @@ def mlp(r: Tensor, up: "Linear", down: "Linear") -> Tensor:
     if not all(matrix.requires_grad for matrix in matrices):
         return plain.mlp(r, up, down)
     return fused(r, *matrices)
-
-
-def softcapped_loss(z: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Negative log-likelihood of `targets` in nats, fp32 (T,), by the logits cap·tanh(z/cap).
-
-    z: (T, V), before the softcap; targets: int64 (T,) in 0..V-1; cap: 0 for none. The fused kernel
-    runs where a gradient is wanted.
-    """
-    fused = _chosen(z.device).loss
-    if fused is None or not (torch.is_grad_enabled() and z.requires_grad):
-        return plain.softcapped_loss(z, targets, cap)
-    return fused(z, targets, cap)

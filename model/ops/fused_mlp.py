@@ -5,10 +5,10 @@
                 dr = dh W_up,  dW_up = dhᵀ r,  dW_down = dyᵀ a
 
 The left column is one matrix product whose epilogue works on the fp32 sums while they are in
-registers: forward writes h and a, backward reads h and writes dh and a. Unfused, h is written, read
-again and a written; da is written, read again together with h, and dh written. Only h is kept for
-the backward pass: a, which dW_down needs, is recomputed while h is there. Against keeping both that
-spares T·hidden·2 bytes a layer. The products on the right are left to the matrix library.
+registers: forward writes h and a, backward reads h and writes dh. Unfused, h is written, read
+again and a written; da is written, read again together with h, and dh written. h and a are kept
+for the backward pass: to write a again there instead costs more time than its memory is worth.
+The products on the right are left to the matrix library.
 
 The product is persistent: one program per multiprocessor walks over the tiles of the result,
 some rows of tiles at a time, so that both operands stay in the L2 cache. The tensor memory
@@ -49,24 +49,24 @@ BACKWARD = replace(FORWARD, stages=3)
 
 @triton.jit
 def _epilogue(
-    total, h_desc, dh_desc, a_desc, row, column, BACKWARD: tl.constexpr
+    total, h_desc, out_desc, row, column, BACKWARD: tl.constexpr
 ):  # fmt: skip
-    """Write what follows from the sums `total` at (row, column)."""
+    """Write what follows from the sums `total` at (row, column): h and a, or dh."""
     if BACKWARD:
         h = h_desc.load([row, column]).to(tl.float32)
         slope = tl.where(h > 0, 2 * h, 0.5 * h)
-        dh_desc.store([row, column], (total * slope).to(dh_desc.dtype))
+        out_desc.store([row, column], (total * slope).to(out_desc.dtype))
     else:
         rounded = total.to(h_desc.dtype)
         h_desc.store([row, column], rounded)
         h = rounded.to(tl.float32)  # the backward pass sees the rounded one as well
-    leaky = tl.where(h > 0, h, 0.5 * h)
-    a_desc.store([row, column], (leaky * leaky).to(a_desc.dtype))
+        leaky = tl.where(h > 0, h, 0.5 * h)
+        out_desc.store([row, column], (leaky * leaky).to(out_desc.dtype))
 
 
 @triton.jit
 def product_kernel(
-    x_desc, w_desc, h_desc, dh_desc, a_desc, M, N, K, BACKWARD: tl.constexpr,
+    x_desc, w_desc, h_desc, out_desc, M, N, K, BACKWARD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -84,8 +84,8 @@ def product_kernel(
             total = tl.dot(x, w, total)
         # In halves, so that the tiles under way and the results fit into shared memory.
         left, right = tl.split(total.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
-        _epilogue(left, h_desc, dh_desc, a_desc, row, column, BACKWARD)
-        _epilogue(right, h_desc, dh_desc, a_desc, row, column + COLUMNS // 2, BACKWARD)
+        _epilogue(left, h_desc, out_desc, row, column, BACKWARD)
+        _epilogue(right, h_desc, out_desc, row, column + COLUMNS // 2, BACKWARD)
 
 
 def _programs(device: torch.device) -> int:
@@ -100,38 +100,35 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % TMA_BYTES == 0 else x.clone()
 
 
-def _product(x: Tensor, w: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run the kernel: forward if h is None → (h, a), else backward → (dh, a)."""
+def _product(x: Tensor, w: Tensor, h: Tensor, backward: bool) -> Tensor:
+    """Run the kernel: forward writes h and returns a, backward reads h and returns dh."""
     x, w = _aligned(x), _aligned(w)
-    (m, k), n = x.shape, w.shape[0 if h is None else 1]
-    result, a = x.new_empty(m, n), x.new_empty(m, n)
+    (m, k), n = x.shape, h.shape[1]
+    result = torch.empty_like(h)
     if m == 0:  # a descriptor cannot be empty
-        return result, a
-    t = FORWARD if h is None else BACKWARD
+        return result
+    t = BACKWARD if backward else FORWARD
 
     def tiles(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
-    x_tiles = tiles(x, t.rows, t.depth)
-    result_tiles, a_tiles = tiles(result, t.rows, t.columns // 2), tiles(a, t.rows, t.columns // 2)
-    if h is None:
-        operands: list[Any] = [x_tiles, tiles(w, t.columns, t.depth), result_tiles, None, a_tiles]
-    else:
-        h_tiles = tiles(_aligned(h), t.rows, t.columns // 2)
-        operands = [x_tiles, tiles(w, t.depth, t.columns), h_tiles, result_tiles, a_tiles]
+    w_tiles = (t.depth, t.columns) if backward else (t.columns, t.depth)
+    half = (t.rows, t.columns // 2)
     programs = _programs(x.device)
     sizes = {"ROWS": t.rows, "COLUMNS": t.columns, "DEPTH": t.depth, "GROUP": t.group}
     product_kernel[(programs,)](
-        *operands, m, n, k, BACKWARD=h is not None, **sizes, PROGRAMS=programs,
-        num_stages=t.stages, num_warps=t.warps,
+        tiles(x, t.rows, t.depth), tiles(w, *w_tiles), tiles(h, *half), tiles(result, *half),
+        m, n, k, BACKWARD=backward, **sizes, PROGRAMS=programs, num_stages=t.stages,
+        num_warps=t.warps,
     )  # fmt: skip
-    return result, a
+    return result
 
 
 @torch.library.custom_op("pocketlm::mlp_hidden", mutates_args=())
 def mlp_hidden(r: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """h = r upᵀ and a = f(h), both (T, hidden): r (T, width), up (hidden, width)."""
-    return _product(r, up, None)
+    h = r.new_empty(r.shape[0], up.shape[0])
+    return h, _product(r, up, h, backward=False)
 
 
 @mlp_hidden.register_fake
@@ -141,38 +138,38 @@ def _(r: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("pocketlm::mlp_hidden_backward", mutates_args=())
-def mlp_hidden_backward(dy: Tensor, down: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """dh = (dy down) ⊙ f′(h) and a = f(h), (T, hidden): dy (T, width), down (width, hidden)."""
-    return _product(dy, down, h)
+def mlp_hidden_backward(dy: Tensor, down: Tensor, h: Tensor) -> Tensor:
+    """dh = (dy down) ⊙ f′(h), (T, hidden): dy (T, width), down (width, hidden)."""
+    return _product(dy, down, _aligned(h), backward=True)
 
 
 @mlp_hidden_backward.register_fake
-def _(dy: Tensor, down: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape), h.new_empty(h.shape)
+def _(dy: Tensor, down: Tensor, h: Tensor) -> Tensor:
+    return h.new_empty(h.shape)
 
 
 @torch.library.custom_op("pocketlm::mlp", mutates_args=())
-def mlp(r: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """y = f(r upᵀ) downᵀ (T, width), and h (T, hidden) for the backward pass."""
+def mlp(r: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y = f(r upᵀ) downᵀ (T, width); h and a (T, hidden) for the backward pass."""
     h, a = mlp_hidden(r, up)
-    return a @ down.T, h
+    return a @ down.T, h, a
 
 
 @mlp.register_fake
-def _(r: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = r.shape[0]
-    return r.new_empty(tokens, down.shape[0]), r.new_empty(tokens, up.shape[0])
+def _(r: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = (r.shape[0], up.shape[0])
+    return r.new_empty(r.shape[0], down.shape[0]), r.new_empty(hidden), r.new_empty(hidden)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     r, up, down = inputs
-    _, h = output
-    ctx.save_for_backward(r, h, up, down)
+    _, h, a = output
+    ctx.save_for_backward(r, h, a, up, down)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r, h, up, down = ctx.saved_tensors
-    dh, a = mlp_hidden_backward(dy, down, h)
+def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r, h, a, up, down = ctx.saved_tensors
+    dh = mlp_hidden_backward(dy, down, h)
     return dh @ up, dh.T @ r, dy.T @ a
 
 
@@ -191,5 +188,5 @@ def fused_mlp(r: Tensor, up: Tensor, down: Tensor) -> Tensor:
         r = F.pad(r, (0, rest_width))
         up = F.pad(up, (0, rest_width, 0, rest_hidden))
         down = F.pad(down, (0, rest_hidden, 0, rest_width))
-    y, _ = mlp(r, up, down)
+    y, *_ = mlp(r, up, down)
     return y[:, :width] if rest_width else y

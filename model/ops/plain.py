@@ -1,10 +1,14 @@
 """Plain formulas of the accelerated operations: what runs without kernels; the reference."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.layers.norm import rms_norm
+from model.layers.rotary import rotate
 
 if TYPE_CHECKING:
     from model.layers.linear import Linear
@@ -28,3 +32,53 @@ def softcapped(z: Tensor, cap: float) -> Tensor:
 def softcapped_loss(z: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Negative log-likelihood of `targets` (T,) in nats, fp32, by softcapped logits z (T, V)."""
     return F.cross_entropy(softcapped(z, cap), targets, reduction="none")
+
+
+def mixed_norm(
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor | None,
+    scale: Tensor,
+    skip: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """See `model.ops.mixed_norm`."""
+    if skip is not None:
+        earlier, weight = skip
+        x = x + weight.to(x.dtype) * earlier
+    if mix is not None:
+        mix = mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+    return x, rms_norm(x) * scale.to(x.dtype)
+
+
+def attend(
+    projected: Tensor,
+    gain: Tensor,
+    turns: tuple[Tensor, Tensor],
+    width: int,
+    exclusive: bool,
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`model.ops.self_attention` with the given function of q, k and v, (T, …, width) each."""
+    heads = projected.unflatten(1, (-1, width))
+    kv_heads = (heads.shape[1] - gain.numel()) // 2
+    q, k, v = heads.split([gain.numel(), kv_heads, kv_heads], dim=1)
+    # The gain, though it commutes with the rotation, comes first: its gradient needs the normed q,
+    # which follows from the product kept anyway; the rotated q would be kept for it alone.
+    q = rotate(rms_norm(q) * gain.to(q.dtype)[:, None], *turns)
+    y = attention(q, rotate(rms_norm(k), *turns), v)
+    return (exclude_own_value(y, v) if exclusive else y).flatten(1)
+
+
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Remove the direction of the own value v (T, kv_heads, d) from y (T, heads, d)."""
+    tokens, heads, width = y.shape
+    v = v.unsqueeze(2)
+    grouped = y.view(tokens, v.shape[1], heads // v.shape[1], width)
+    # By the squared length rather than a unit vector, which would be kept for the backward pass.
+    share = (grouped * v).sum(-1, keepdim=True) * _inverse(v.square().sum(-1, keepdim=True))
+    return (grouped - share * v).view_as(y)
+
+
+def _inverse(squares: Tensor) -> Tensor:
+    return squares.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()

@@ -6,9 +6,10 @@
     flash_attn_2   the `flash_attn` package (Dao 2023)
     flash_attn_3   the `flash_attn_interface` package (Shah et al. 2024); Hopper
     flash_attn_4   the `flash-attn-4` package (`model.ops.flash_attn_4`); Hopper and later
+    triton         our own kernels (`model.ops.triton_attention`); Hopper and later
 
 All take q (T, heads, d), k and v (T, kv_heads, d) and return (T, heads, d) in the dtype of q. The
-last four need CUDA and bf16 or fp16.
+last five need CUDA and bf16 or fp16.
 """
 
 from collections.abc import Callable
@@ -103,6 +104,11 @@ def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tenso
     return y[0] if isinstance(y, tuple) else y  # older versions return lse as well
 
 
+def triton(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Our own kernels."""
+    return _function("model.ops.triton_attention", "triton_attention")(q, k, v, documents)
+
+
 IMPLEMENTATIONS: dict[str, Attention] = {
     "reference": reference,
     "padded": padded,
@@ -110,8 +116,9 @@ IMPLEMENTATIONS: dict[str, Attention] = {
     "flash_attn_2": flash_attn_2,
     "flash_attn_3": flash_attn_3,
     "flash_attn_4": fa4.flash_attn_4,
+    "triton": triton,
 }
-AUTO_ORDER = ("flash_attn_3", "flash_attn_4", "flash_attn_2", "torch_varlen", "padded")
+AUTO_ORDER = ("triton", "flash_attn_3", "flash_attn_4", "flash_attn_2", "torch_varlen", "padded")
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -138,6 +145,9 @@ REQUIREMENTS = {
         9, 9, lambda: _function("flash_attn_interface", "flash_attn_varlen_func")
     ),
     "flash_attn_4": Requirement(9, 99, fa4.package),
+    "triton": Requirement(
+        9, 99, lambda: _function("model.ops.triton_attention", "triton_attention")
+    ),
 }
 
 

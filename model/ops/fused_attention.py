@@ -1,0 +1,132 @@
+"""Everything between the product with W_q, W_k, W_v and that with W_o, as one operation.
+
+    projected (T, (heads + 2·kv_heads)·d): q, k and v of each token side by side
+    q, k normed, scaled, turned (`model.ops.query_key`); attention and exclusion
+    (`model.ops.triton_attention`) → z (T, heads·d)
+
+The kernels read and write inside the one tensor: nothing is cut out of `projected` or joined for
+its gradient. Kept for the backward pass are projected, the turned queries and keys, z, and two
+scalars a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.documents import Documents
+from model.ops import query_key
+from model.ops.triton_attention import attention_backward, attention_forward
+
+
+def _split(x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
+    """Views of the first `heads` heads and of the others, each (T, …, width)."""
+    whole = x.unflatten(1, (-1, width))
+    return whole[:, :heads], whole[:, heads:]
+
+
+@torch.library.custom_op("pocketlm::fused_attention", mutates_args=())
+def fused_attention(
+    projected: Tensor,
+    gain: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    tiles: Tensor,
+    width: int,
+    exclusive: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z (T, heads, width), turned q and k (T, (heads + kv_heads)·width), lse and w (heads, T)."""
+    heads = gain.numel()
+    projected = projected.contiguous()
+    turning = (projected.shape[1] // width + heads) // 2 * width
+    turned = query_key.prepare(projected[:, :turning], gain, cosines, sines, heads, width)
+    q, k = _split(turned, heads, width)
+    v = projected[:, turning:].unflatten(1, (-1, width))
+    z, lse, share = attention_forward(q, k, v, tiles, exclusive)
+    return z, turned, lse, share
+
+
+@fused_attention.register_fake
+def _(
+    projected: Tensor,
+    gain: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    tiles: Tensor,
+    width: int,
+    exclusive: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, heads = projected.shape[0], gain.numel()
+    turning = (projected.shape[1] // width + heads) // 2 * width
+    z = projected.new_empty(tokens, heads, width)
+    lse = projected.new_empty(heads, tokens, dtype=torch.float32)
+    share = torch.empty_like(lse) if exclusive else lse.new_empty(0)
+    return z, projected.new_empty(tokens, turning), lse, share
+
+
+@torch.library.custom_op("pocketlm::fused_attention_backward", mutates_args=())
+def fused_attention_backward(
+    dz: Tensor,
+    projected: Tensor,
+    gain: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    tiles: Tensor,
+    z: Tensor,
+    turned: Tensor,
+    lse: Tensor,
+    share: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of projected and gain."""
+    heads, width = z.shape[1:]
+    projected, turning = projected.contiguous(), turned.shape[1]
+    gradient, dturned = torch.empty_like(projected), torch.empty_like(turned)
+    dv = gradient[:, turning:].unflatten(1, (-1, width))
+    v = projected[:, turning:].unflatten(1, (-1, width))
+    gradients = (*_split(dturned, heads, width), dv)
+    attention_backward(dz, *_split(turned, heads, width), v, z, lse, share, tiles, gradients)
+    dgain = query_key.prepare_backward(
+        dturned, projected[:, :turning], gain, cosines, sines, gradient[:, :turning], width
+    )
+    return gradient, dgain
+
+
+@fused_attention_backward.register_fake
+def _(
+    dz: Tensor,
+    projected: Tensor,
+    gain: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    tiles: Tensor,
+    z: Tensor,
+    turned: Tensor,
+    lse: Tensor,
+    share: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return projected.new_empty(projected.shape), torch.empty_like(gain)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    projected, gain, cosines, sines, tiles, *_ = inputs
+    ctx.save_for_backward(projected, gain, cosines, sines, tiles, *output)
+
+
+def _backward(ctx: Any, dz: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *fused_attention_backward(dz, *ctx.saved_tensors), *(None,) * 5
+
+
+fused_attention.register_autograd(_backward, setup_context=_save)
+
+
+def self_attention(
+    projected: Tensor,
+    documents: Documents,
+    gain: Tensor,
+    turns: tuple[Tensor, Tensor],
+    width: int,
+    exclusive: bool,
+) -> Tensor:
+    """Attention of packed documents; see `model.ops.self_attention`."""
+    z, *_ = fused_attention(projected, gain, *turns, documents.tiles, width, exclusive)
+    return z.flatten(1)

@@ -1,0 +1,217 @@
+"""What a block does to its input, in one pass each way: skip, mix with x0, norm (Triton).
+
+    x′ = x + w ⊙ e          e the output of an earlier block, in the second half of the blocks
+    u = m₀ ⊙ x′ + m₁ ⊙ x0,  n = s·u/rms(u)
+
+Backward, with r = 1/rms(u), û = r u, and the gradients du (of the residual stream) and dn:
+
+    d = du + r s (dn − û · mean(û dn))
+    dx = m₀ ⊙ d,  dx0 = m₁ ⊙ d,  de = w ⊙ dx,  dm₀ = Σ d ⊙ x′,  dm₁ = Σ d ⊙ x0,  dw = Σ dx ⊙ e
+
+The sums run over all tokens. A compiler makes further passes over d, x and x0 for them; here each
+program keeps its share of them in registers while it walks over the tokens, and the shares are
+added in a fixed order. u is computed again, so that nothing is kept but what others keep anyway.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.layers.norm import EPSILON
+
+ROWS = 2  # tokens of a program at a time
+PER_MULTIPROCESSOR = 4  # programs of the backward pass
+LARGEST_WIDTH = 4096
+
+
+@triton.jit
+def _mixed(
+    x_ptr, x0_ptr, earlier_ptr, at, mask, m0, m1, w, WIDTH: tl.constexpr, EPSILON: tl.constexpr,
+    SKIP: tl.constexpr,
+):  # fmt: skip
+    """e, x′, x0, u and 1/rms(u) of some tokens."""
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x0 = tl.load(x0_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    e = x0
+    if SKIP:
+        e = tl.load(earlier_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x += w * e
+    u = m0 * x + m1 * x0
+    return e, x, x0, u, tl.rsqrt(tl.sum(u * u, 1) / WIDTH + EPSILON)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, x0_ptr, earlier_ptr, weight_ptr, mix_ptr, scale_ptr, u_ptr, n_ptr, T,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, EPSILON: tl.constexpr,
+    SKIP: tl.constexpr,
+):  # fmt: skip
+    """u and n of some tokens."""
+    column = tl.arange(0, COLUMNS)
+    here = column < WIDTH
+    m0 = tl.load(mix_ptr + column, mask=here, other=0.0)[None, :]
+    m1 = tl.load(mix_ptr + WIDTH + column, mask=here, other=0.0)[None, :]
+    w = m0
+    if SKIP:
+        w = tl.load(weight_ptr + column, mask=here, other=0.0)[None, :]
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    at, mask = token[:, None] * WIDTH + column[None, :], (token < T)[:, None] & here[None, :]
+    _, _, _, u, inverse = _mixed(
+        x_ptr, x0_ptr, earlier_ptr, at, mask, m0, m1, w, WIDTH, EPSILON, SKIP
+    )
+    n = u * (inverse * tl.load(scale_ptr))[:, None]
+    tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=mask)
+    tl.store(n_ptr + at, n.to(n_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    du_ptr, dn_ptr, x_ptr, x0_ptr, earlier_ptr, weight_ptr, mix_ptr, scale_ptr, dx_ptr, dx0_ptr,
+    dearlier_ptr, sums_ptr, T, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    EPSILON: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of every so many tokens, and their share of dm₀, dm₁ and dw."""
+    column = tl.arange(0, COLUMNS)
+    here = column < WIDTH
+    m0 = tl.load(mix_ptr + column, mask=here, other=0.0)[None, :]
+    m1 = tl.load(mix_ptr + WIDTH + column, mask=here, other=0.0)[None, :]
+    w, scale = m0, tl.load(scale_ptr)
+    if SKIP:
+        w = tl.load(weight_ptr + column, mask=here, other=0.0)[None, :]
+    dm0 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dm1 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dw = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
+        token = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        at, mask = token[:, None] * WIDTH + column[None, :], (token < T)[:, None] & here[None, :]
+        e, x, x0, u, inverse = _mixed(
+            x_ptr, x0_ptr, earlier_ptr, at, mask, m0, m1, w, WIDTH, EPSILON, SKIP
+        )
+        u *= inverse[:, None]
+        dn = tl.load(dn_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(du_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        along = tl.sum(u * dn, 1) / WIDTH
+        d += (inverse * scale)[:, None] * (dn - u * along[:, None])
+        dx = m0 * d
+        dm0 += d * x
+        dm1 += d * x0
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx0_ptr + at, (m1 * d).to(dx0_ptr.dtype.element_ty), mask=mask)
+        if SKIP:
+            dw += dx * e
+            tl.store(dearlier_ptr + at, (w * dx).to(dearlier_ptr.dtype.element_ty), mask=mask)
+    sums = sums_ptr + tl.program_id(0) * 3 * WIDTH + column
+    tl.store(sums, tl.sum(dm0, 0), mask=here)
+    tl.store(sums + WIDTH, tl.sum(dm1, 0), mask=here)
+    if SKIP:
+        tl.store(sums + 2 * WIDTH, tl.sum(dw, 0), mask=here)
+
+
+def _sizes(x: Tensor, skip: bool) -> dict[str, Any]:
+    width = x.shape[1]
+    sizes = {"WIDTH": width, "COLUMNS": triton.next_power_of_2(width), "ROWS": ROWS}
+    return {**sizes, "EPSILON": EPSILON, "SKIP": skip}
+
+
+@torch.library.custom_op("pocketlm::mixed_norm", mutates_args=())
+def mixed_norm(
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    earlier: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """u and n, both (T, width) in the dtype of x.
+
+    x, x0, earlier: (T, width); mix: fp32 (2, width); scale: fp32, 0-dimensional; weight: fp32
+    (width,), given if earlier is.
+    """
+    x, x0 = x.contiguous(), x0.contiguous()
+    u, n = torch.empty_like(x), torch.empty_like(x)
+    if tokens := x.shape[0]:
+        forward_kernel[(triton.cdiv(tokens, ROWS),)](
+            x, x0, earlier, weight, mix, scale, u, n, tokens, **_sizes(x, earlier is not None),
+            num_warps=4,
+        )  # fmt: skip
+    return u, n
+
+
+@mixed_norm.register_fake
+def _(
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    earlier: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.custom_op("pocketlm::mixed_norm_backward", mutates_args=())
+def mixed_norm_backward(
+    du: Tensor,
+    dn: Tensor,
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    earlier: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, x0, mix, earlier and weight, the last two empty if there is no skip."""
+    du, dn, x, x0 = (t.contiguous() for t in (du, dn, x, x0))
+    dx, dx0 = torch.empty_like(x), torch.empty_like(x0)
+    dearlier = x.new_empty(0) if earlier is None else torch.empty_like(x)
+    programs = min(_programs(x.device), triton.cdiv(x.shape[0], ROWS))
+    sums = mix.new_zeros(max(1, programs), 3, x.shape[1])
+    if programs:
+        backward_kernel[(programs,)](
+            du, dn, x, x0, earlier, weight, mix, scale, dx, dx0, dearlier, sums, x.shape[0],
+            **_sizes(x, earlier is not None), num_warps=4,
+        )  # fmt: skip
+    total = sums.sum(0)
+    dweight = total.new_empty(0) if earlier is None else total[2].clone()
+    return dx, dx0, total[:2].clone(), dearlier, dweight
+
+
+@mixed_norm_backward.register_fake
+def _(
+    du: Tensor,
+    dn: Tensor,
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor,
+    scale: Tensor,
+    earlier: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dearlier = x.new_empty(0) if earlier is None else x.new_empty(x.shape)
+    dweight = mix.new_empty(0) if earlier is None else mix.new_empty(x.shape[1])
+    return x.new_empty(x.shape), x.new_empty(x.shape), mix.new_empty(mix.shape), dearlier, dweight
+
+
+def _programs(device: torch.device) -> int:
+    """As many as run at once; the interpreter on a CPU runs any number one after the other."""
+    if device.type == "cuda":
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        return PER_MULTIPROCESSOR * count
+    return 3
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, du: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dx0, dmix, dearlier, dweight = mixed_norm_backward(du, dn, *ctx.saved_tensors)
+    if ctx.saved_tensors[4] is None:
+        return dx, dx0, dmix, None, None, None
+    return dx, dx0, dmix, None, dearlier, dweight
+
+
+mixed_norm.register_autograd(_backward, setup_context=_save)

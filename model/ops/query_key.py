@@ -1,0 +1,138 @@
+"""Norm, gain and rotation of queries and keys in one pass, forward and backward (Triton).
+
+For every head of every token, x the product with W_q or W_k, n = x·r with r = 1/rms(x):
+
+    y = g · R n       g the learned gain of a query head, 1 for keys; R the partial rotation
+    dn = g Rᵀ dy,     dg = Σ_tokens n·Rᵀdy,     dx = r (dn − n · mean(n dn))
+
+(`model.layers.norm`, `model.layers.rotary`). A rotation needs the other half of the pair, which a
+second load of the same row brings from the cache. Unfused, the slices and the concatenation of the
+rotated and the other dimensions cost the compiler several passes over queries and keys. The sums
+over tokens leave each program as one value per head, and are added in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.layers.norm import EPSILON
+
+TOKENS = 32  # of a program
+
+
+@triton.jit
+def _turn(cosine_ptr, sine_ptr, token, inside, column, HALF: tl.constexpr):
+    """Cosines and signed sines (tokens, columns); columns that do not turn have 1 and 0."""
+    at = token[:, None] * HALF + (column % HALF)[None, :]
+    turning = inside[:, None] & (column < 2 * HALF)[None, :]
+    cosine = tl.load(cosine_ptr + at, mask=turning, other=1.0)
+    sine = tl.load(sine_ptr + at, mask=turning, other=0.0)
+    return cosine, tl.where((column < HALF)[None, :], -sine, sine)
+
+
+@triton.jit
+def _partner(column, HALF: tl.constexpr):
+    """The column that turns with each column."""
+    other = tl.where(column < HALF, column + HALF, column - HALF)
+    return tl.where(column < 2 * HALF, other, column)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, gain_ptr, cosine_ptr, sine_ptr, y_ptr, T, x_stride, HEADS: tl.constexpr,
+    ALL: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, EPSILON: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """All heads of some tokens; the first HEADS of ALL are queries."""
+    column = tl.arange(0, WIDTH)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside, wide = token < T, token.to(tl.int64)[:, None]
+    mask = inside[:, None]
+    if HALF > 0:
+        cosine, sine = _turn(cosine_ptr, sine_ptr, token, inside, column, HALF)
+    for head in tl.range(0, ALL):
+        row = x_ptr + wide * x_stride + head * WIDTH
+        x = tl.load(row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + EPSILON)
+        scale *= tl.load(gain_ptr + head, mask=head < HEADS, other=1.0)
+        if HALF > 0:
+            other = tl.load(row + _partner(column, HALF)[None, :], mask=mask, other=0.0)
+            x = x * cosine + other.to(tl.float32) * sine
+        at = wide * (ALL * WIDTH) + head * WIDTH + column[None, :]
+        tl.store(y_ptr + at, (x * scale[:, None]).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr, x_ptr, gain_ptr, cosine_ptr, sine_ptr, dx_ptr, dgain_ptr, T, x_stride, dx_stride,
+    HEADS: tl.constexpr, ALL: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    EPSILON: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all heads of some tokens, and their part of the gradient of the gains."""
+    column = tl.arange(0, WIDTH)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside, wide = token < T, token.to(tl.int64)[:, None]
+    mask = inside[:, None]
+    if HALF > 0:
+        cosine, sine = _turn(cosine_ptr, sine_ptr, token, inside, column, HALF)
+    for head in tl.range(0, ALL):
+        here = head * WIDTH + column[None, :]
+        row = dy_ptr + wide * (ALL * WIDTH) + head * WIDTH
+        dn = tl.load(row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if HALF > 0:
+            other = tl.load(row + _partner(column, HALF)[None, :], mask=mask, other=0.0)
+            dn = dn * cosine - other.to(tl.float32) * sine
+        x = tl.load(x_ptr + wide * x_stride + here, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + EPSILON)
+        n = x * scale[:, None]
+        along = tl.sum(n * dn, 1)
+        gain = tl.load(gain_ptr + head, mask=head < HEADS, other=1.0)
+        dx = (gain * scale)[:, None] * (dn - n * (along / WIDTH)[:, None])
+        tl.store(dx_ptr + wide * dx_stride + here, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        at = dgain_ptr + tl.program_id(0) * HEADS + head
+        tl.store(at, tl.sum(along, 0), mask=head < HEADS)
+
+
+def prepare(
+    x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, heads: int, width: int
+) -> Tensor:
+    """Queries and keys normed, scaled and turned: x (T, all heads · width) → the same, contiguous.
+
+    x: queries first, rows any distance apart; gain: fp32 (heads,); cosines, sines: fp32
+    (T, 1, half the columns that turn).
+    """
+    tokens, columns = x.shape
+    y = x.new_empty(tokens, columns)
+    forward_kernel[(triton.cdiv(tokens, TOKENS),)](
+        x, gain, cosines, sines, y, tokens, x.stride(0), **_sizes(x, cosines, heads, width),
+        num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def prepare_backward(
+    dy: Tensor,
+    x: Tensor,
+    gain: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    dx: Tensor,
+    width: int,
+) -> Tensor:
+    """Write the gradient of x into dx, any row distance; returns that of the gains, fp32 (heads,).
+
+    dy: contiguous, shaped like x.
+    """
+    tokens, heads = x.shape[0], gain.numel()
+    programs = triton.cdiv(tokens, TOKENS)
+    partial = gain.new_empty(programs, heads)
+    backward_kernel[(programs,)](
+        dy, x, gain, cosines, sines, dx, partial, tokens, x.stride(0), dx.stride(0),
+        **_sizes(x, cosines, heads, width), num_warps=4,
+    )  # fmt: skip
+    return partial.sum(0)
+
+
+def _sizes(x: Tensor, cosines: Tensor, heads: int, width: int) -> dict[str, float]:
+    sizes = {"HEADS": heads, "ALL": x.shape[1] // width, "WIDTH": width, "HALF": cosines.shape[-1]}
+    return {**sizes, "EPSILON": EPSILON, "TOKENS": TOKENS}

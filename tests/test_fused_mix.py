@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from model.ops import fused_mix, plain
+from tests.kernels import CUDA, round_bf16_as_hardware_does
+
+DEVICE = "cuda" if CUDA else "cpu"
+SHAPES = [(1, 8), (7, 48), (10, 512), (33, 100)]
+
+
+@pytest.fixture(autouse=True)
+def bf16(monkeypatch):
+    if not CUDA:
+        round_bf16_as_hardware_does(monkeypatch)
+
+
+def operands(shape, skip, dtype=torch.float32):
+    """x, x0, mix and, for a skip, the earlier output and its weights; all of them leaves."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    width = shape[1]
+    sizes = {"x": shape, "x0": shape, "mix": (2, width), "earlier": shape, "weight": (width,)}
+    leaves = [torch.randn(size, generator=generator) for size in sizes.values()]
+    kinds = [torch.float32 if name in ("mix", "weight") else dtype for name in sizes]
+    leaves = [x.to(DEVICE, kind).requires_grad_() for x, kind in zip(leaves, kinds, strict=True)]
+    return leaves if skip else leaves[:3]
+
+
+def results(function, leaves):
+    x, x0, mix, *skip = leaves
+    scale = torch.tensor(0.5, device=DEVICE)
+    outputs = function(x, x0, mix, scale, *skip)
+    generator = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+    return *outputs, *torch.autograd.grad(outputs, leaves, seeds)
+
+
+def fused(x, x0, mix, scale, earlier=None, weight=None):
+    return fused_mix.mixed_norm(x, x0, mix, scale, earlier, weight)
+
+
+def reference(x, x0, mix, scale, *skip):
+    return plain.mixed_norm(x, x0, mix, scale, skip or None)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["first half", "second half"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_and_gradients_equal_the_reference(shape, skip):
+    found = results(fused, operands(shape, skip))
+    expected = results(reference, operands(shape, skip))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["first half", "second half"])
+def test_bf16_is_as_exact_as_the_unfused_path(skip):
+    shape = (3001, 512) if CUDA else (40, 64)
+    leaves = operands(shape, skip, torch.bfloat16)
+    exact = results(reference, [x.detach().double().requires_grad_() for x in leaves])
+    ours, unfused = (
+        results(fused, leaves),
+        results(reference, operands(shape, skip, torch.bfloat16)),
+    )
+    for a, b, truth in zip(ours, unfused, exact, strict=True):
+        assert (a.double() - truth).norm() <= 1.2 * (b.double() - truth).norm()
+
+
+@pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize("skip", [False, True], ids=["first half", "second half"])
+def test_operation_keeps_what_it_promises_the_compiler(skip):
+    x, x0, mix, *rest = operands((5, 16), skip)
+    rest = rest or [None, None]
+    torch.library.opcheck(fused_mix.mixed_norm, (x, x0, mix, torch.tensor(0.5), *rest))

@@ -1,0 +1,174 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from model.documents import TILE, Documents
+from model.layers.rotary import rotation
+from model.ops import fused_attention, plain, triton_attention, varlen
+from tests.kernels import CUDA, SHARED_MEMORY, compile_for_hopper, round_bf16_as_hardware_does
+
+interpreted = pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
+LENGTHS = [[1], [5, 1, 64, 17, 0, 0], [130, 1, 65, 64, 63, 200, 0]]
+SHAPES = [(4, 2, 16, 8), (4, 4, 32, 0), (8, 2, 64, 16)]  # heads, kv_heads, width, turning
+
+
+@pytest.fixture(autouse=True)
+def bf16(monkeypatch):
+    if not CUDA:
+        round_bf16_as_hardware_does(monkeypatch)
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=9))
+def test_tiles_cut_every_document_once(lengths):
+    documents = Documents.from_lengths(lengths)
+    covered, sizes = [], []
+    for begin, first, end in documents.tiles.tolist():
+        covered += range(first, min(first + TILE, end))
+        if first < end:
+            assert (first - begin) % TILE == 0
+            assert [begin, end] in [
+                documents.boundaries[j : j + 2].tolist() for j in range(documents.count)
+            ]
+            sizes.append(end - begin)
+    assert sorted(covered) == list(range(documents.total))
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def operands(lengths, shape, dtype=torch.float32, device="cpu"):
+    """Products, gains, turns and documents of the fused operation, and weights of its result."""
+    heads, kv_heads, width, turning = shape
+    documents = Documents.from_lengths(lengths, device)
+    generator = torch.Generator().manual_seed(sum(lengths) + width)
+    columns = (heads + 2 * kv_heads) * width
+    projected = torch.randn(documents.total, columns, generator=generator)
+    gain = 1 + torch.rand(heads, generator=generator)
+    weight = torch.randn(documents.total, heads * width, generator=generator)
+    turns = rotation(documents.positions, turning, 10_000.0)
+    leaves = projected.to(device, dtype).requires_grad_(), gain.to(device).requires_grad_()
+    return leaves, documents, turns, weight.to(device, dtype)
+
+
+def reference(projected, documents, gain, turns, width, exclusive):
+    def attention(q, k, v):
+        return varlen.reference(q, k, v, documents)
+
+    return plain.attend(projected, gain, turns, width, exclusive, attention)
+
+
+def results(function, width, exclusive, leaves, documents, turns, weight):
+    y = function(leaves[0], documents, leaves[1], turns, width, exclusive)
+    return y, *torch.autograd.grad((y * weight).sum(), leaves)
+
+
+@interpreted
+@pytest.mark.parametrize("exclusive", [False, True], ids=["plain", "exclusive"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS[1:], ids=str)
+def test_result_and_gradients_equal_the_reference(lengths, shape, exclusive):
+    mine, theirs = operands(lengths, shape), operands(lengths, shape)
+    found = results(fused_attention.self_attention, shape[2], exclusive, *mine)
+    expected = results(reference, shape[2], exclusive, *theirs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("exclusive", [False, True], ids=["plain", "exclusive"])
+def test_a_single_token_sees_itself(exclusive):
+    leaves, documents, turns, weight = operands([1], SHAPES[0])
+    y, *_ = results(fused_attention.self_attention, 16, exclusive, leaves, documents, turns, weight)
+    own = leaves[0][:, -32:].view(1, 2, 16).repeat_interleave(2, 1).flatten(1)
+    torch.testing.assert_close(y, torch.zeros_like(own) if exclusive else own)
+
+
+@interpreted
+def test_bf16_is_as_exact_as_the_unfused_path():
+    exact = operands(LENGTHS[2], SHAPES[2], torch.bfloat16)
+    exact = ([x.detach().float().requires_grad_() for x in exact[0]], *exact[1:3], exact[3].float())
+    expected = results(reference, 64, True, *exact)
+    ours = results(
+        fused_attention.self_attention, 64, True, *operands(LENGTHS[2], SHAPES[2], torch.bfloat16)
+    )
+    unfused = results(reference, 64, True, *operands(LENGTHS[2], SHAPES[2], torch.bfloat16))
+    for a, b, truth in zip(ours, unfused, expected, strict=True):
+        allowed = max(1.2 * (b.float() - truth).norm(), 1e-2 * truth.norm())
+        assert (a.float() - truth).norm() <= allowed
+
+
+@interpreted
+def test_separate_queries_keys_and_values_of_any_layout():
+    documents = Documents.from_lengths(LENGTHS[1])
+    wide = [torch.randn(documents.total, n, 16 + pad) for n, pad in ((4, 0), (2, 0), (2, 3))]
+    mine = [x.clone().requires_grad_() for x in wide]
+    theirs = [x.clone().requires_grad_() for x in wide]
+    y = triton_attention.triton_attention(*(x[..., :16] for x in mine), documents)
+    expected = varlen.reference(*(x[..., :16] for x in theirs), documents)
+    weight = torch.randn_like(y)
+    torch.testing.assert_close(y, expected)
+    found = torch.autograd.grad((y * weight).sum(), mine)
+    for a, b in zip(found, torch.autograd.grad((expected * weight).sum(), theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("exclusive", [False, True], ids=["plain", "exclusive"])
+def test_operations_keep_what_they_promise_the_compiler(exclusive):
+    (projected, gain), documents, turns, _ = operands([5, 3], SHAPES[0])
+    tiles = documents.tiles
+    torch.library.opcheck(
+        fused_attention.fused_attention, (projected, gain, *turns, tiles, 16, exclusive)
+    )
+    q, k, v = (torch.randn(8, n, 16, requires_grad=True) for n in (4, 2, 2))
+    torch.library.opcheck(triton_attention.attention, (q, k, v, tiles, exclusive))
+
+
+def test_kernels_compile_for_hopper_and_fit_its_shared_memory(tmp_path):
+    program = """
+from dataclasses import asdict
+
+from model.ops.triton_attention import *
+
+def tile(rows):
+    return f"tensordesc<bf16[{rows},64]>"
+
+types = dict.fromkeys(("q_desc", "k_desc", "v_desc", "dy_desc"), tile(TILE))
+types |= dict.fromkeys(("z_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*bf16")
+types |= dict.fromkeys(("lse_ptr", "share_ptr", "delta_ptr"), "*fp32")
+types |= dict.fromkeys(("T", "dq_stride", "dk_stride", "dv_stride"), "i32")
+types |= {"tiles_ptr": "*i32", "scale": "fp32"}
+sizes = {"GROUP": 2, "WIDTH": 64, "TILE": TILE}
+exclusive = {"EXCLUSIVE": True}
+wide = types | dict.fromkeys(("q_desc", "dy_desc"), tile(STEP))
+for kernel, types, constants, launch in (
+    (forward_kernel, types, {"HEADS": 8} | exclusive, FORWARD),
+    (query_kernel, types, {}, QUERIES),
+    (key_kernel, wide, {"STEP": STEP} | exclusive, KEYS),
+):
+    options = {name: value for name, value in asdict(launch).items() if value is not None}
+    ptx = build(kernel, types, sizes | constants, **options)
+    assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
+"""
+    sizes = compile_for_hopper(program, tmp_path)
+    assert len(sizes) == 3
+    assert max(sizes) <= SHARED_MEMORY // 2  # two programs at least share a multiprocessor
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("exclusive", [False, True], ids=["plain", "exclusive"])
+@pytest.mark.parametrize("lengths", [*LENGTHS[1:], [2048, 1, 300, 130, 0]], ids=str)
+def test_gpu_is_as_exact_as_the_unfused_path(lengths, exclusive):
+    shape = SHAPES[2]
+    mine = operands(lengths, shape, torch.bfloat16, "cuda")
+    exact = ([x.detach().float().requires_grad_() for x in mine[0]], *mine[1:3], mine[3].float())
+    expected = results(reference, 64, exclusive, *exact)
+    ours = results(fused_attention.self_attention, 64, exclusive, *mine)
+    unfused = results(reference, 64, exclusive, *operands(lengths, shape, torch.bfloat16, "cuda"))
+    for a, b, truth in zip(ours, unfused, expected, strict=True):
+        allowed = max(1.2 * (b.float() - truth).norm(), 1e-2 * truth.norm())
+        assert (a.float() - truth).norm() <= allowed
+    again = results(fused_attention.self_attention, 64, exclusive, *mine)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
