@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import common, floors
 from benchmarks.common import say, table
+from benchmarks.queue import simulate
 from data.loader import validation_documents
 from data.shards import MANIFEST, Manifest
 from model import ops
@@ -35,14 +36,15 @@ from model.files import write_json
 from model.gpt import GPT
 from model.layers.linear import Linear
 from model.memory import peak_memory_mib
+from model.replay import rows_at
 from model.run_log import environment
-from model.start_up import seconds_since_start
+from model.start_up import seconds_since_start, use_compile_cache
 from model.ttt import ttt_losses
 from model.ttt.adapters import values_per_document
-from model.ttt.batches import document_batches, rows_that_fit, simulate
-from model.ttt.loop import Session, frozen
-from model.ttt.replay import rows_at
-from steps.common import TOKENS
+from model.ttt.batches import document_batches, rows_that_fit
+from model.ttt.loop import Session
+from model.working_weights import fixed_weights
+from steps.common import COMPILE_CACHE, TOKENS
 from workflow.params import Params, TTTParams
 
 QUEUE_SIZES = (1, 2, 8)
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     params = common.load(options.preset)
+    use_compile_cache(COMPILE_CACHE)
     with process_group() as group:
         ops.configure(device=group.device, **params.ops.model_dump())
         model, documents = subject(params, options, group)
@@ -281,7 +284,7 @@ def chunk_seconds(model: GPT, ttt: TTTParams, rows: int, chunks: int = 4) -> flo
     length = ttt.context + chunks * ttt.chunk
     documents = [generator.integers(4, 256, length, dtype=np.uint16) for _ in range(rows)]
     short = [document[: ttt.context] for document in documents]
-    with frozen(model):
+    with fixed_weights(model):
         session = Session(model, ttt, rows)
         times = []
         for part in (short, short, documents):

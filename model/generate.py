@@ -23,7 +23,7 @@ from torch import Tensor
 from model.cache import SlidingCache
 from model.documents import Documents
 from model.gpt import GPT
-from model.ttt.replay import Replay
+from model.replay import Replay
 
 ReportProgress = Callable[[int], None]
 SLOTS = 256  # of the cache, by which the number that a token looks at grows

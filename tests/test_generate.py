@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.generate import draw, generate, generate_uncached, sampling_noise
-from model.ttt.replay import CUDAReplay, Replay
+from model.replay import CUDAReplay, Replay
 from tests.models import small_model
 
 BOS = 1

@@ -6,12 +6,12 @@ and q is multiplied by a learned gain per head; the scale is 1/sqrt(head width).
 attention (XSA) removes from each head's result y the direction v̂ of the token's own value,
 y ← y − (y·v̂)v̂, so that a head can only report what *other* tokens say.
 
-In a training step q, k and v are one product with a working copy of the three matrices
-(`model.working_weights`); everywhere else they are three, so that each is a module whose input
-hooks see and to which adapters add.
+In a training step, and in test-time training, q, k and v are one product with a working copy of the
+three matrices (`model.working_weights`); everywhere else they are three, so that each is a module
+whose input hooks see.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +24,12 @@ from model.documents import Documents
 from model.layers.linear import Linear
 from model.layers.norm import rms_norm
 from model.layers.rotary import rotate
+from model.ops.cached import grouped_attention
 
 if TYPE_CHECKING:
     from workflow.params import ModelParams
 
-Deltas = Mapping[str, Callable[[Tensor], Tensor]]
+Deltas = Mapping[str, Tensor]  # what adapters add, by site (`model.lora`)
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -61,46 +62,82 @@ class Attention(nn.Module):
         self.gain = nn.Parameter(torch.full((params.heads,), params.query_gain))
         self.value_gain = nn.Parameter(torch.ones(())) if uses_values else None
 
-    def forward(
+    def project(
         self,
         n: Tensor,
         documents: Documents,
         turns: tuple[Tensor, Tensor],
         values: Tensor | None,
         deltas: Deltas,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        """Attend: n (T, width) → (T, width).
+        last: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, heads, d), keys and values (T, kv_heads, d) of n (T, width).
 
         turns: cosines and sines of `rotation`; values: embeddings (T, kv_heads·d) or None;
-        deltas: what adapters add to `query`, `key`, `value`, and (site `attention`) to the result,
-        each a function of n; cache: earlier keys and values of the same documents.
+        deltas: additions to `query`, `key` and `value`. last: only the queries of so many last
+        tokens of each document are wanted (the query's delta is that of these alone).
         """
-        q, k, v = self._project(n, deltas)
+        q, k, v = self._products(n, documents, last)
+        if "query" in deltas:
+            q = q + deltas["query"]
+        if "key" in deltas:
+            k = k + deltas["key"]
+        if "value" in deltas:
+            v = v + deltas["value"]
         if self.value_gain is not None and values is not None:
             v = v + self.value_gain.to(v.dtype) * values
-        q = q.view(-1, self.heads, self.head_width)
-        k = k.view(-1, self.kv_heads, self.head_width)
-        v = v.view(-1, self.kv_heads, self.head_width)
+        q = q.unflatten(-1, (self.heads, self.head_width))
+        k = k.unflatten(-1, (self.kv_heads, self.head_width))
+        v = v.unflatten(-1, (self.kv_heads, self.head_width))
         # The gain, though it commutes with the rotation, comes first: its gradient needs the normed
         # q, which follows from the product kept anyway; the rotated q would be kept for it alone.
-        q = rotate(rms_norm(q) * self.gain.to(q.dtype)[:, None], *turns)
-        k = rotate(rms_norm(k), *turns)
-        if cache is None:
-            y = ops.varlen_attention(q, k, v, documents)
-        else:
-            y = ops.cached_attention(q, k, v, documents, cache)
+        query_turns = [last_tokens(x, documents, last) for x in turns]
+        q = rotate(rms_norm(q) * self.gain.to(q.dtype)[:, None], *query_turns)
+        return q, rotate(rms_norm(k), *turns), v
+
+    def _products(
+        self, n: Tensor, documents: Documents, last: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layers = (self.query, self.key, self.value)
+        widths = [layer.weight.shape[0] for layer in layers]
+        if self.working is None:
+            q, k, v = (layer(n) for layer in layers)
+            return last_tokens(q, documents, last), k, v
+        if last is None:
+            q, k, v = F.linear(n, self.working).split(widths, dim=-1)
+            return q, k, v
+        query, others = self.working.split([widths[0], sum(widths[1:])])
+        k, v = F.linear(n, others).split(widths[1:], dim=-1)
+        return F.linear(last_tokens(n, documents, last), query), k, v
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents,
+        cache: LayerCache | None,
+        last: int | None,
+    ) -> Tensor:
+        """What the queries see, like q; cache: earlier keys and values of the same documents."""
+        if cache is not None:
+            return ops.cached_attention(q, k, v, documents, cache)
+        if last is None:
+            return ops.varlen_attention(q, k, v, documents)
+        q, k, v = (x.unflatten(0, (documents.count, -1)) for x in (q, k, v))
+        before = k.shape[1] - last
+        visible = torch.ones(last, k.shape[1], dtype=torch.bool, device=k.device).tril(before)
+        return grouped_attention(q, k, v, visible).flatten(0, 1)
+
+    def result(self, y: Tensor, v: Tensor) -> Tensor:
+        """From the heads' results y (T, heads, d) and own values (T, kv_heads, d) to (T, width)."""
         if self.exclusive:
             y = exclude_own_value(y, v)
-        result = self.output(y.flatten(1))
-        return result + deltas["attention"](n) if "attention" in deltas else result
+        return self.output(y.flatten(1))
 
-    def _project(self, n: Tensor, deltas: Deltas) -> tuple[Tensor, ...]:
-        layers = {"query": self.query, "key": self.key, "value": self.value}
-        if self.working is not None:
-            widths = [layer.weight.shape[0] for layer in layers.values()]
-            return F.linear(n, self.working).split(widths, dim=-1)
-        return tuple(
-            layer(n) + deltas[site](n) if site in deltas else layer(n)
-            for site, layer in layers.items()
-        )
+
+def last_tokens(x: Tensor, documents: Documents, last: int | None) -> Tensor:
+    """The last so many tokens of each document of x (T, …), all of equal length; None: all."""
+    if last is None:
+        return x
+    return x.unflatten(0, (documents.count, -1))[:, -last:].flatten(0, 1)

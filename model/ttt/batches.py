@@ -1,12 +1,11 @@
-"""Which documents adapt side by side, in which order, and how long that takes several processes.
+"""Which documents adapt side by side, and in which order.
 
 Batches hold documents of similar lengths and begin with the longest, so that a document that takes
 long to read is begun early. Documents of a single chunk are never trained on; they are scored as
 they are, packed, at the very end, where their small pieces of work fill the gaps.
 """
 
-import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -83,44 +82,3 @@ def bytes_per_document(model: GPT, ttt: "TTTParams") -> int:
     per_token = params.layers * (6 * params.width + 3 * params.mlp_width) * size
     activations = ttt.chunk * (per_token + 12 * params.vocabulary)
     return adapted + activations + (kept if ttt.mode == "cached" else 0)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How processes get through the batches: units of time as `seconds` of `simulate` gives them.
-
-    busy: of all processes together; makespan: until the last one is done; longest: of one batch;
-    wasted_rows: share of the rows run that belong to no document or one already finished.
-    """
-
-    busy: float
-    makespan: float
-    longest: float
-    wasted_rows: float
-
-
-def simulate(
-    lengths: Sequence[int],
-    batches: Sequence[Batch],
-    chunk: int,
-    processes: int,
-    seconds: Callable[[int, int], float],
-    rows_run: Callable[[int], int] = lambda rows: rows,
-) -> Schedule:
-    """Take batches from one queue with several processes.
-
-    seconds(rows, start): time of a chunk of so many rows that begins at `start`; rows_run: rows
-    that run for so many documents.
-    """
-    clocks = [0.0] * processes
-    used = run = 0
-    times = []
-    for batch in batches:
-        time = 0.0
-        for start in range(0, max(lengths[member] for member in batch.members), chunk):
-            rows = sum(lengths[member] > start for member in batch.members)
-            used, run = used + rows, run + rows_run(rows)
-            time += seconds(rows_run(rows), start)
-        times.append(time)
-        heapq.heappush(clocks, heapq.heappop(clocks) + time)
-    return Schedule(sum(times), max(clocks), max(times), 1 - used / run)

@@ -81,7 +81,7 @@ class CachedReader:
             self._chunk_tokens[:rows].flatten(),
             self._chunk_targets[:rows].flatten(),
             self._packed,
-            adapters=self._adapters,
+            adapters=self._adapters.tensors,
             cache=self._cache,
         )
         return losses.view(rows, -1)
@@ -100,7 +100,7 @@ class CachedReader:
         self._cache.open(past, record=True)
         window = self._tokens[:, start - past : start].flatten()
         packed = Documents.from_rows(rows, past, window.device)
-        self._model.hidden(window, packed, self._adapters, self._cache)
+        self._model.hidden(window, packed, self._adapters.tensors, self._cache)
         self._cache.close()
 
 

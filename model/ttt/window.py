@@ -1,12 +1,12 @@
 """Mode `window`: every chunk reads its context again, with the present adapters.
 
 The window of a chunk ends with it and holds up to `context` tokens, chunk included; the gradient
-flows through all of it. Only the chunk goes through the output head.
+flows through all of it. Only the chunk goes through the output head and the last block, but for its
+keys and values.
 """
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from model.documents import Documents
@@ -41,14 +41,12 @@ class WindowReader:
     def losses(self, first: bool) -> Tensor:
         """Losses (documents, chunk) of the chunk with the present adapters."""
         rows, length = self._window.shape
-        packed = Documents.from_rows(rows, length, self._window.device)
-        flat = torch.arange(rows * length, device=self._window.device).view(rows, length)
         losses = self._model.losses(
             self._window.flatten(),
             self._chunk.flatten(),
-            packed,
-            adapters=self._adapters,
-            select=flat[:, length - self._ttt.chunk :].flatten(),
+            Documents.from_rows(rows, length, self._window.device),
+            adapters=self._adapters.tensors,
+            last=self._ttt.chunk,
         )
         return losses.view_as(self._chunk)
 
