@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MEMORY_SHARE = (
     0.8  # of what is free; the rest is for fragmentation and what the estimate leaves out
 )
+# A batch's largest part of what each process would get of the tokens left. Below 1, as a batch
+# that holds the longest documents takes longer than its tokens: its end has few rows.
+PROCESS_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,18 @@ def document_batches(
 
     A batch that adapts has up to `rows` documents, fewer if what they read at once would exceed
     ttt.tokens_per_batch, or where several processes share the work and it would be more than
-    1/processes of the tokens left (guided self-scheduling, Polychronopoulos & Kuck 1987). A packed
-    batch has at most ttt.tokens_per_batch tokens.
+    PROCESS_SHARE of a process's part of the tokens left (guided self-scheduling, Polychronopoulos &
+    Kuck 1987). A packed batch has at most ttt.tokens_per_batch tokens.
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     long = [number for number in order if lengths[number] > ttt.chunk]
     batches = []
     left = sum(lengths[number] for number in long)
     while long:
-        read = min(lengths[long[0]], ttt.context) if ttt.mode == "window" else ttt.chunk
-        count = min(rows, ttt.tokens_per_batch // read)
+        count = min(rows, rows_that_read(lengths[long[0]], ttt))
         if processes > 1:
             tokens = accumulate(lengths[number] for number in long[:count])
-            count = sum(total <= left / processes for total in tokens)
+            count = sum(total <= PROCESS_SHARE * left / processes for total in tokens)
         members = long[: max(1, count)]
         batches.append(Batch(members, True))
         left -= sum(lengths[number] for number in members)
@@ -58,6 +60,12 @@ def document_batches(
     short = [number for number in order if lengths[number] <= ttt.chunk]
     count = max(1, ttt.tokens_per_batch // ttt.chunk)
     return batches + [Batch(short[at : at + count], False) for at in range(0, len(short), count)]
+
+
+def rows_that_read(longest: int, ttt: "TTTParams") -> int:
+    """Documents of up to so many tokens that read at most ttt.tokens_per_batch at once."""
+    read = min(longest, ttt.context) if ttt.mode == "window" else ttt.chunk
+    return max(1, ttt.tokens_per_batch // read)
 
 
 def rows_that_fit(model: GPT, ttt: "TTTParams") -> int:
@@ -72,12 +80,13 @@ def rows_that_fit(model: GPT, ttt: "TTTParams") -> int:
 def bytes_per_document(model: GPT, ttt: "TTTParams") -> int:
     """Estimate of the memory one document takes while it adapts.
 
-    Masters and second moments in fp32, working copy and gradients in the activations' dtype; keys
-    and values of the context; activations of a chunk kept for the gradient (mode `window`:
+    Masters and second moments in fp32; working copy and gradients, these both in parts and as one
+    matrix, in the activations' dtype; keys and values of the context; activations of a chunk kept
+    for the gradient (mode `window`:
     bounded by ttt.tokens_per_batch instead, so only the chunk is counted here as well).
     """
     params, size = model.params, model.dtype.itemsize
-    adapted = values_per_document(params, ttt) * (8 + 2 * size)
+    adapted = values_per_document(params, ttt) * (8 + 3 * size)
     kept = 2 * params.layers * ttt.context * params.kv_heads * params.head_width * size
     per_token = params.layers * (6 * params.width + 3 * params.mlp_width) * size
     activations = ttt.chunk * (per_token + 12 * params.vocabulary)

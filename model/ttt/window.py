@@ -22,6 +22,7 @@ class WindowReader:
 
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
+        self._packed = Documents.from_rows(0, 0, model.device)
 
     def begin(self, tokens: Tensor, targets: Tensor) -> None:
         """Take up a batch: tokens and targets, int64 (documents, a multiple of chunk)."""
@@ -36,15 +37,17 @@ class WindowReader:
         end = start + self._ttt.chunk
         begin = max(0, end - self._ttt.context)
         self._window, self._chunk = self._tokens[:, begin:end], self._targets[:, start:end]
-        return (end - begin,)
+        rows, length = self._window.shape
+        if (self._packed.count, self._packed.uniform) != (rows, length):
+            self._packed = Documents.from_rows(rows, length, self._window.device)
+        return (length,)
 
     def losses(self, first: bool) -> Tensor:
         """Losses (documents, chunk) of the chunk with the present adapters."""
-        rows, length = self._window.shape
         losses = self._model.losses(
             self._window.flatten(),
             self._chunk.flatten(),
-            Documents.from_rows(rows, length, self._window.device),
+            self._packed,
             adapters=self._adapters.tensors,
             last=self._ttt.chunk,
         )
