@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--chunks", nargs="+", type=int, help="default: the preset's")
     parser.add_argument("--batches", nargs="+", type=int, help="default: the preset's")
     parser.add_argument("--lr", nargs="+", type=float, help="default: the preset's")
-    parser.add_argument("--cuda-graphs", action="store_true", help="replay cached chunks")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay recorded chunks")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     params = common.load(options.preset)

@@ -28,8 +28,11 @@ class Replay:
         yield
 
     def run(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
-        """Do the work, or what was recorded under `key`; the result is valid until the next run."""
-        if not self.recorded:
+        """Do the work, or what was recorded under `key`; the result is valid until the next run.
+
+        key: None for work that is not worth recording.
+        """
+        if key is None or not self.recorded:
             return work()
         if key not in self._known:
             self._known[key] = None

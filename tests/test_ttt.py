@@ -354,10 +354,17 @@ class FirstWork(Replay):
         return play
 
 
-@pytest.mark.parametrize("changes", [{}, {"steps": 2, "refresh": 3, "hash_buckets": 16}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "cached"},
+        {"mode": "cached", "steps": 2, "refresh": 3, "hash_buckets": 16},
+        {"mode": "window"},
+    ],
+)
 def test_replayed_chunks_equal_those_run_as_they_are(changes: dict[str, Any]) -> None:
     model = small_model()
-    ttt = ttt_params(mode="cached", context=40, **changes)
+    ttt = ttt_params(context=40, **changes)
     documents = random_documents([150, 140, 120, 61, 60, 59, 20])
     replay = FirstWork()
     with fixed_weights(model):
@@ -437,8 +444,7 @@ def test_compiled_passes_on_a_gpu_equal_eager_ones(mode: str) -> None:
     group = Group(0, 1, torch.device("cuda"))
     ttt = ttt_params(mode=mode, context=40, rank=16, compile=False)
     expected = ttt_losses(model, documents, ttt, group)
-    graphs = mode == "cached"
-    changed = ttt.model_copy(update={"compile": True, "cuda_graphs": graphs})
+    changed = ttt.model_copy(update={"compile": True, "cuda_graphs": True})
     for one, other in zip(ttt_losses(model, documents, changed, group), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=3e-2)
 

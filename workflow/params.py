@@ -243,7 +243,7 @@ class TTTParams(Section):
         "bound on the tokens they read at once: fewer documents where windows are long", "tokens"
     )
     compile: bool = about("compile the passes (on CUDA only)")
-    cuda_graphs: bool = about("record chunks of equal shapes and replay them (mode cached, CUDA)")
+    cuda_graphs: bool = about("record chunks of equal shapes and replay them (CUDA)")
     seed: Natural = about("of the adapters' initial A")
 
     @model_validator(mode="after")

@@ -65,7 +65,10 @@ class CachedReader:
         self._packed = self._documents[rows]
 
     def move_to(self, start: int) -> tuple[int, ...]:
-        """Go to the chunk that begins at `start`; chunks of equal keys have equal shapes."""
+        """Go to the chunk that begins at `start`.
+
+        With the number of rows, the result determines all shapes; None: not worth recording.
+        """
         rows, end = self._tokens.shape[0], start + self._ttt.chunk
         self._chunk_tokens[:rows] = self._tokens[:, start:end]
         self._chunk_targets[:rows] = self._targets[:, start:end]

@@ -104,7 +104,7 @@ class Session:
     ) -> None:
         on_gpu = model.device.type == "cuda"
         if replay is None:
-            recorded = ttt.cuda_graphs and on_gpu and ttt.mode == "cached"
+            recorded = ttt.cuda_graphs and on_gpu
             replay = CUDAReplay(model.device) if recorded else Replay(recorded=False)
         if backend is None and ttt.compile and on_gpu:
             backend = "inductor"
@@ -141,8 +141,8 @@ class Session:
 
     def _rows(self, documents: int) -> int:
         """Rows that run for so many documents."""
-        rows = rows_at(documents, self._capacity) if self._replay.recorded else documents
-        return max(rows, self._fewest)
+        recorded = self._replay.recorded and self._ttt.mode == "cached"
+        return max(rows_at(documents, self._capacity) if recorded else documents, self._fewest)
 
     def _begin(self, documents: Sequence[np.ndarray], rows: int) -> Tensor:
         """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""
@@ -161,9 +161,10 @@ class Session:
         if self._ttt.refresh and number and number % self._ttt.refresh == 0:
             with torch.compiler.set_stance("force_eager"):  # rare, and of other shapes
                 self._reader.refresh(start)
-        key = self._reader.move_to(start)
+        shapes = self._reader.move_to(start)
+        key = None if shapes is None else (rows, trains, *shapes)
         self._scalars.copy_(self._steps[number])
-        return self._replay.run((rows, trains, *key), lambda: self._score_and_step(trains))
+        return self._replay.run(key, lambda: self._score_and_step(trains))
 
     def _score_and_step(self, trains: bool) -> Tensor:
         """The work of a chunk, on the device alone.
