@@ -42,7 +42,7 @@ from model.start_up import seconds_since_start, use_compile_cache
 from model.ttt import ttt_losses
 from model.ttt.adapters import values_per_document
 from model.ttt.batches import document_batches, rows_that_fit, rows_that_read
-from model.ttt.loop import Session
+from model.ttt.loop import READERS, Session
 from model.working_weights import fixed_weights
 from steps.common import COMPILE_CACHE, TOKENS
 from workflow.params import Params, TTTParams
@@ -268,7 +268,7 @@ def simulated(ttt: TTTParams, options: Any, model: GPT, lengths: list[int]) -> N
         )
         one, many = chunk_seconds(model, changed, 1), chunk_seconds(model, changed, limit)
         slope = (many - one) / max(1, limit - 1)
-        recorded = ttt.cuda_graphs and mode == "cached"
+        recorded = READERS[mode].RECORDED_ROWS if ttt.cuda_graphs else 0
 
         def seconds(
             count: int, start: int, one: float = one, slope: float = slope, ttt: TTTParams = changed
@@ -276,8 +276,8 @@ def simulated(ttt: TTTParams, options: Any, model: GPT, lengths: list[int]) -> N
             share = min(1.0, (start + ttt.chunk) / ttt.context) if ttt.mode == "window" else 1.0
             return share * (one + slope * (count - 1))
 
-        def rows_run(count: int, limit: int = limit, recorded: bool = recorded) -> int:
-            return rows_at(count, limit) if recorded else count
+        def rows_run(count: int, limit: int = limit, recorded: int = recorded) -> int:
+            return rows_at(count, min(limit, recorded)) if count <= recorded else count
 
         for processes in QUEUE_SIZES:
             batches = document_batches(lengths, changed, limit, processes)

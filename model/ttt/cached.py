@@ -33,6 +33,8 @@ class CachedReader:
     work can be recorded for one chunk and replayed for others.
     """
 
+    RECORDED_ROWS = 128  # more documents take longer to run than to launch
+
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
         self._cache = SlidingCache(

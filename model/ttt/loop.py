@@ -141,8 +141,9 @@ class Session:
 
     def _rows(self, documents: int) -> int:
         """Rows that run for so many documents."""
-        recorded = self._replay.recorded and self._ttt.mode == "cached"
-        return max(rows_at(documents, self._capacity) if recorded else documents, self._fewest)
+        most = min(self._capacity, self._reader.RECORDED_ROWS)
+        recorded = self._replay.recorded and documents <= most
+        return max(rows_at(documents, most) if recorded else documents, self._fewest)
 
     def _begin(self, documents: Sequence[np.ndarray], rows: int) -> Tensor:
         """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""
@@ -162,7 +163,8 @@ class Session:
             with torch.compiler.set_stance("force_eager"):  # rare, and of other shapes
                 self._reader.refresh(start)
         shapes = self._reader.move_to(start)
-        key = None if shapes is None else (rows, trains, *shapes)
+        recorded = shapes is not None and rows <= self._reader.RECORDED_ROWS
+        key = (rows, trains, *(shapes or ())) if recorded else None
         self._scalars.copy_(self._steps[number])
         return self._replay.run(key, lambda: self._score_and_step(trains))
 

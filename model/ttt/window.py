@@ -20,11 +20,11 @@ from model.ttt.adapters import DocumentAdapters
 if TYPE_CHECKING:
     from workflow.params import TTTParams
 
-RECORDED_ROWS = 4  # more take longer to run than to launch
-
 
 class WindowReader:
     """Losses of chunks by recomputed windows; see `CachedReader` for the order of the calls."""
+
+    RECORDED_ROWS = 4  # more documents take longer to run than to launch
 
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
@@ -56,7 +56,7 @@ class WindowReader:
         if rows not in self._full:
             self._full[rows] = Documents.from_rows(rows, length, window.device)
         self._packed = self._full[rows]
-        return () if rows <= RECORDED_ROWS else None
+        return ()
 
     def losses(self, first: bool) -> Tensor:
         """Losses (documents, chunk) of the chunk with the present adapters."""
