@@ -77,7 +77,7 @@ class _Writer:
 
     def write(self) -> Tensor:
         """Read the token at the position and draw the next, (rows,)."""
-        self._cache.open(1, record=True)
+        self._cache.open(record=True)
         current = self.tokens.index_select(1, self._position).squeeze(1)
         logits = self._model(current, self._step, cache=self._cache)
         noise = self._noise.index_select(1, self._position).squeeze(1)
