@@ -15,7 +15,8 @@ BOS begins the next document, so a sequence that contained one would be two, one
 context; every token of the calibration text is thus one that training has shown inside a document.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from model.cache import SlidingCache
 from model.documents import Documents
 from model.gpt import GPT
 from model.ttt.replay import Replay
+from model.working_weights import WorkingWeights
 
 ReportProgress = Callable[[int], None]
 SLOTS = 256  # of the cache, by which the number that a token looks at grows
@@ -87,6 +89,28 @@ class _Writer:
         return drawn
 
 
+@contextmanager
+def _prepared(model: GPT) -> Iterator[None]:
+    """Make once, for the block, what the blocks make of their weights at every token.
+
+    They multiply with working copies of the matrices, and hold their other tensors, which they use
+    in the activations' dtype alone, in that dtype.
+    """
+    working = WorkingWeights(model)
+    tensors = [*model.blocks.parameters(), *model.blocks.buffers()]
+    if model.skip_weights is not None:
+        tensors.append(model.skip_weights)
+    masters = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(model.dtype)
+    try:
+        with working.placed():
+            yield
+    finally:
+        for tensor, master in zip(tensors, masters, strict=True):
+            tensor.data = master
+
+
 @torch.no_grad()
 def generate(
     model: GPT,
@@ -103,9 +127,9 @@ def generate(
     drawn; progress: called with 1 at every token. replay: how a token's work is run; None: as it
     is. Returns int64 (rows, length), BOS first, on the model's device.
     """
-    writer = _Writer(model, noise, temperature, bos, forbidden)
     replay = replay or Replay(recorded=False)
-    with replay.stream():
+    with _prepared(model), replay.stream():
+        writer = _Writer(model, noise, temperature, bos, forbidden)
         for position in range(noise.shape[1] if len(noise) else 0):
             replay.run(writer.move_to(position), writer.write)
             if progress is not None:

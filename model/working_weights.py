@@ -78,12 +78,18 @@ class WorkingWeights:
         with torch.no_grad():
             torch._foreach_copy_(self.copies, effective)
             torch._foreach_zero_(self.sums)
+        with self.placed():
+            yield
+        torch.autograd.backward(effective, self.sums)
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Let the model multiply with the copies as they are inside the block."""
         self._place(self.copies)
         try:
             yield
         finally:
             self._place([None] * len(self.copies))
-        torch.autograd.backward(effective, self.sums)
 
     def collect(self) -> None:
         """Take in the gradients of one backward pass."""
