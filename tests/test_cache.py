@@ -103,9 +103,9 @@ def test_every_layer_keeps_its_own_keys_and_values_of_the_rows_that_go_on() -> N
 def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rings are read by the kernel, in Triton's interpreter where there is no GPU."""
     pytest.importorskip("triton")
-    from model.ops.chunk_attention import chunk_attention
+    from model.ops.chunk_attention import ring_attention
 
-    monkeypatch.setattr(ops, "cached_attention", partial(cached_attention, kernel=chunk_attention))
+    monkeypatch.setattr(ops, "cached_attention", partial(ring_attention, exclusive=False))
 
 
 def read(model: GPT, slots: Callable[[int], int]) -> list[torch.Tensor]:

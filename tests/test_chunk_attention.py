@@ -1,8 +1,11 @@
 """The kernel of cached attention against dense attention with a mask."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from model.layers.attention import exclude_own_value
 from model.ops.cached import grouped_attention
 from tests.kernels import (
     CUDA,
@@ -66,20 +69,21 @@ def inputs(shape, dtype=torch.float32):
     return *leaves, *rings, torch.tensor(filled, device=DEVICE), dy
 
 
-def kernel(*operands):
-    return ca.chunk_attention(*operands)[0]
+def kernel(*operands, exclusive=True):
+    return ca.chunk_attention(*operands, exclusive)[0]
 
 
-def reference(q, k, v, ring_keys, ring_values, filled):
+def reference(q, k, v, ring_keys, ring_values, filled, exclusive=True):
     past = (ring[:, : int(filled)] for ring in (ring_keys, ring_values))
     keys, values = (torch.cat(pair, 1) for pair in zip(past, (k, v), strict=True))
     new, total = q.shape[1], keys.shape[1]
     visible = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
-    return grouped_attention(q, keys, values, visible)
+    y = grouped_attention(q, keys, values, visible)
+    return exclude_own_value(y.flatten(0, 1), v.flatten(0, 1)).view_as(y) if exclusive else y
 
 
 def results(function, *arguments):
-    """y and the gradients of q, k and v."""
+    """z and the gradients of q, k and v."""
     *operands, dy = arguments
     y = function(*operands)
     return [y, *torch.autograd.grad(y, operands[:3], dy)]
@@ -91,6 +95,15 @@ def test_results_and_gradients_equal_the_reference(shape, parts, monkeypatch):
     cut(monkeypatch, parts)
     arguments = inputs(shape)
     for a, b in zip(results(kernel, *arguments), results(reference, *arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@PARTS
+def test_the_own_value_may_stay(parts, monkeypatch):
+    cut(monkeypatch, parts)
+    arguments = inputs((2, 16, 4, 2, 16, 100, 37))
+    mine, theirs = (results(partial(f, exclusive=False), *arguments) for f in (kernel, reference))
+    for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -135,7 +148,7 @@ def test_lse_is_the_log_of_the_sum(monkeypatch):
     for parts in ("whole", "parts"):
         cut(monkeypatch, parts)
         q, k, v, keys, values, filled, _ = inputs((1, 1, 1, 1, 16, 70, 66))
-        _, lse = ca.chunk_attention(q, k, v, keys, values, filled)
+        _, lse, _ = ca.chunk_attention(q, k, v, keys, values, filled, True)
         seen = torch.cat((keys[0, :66, 0], k[0, :, 0]))
         torch.testing.assert_close(lse.flatten(), (q[0, 0] @ seen.T / 4).logsumexp(-1))
 
@@ -166,10 +179,10 @@ def test_large_scores_do_not_overflow():
 def test_keeps_no_copy_of_the_ring():
     with kept_for_backward() as kept:
         q, k, v, keys, values, filled, _ = inputs((2, 5, 4, 2, 16, 20, 7))
-        ca.chunk_attention(q, k, v, keys, values, filled)
+        ca.chunk_attention(q, k, v, keys, values, filled, True)
     pointers = {x.untyped_storage().data_ptr() for x in kept}
     assert {x.untyped_storage().data_ptr() for x in (keys, values)} <= pointers
-    assert len(kept) == 8  # q, k, v, the ring, how much is filled, y, lse
+    assert len(kept) == 9  # q, k, v, the ring, how much is filled, z, lse, c
 
 
 @PARTS
@@ -178,35 +191,40 @@ def test_operations_keep_what_they_promise_the_compiler(parts, monkeypatch):
     *operands, dy = inputs((2, 5, 4, 2, 16, 70, 66))
     for ring in operands[3:5]:
         ring[:, 66:] = 0
-    torch.library.opcheck(ca.chunk_attention, tuple(operands))
+    torch.library.opcheck(ca.chunk_attention, (*operands, True))
     operands = [x.detach() for x in operands]
-    y, lse = ca.chunk_attention(*operands)
-    torch.library.opcheck(ca.chunk_attention_backward, (dy, *operands, y, lse))
+    found = ca.chunk_attention(*operands, True)
+    torch.library.opcheck(ca.chunk_attention_backward, (dy, *operands, *found, True))
 
 
 def test_kernels_compile_for_hopper(tmp_path):
     program = """
 from model.ops.chunk_attention import KEYS, STAGES, WARPS, backward_kernel, combine_kernel
-from model.ops.chunk_attention import forward_kernel, plan
+from model.ops.chunk_attention import forward_kernel, plan, sum_kernel
 
-names = ["q", "k", "v", "ring_k", "ring_v", "y", "dy", "dq", "dk", "dv"]
+names = ["q", "k", "v", "ring_k", "ring_v", "y", "z", "dz", "dq", "dk", "dv"]
 numbers = ["new", "k_stride", "v_stride", "ring_stride", "size"]
 for rows, new in ((64, 1), (1, 32), (360, 64)):
     cut = plan(rows, new, group=2, kv_heads=4, capacity=2016, processors=132)
-    types = {f"{name}_ptr": "*bf16" for name in names} | {"lse_ptr": "*fp32", "filled_ptr": "*i64"}
+    types = {f"{name}_ptr": "*bf16" for name in names} | {"filled_ptr": "*i64"}
+    types |= {"lse_ptr": "*fp32", "share_ptr": "*fp32"}
     types |= dict.fromkeys(numbers, "i32") | {"scale": "fp32"}
     constants = {"HEADS": 8, "GROUP": 2, "D": 64, "WIDTH": 64, "TILE": cut.tile, "KEYS": KEYS}
-    constants |= {"PARTS": cut.parts}
+    constants |= {"PARTS": cut.parts, "EXCLUSIVE": True}
     for kernel in (forward_kernel, backward_kernel):
         present = {n: t for n, t in types.items() if n in kernel.arg_names}
         more = {"NEW_KEYS": cut.new_keys} if kernel is backward_kernel else {}
         build(kernel, present, constants | more, num_warps=WARPS, num_stages=STAGES)
-types = {"x_ptr": "*fp32", "part_lse_ptr": "*fp32", "y_ptr": "*bf16", "lse_ptr": "*fp32"}
+types = dict.fromkeys(["x_ptr", "part_lse_ptr", "lse_ptr", "share_ptr"], "*fp32")
+types |= {"v_ptr": "*bf16", "y_ptr": "*bf16", "size": "i32", "v_stride": "i32"}
 constants = {"PARTS": 16, "PADDED": 16, "D": 64, "WIDTH": 64}
-build(combine_kernel, types | {"size": "i32"}, constants, num_warps=1)
+own = {"HEADS": 8, "GROUP": 2, "EXCLUSIVE": True}
+for kernel, more in ((combine_kernel, own), (sum_kernel, {})):
+    present = {n: t for n, t in types.items() if n in kernel.arg_names}
+    build(kernel, present, constants | more, num_warps=1)
 """
     memory = compile_for_hopper(program, tmp_path)
-    assert len(memory) == 7
+    assert len(memory) == 8
     assert max(memory) <= SHARED_MEMORY // 2  # two programs share a multiprocessor
 
 

@@ -3,44 +3,28 @@
 What a new token may see is the cache's to say (`model.cache`): its kinds differ in how they keep
 earlier tokens, not in the attention. The query heads that share a key/value head are laid out as
 further queries of that head, so that keys and values are read where they lie, not copied per head.
-
-A ring may be read by a kernel that copies nothing (`model.ops.chunk_attention`).
 """
-
-from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from model.cache import LayerCache, SlidingLayer
+from model.cache import LayerCache
 from model.documents import Documents
 from model.ops.varlen import DENSE_KERNELS
 
-# (q, k, v, ring's keys, ring's values, filled slots) → (y, lse): `chunk_attention`.
-RingAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
 
 def cached_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Documents,
-    cache: LayerCache,
-    kernel: RingAttention | None = None,
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: LayerCache
 ) -> Tensor:
     """Attend, and give the new keys and values to the cache.
 
-    q (rows·new, heads, d), k and v (rows·new, kv_heads, d); documents: uniform rows. kernel: for
-    rings; None: as other caches. Returns (rows·new, heads, d).
+    q (rows·new, heads, d), k and v (rows·new, kv_heads, d); documents: uniform rows. Returns
+    (rows·new, heads, d).
     """
     rows = documents.count
     q, k, v = (x.view(rows, -1, *x.shape[1:]) for x in (q, k, v))
-    if kernel is None or not isinstance(cache, SlidingLayer):
-        return grouped_attention(q, *cache.extend(k, v)).flatten(0, 1)
-    cache.record(k, v)
-    y, _ = kernel(q, k, v, *cache.past(rows))
-    return y.flatten(0, 1)
+    return grouped_attention(q, *cache.extend(k, v)).flatten(0, 1)
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
