@@ -81,7 +81,7 @@ class CachedReader:
     def losses(self, first: bool) -> Tensor:
         """Losses (documents, chunk) with the present adapters; the first pass is what is kept."""
         rows = self._packed.count
-        self._cache.open(self._ttt.chunk, record=first)
+        self._cache.open(record=first)
         losses = self._model.losses(
             self._chunk_tokens[:rows].flatten(),
             self._chunk_targets[:rows].flatten(),
@@ -102,7 +102,7 @@ class CachedReader:
         rows = self._tokens.shape[0]
         self._cache.reset(rows)
         self._cache.move_to(start - past, 0)
-        self._cache.open(past, record=True)
+        self._cache.open(record=True)
         window = self._tokens[:, start - past : start].flatten()
         packed = Documents.from_rows(rows, past, window.device)
         self._model.hidden(window, packed, self._adapters.tensors, self._cache)
