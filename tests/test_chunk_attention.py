@@ -153,11 +153,11 @@ def test_lse_is_the_log_of_the_sum(monkeypatch):
         torch.testing.assert_close(lse.flatten(), (q[0, 0] @ seen.T / 4).logsumexp(-1))
 
 
-def test_keys_and_values_may_be_slices_of_one_product():
+def test_queries_keys_and_values_may_be_slices_of_one_product():
     q, k, v, *ring, dy = inputs((2, 5, 4, 2, 16, 20, 7))
-    both = torch.cat((k, v), 2).detach()
-    slices = [x.requires_grad_() for x in (both[:, :, :2], both[:, :, 2:])]
-    mine = results(kernel, q, *slices, *ring, dy)
+    product = torch.cat((q, k, v), 2).detach()
+    slices = [x.requires_grad_() for x in product.split([4, 2, 2], 2)]
+    mine = results(kernel, *slices, *ring, dy)
     for a, b in zip(mine, results(kernel, q, k, v, *ring, dy), strict=True):
         assert torch.equal(a, b)
 
@@ -203,7 +203,7 @@ from model.ops.chunk_attention import KEYS, STAGES, WARPS, backward_kernel, comb
 from model.ops.chunk_attention import forward_kernel, plan, sum_kernel
 
 names = ["q", "k", "v", "ring_k", "ring_v", "y", "z", "dz", "dq", "dk", "dv"]
-numbers = ["new", "k_stride", "v_stride", "ring_stride", "size"]
+numbers = ["new", "q_stride", "k_stride", "v_stride", "ring_stride", "size"]
 for rows, new in ((64, 1), (1, 32), (360, 64)):
     cut = plan(rows, new, group=2, kv_heads=4, capacity=2016, processors=132)
     types = {f"{name}_ptr": "*bf16" for name in names} | {"filled_ptr": "*i64"}

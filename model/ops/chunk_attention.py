@@ -56,11 +56,11 @@ def _rows(ptr, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def _queries(ptr, query, inside, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows `query` of a matrix of D columns, zero where not `inside`."""
+def _queries(ptr, place, inside, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of D columns that begin at the places, zero where not `inside`."""
     columns = tl.arange(0, WIDTH)
     mask = inside[:, None] & (columns < D)[None, :]
-    return tl.load(ptr + query[:, None] * D + columns[None, :], mask=mask, other=0)
+    return tl.load(ptr + place[:, None] + columns[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -115,9 +115,9 @@ def _absorb(q, k, v, seen, scale, largest, total, y):
 @triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, y_ptr, lse_ptr, share_ptr,
-    new, k_stride, v_stride, ring_stride, size, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-    PARTS: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    new, q_stride, k_stride, v_stride, ring_stride, size, scale, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    KEYS: tl.constexpr, PARTS: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys for a tile of queries of one document and key/value head."""
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -127,7 +127,8 @@ def forward_kernel(
     token, inside = m // GROUP, m < new * GROUP
     query = token * HEADS + m % GROUP  # from the first token and head of this document and group
     base = row * new * HEADS + head * GROUP
-    q = _queries(q_ptr + base * D, query, inside, D, WIDTH)
+    q_ptr += row * new * q_stride + head * GROUP * D
+    q = _queries(q_ptr, token * q_stride + m % GROUP * D, inside, D, WIDTH)
     largest = tl.full((TILE,), float("-inf"), tl.float32)
     total, y = tl.zeros((TILE,), tl.float32), tl.zeros((TILE, WIDTH), tl.float32)
 
@@ -209,13 +210,14 @@ def _slopes(q, k, v, dy, lse, delta, seen, scale):
 
 @triton.jit
 def _query_side(
-    q_ptr, dz_ptr, z_ptr, lse_ptr, v_ptr, token, query, inside, v_stride, D: tl.constexpr,
-    WIDTH: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    q_ptr, dz_ptr, z_ptr, lse_ptr, v_ptr, m, query, inside, q_stride, v_stride,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """q, dy, lse, rowsum(dy ⊙ y), and dz, z, v, a in fp32 of a tile of queries."""
-    q = _queries(q_ptr, query, inside, D, WIDTH)
-    dz = _queries(dz_ptr, query, inside, D, WIDTH).to(tl.float32)
-    z = _queries(z_ptr, query, inside, D, WIDTH).to(tl.float32)
+    token = m // GROUP
+    q = _queries(q_ptr, token * q_stride + m % GROUP * D, inside, D, WIDTH)
+    dz = _queries(dz_ptr, query * D, inside, D, WIDTH).to(tl.float32)
+    z = _queries(z_ptr, query * D, inside, D, WIDTH).to(tl.float32)
     lse = tl.load(lse_ptr + query, mask=inside, other=float("inf"))
     own, along, dy = dz, lse, dz
     if EXCLUSIVE:
@@ -228,9 +230,9 @@ def _query_side(
 @triton.jit
 def _query_gradient(
     dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, z_ptr, lse_ptr, dq_ptr,
-    tile, part, new, k_stride, v_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-    PARTS: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    tile, part, new, q_stride, k_stride, v_stride, scale, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    KEYS: tl.constexpr, PARTS: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries from a part of the keys."""
     KV_HEADS: tl.constexpr = HEADS // GROUP
@@ -238,8 +240,9 @@ def _query_gradient(
     token, inside = m // GROUP, m < new * GROUP
     query = token * HEADS + m % GROUP
     q, dy, lse, delta, _dz, _z, _own, _along_own = _query_side(
-        q_ptr, dz_ptr, z_ptr, lse_ptr, v_ptr, token, query, inside, v_stride, D, WIDTH, EXCLUSIVE
-    )
+        q_ptr, dz_ptr, z_ptr, lse_ptr, v_ptr, m, query, inside, q_stride, v_stride, GROUP, D,
+        WIDTH, EXCLUSIVE,
+    )  # fmt: skip
     dq = tl.zeros((TILE, WIDTH), tl.float32)
     first, end = _slots(tl.load(filled_ptr).to(tl.int32), part, PARTS, KEYS)
     for slot in tl.range(first, end, KEYS):
@@ -260,8 +263,8 @@ def _query_gradient(
 
 @triton.jit
 def _key_gradient(
-    dz_ptr, q_ptr, k_ptr, v_ptr, z_ptr, lse_ptr, share_ptr, dk_ptr, dv_ptr, first, new, k_stride,
-    v_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    dz_ptr, q_ptr, k_ptr, v_ptr, z_ptr, lse_ptr, share_ptr, dk_ptr, dv_ptr, first, new, q_stride,
+    k_stride, v_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the new tokens `first` …, from the queries that see them."""
@@ -274,8 +277,8 @@ def _key_gradient(
         token, inside = m // GROUP, m < new * GROUP
         query = token * HEADS + m % GROUP
         q, dy, lse, delta, dz, z, own, along = _query_side(
-            q_ptr, dz_ptr, z_ptr, lse_ptr, v_ptr, token, query, inside, v_stride, D, WIDTH,
-            EXCLUSIVE,
+            q_ptr, dz_ptr, z_ptr, lse_ptr, v_ptr, m, query, inside, q_stride, v_stride, GROUP, D,
+            WIDTH, EXCLUSIVE,
         )  # fmt: skip
         seen = key[None, :] <= token[:, None]
         p, ds = _slopes(q, k, v, dy, lse, delta, seen, scale)
@@ -294,9 +297,9 @@ def _key_gradient(
 @triton.jit
 def backward_kernel(
     dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, z_ptr, lse_ptr, share_ptr,
-    dq_ptr, dk_ptr, dv_ptr, new, k_stride, v_stride, ring_stride, size, scale, HEADS: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    KEYS: tl.constexpr, NEW_KEYS: tl.constexpr, PARTS: tl.constexpr,
+    dq_ptr, dk_ptr, dv_ptr, new, q_stride, k_stride, v_stride, ring_stride, size, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, KEYS: tl.constexpr, NEW_KEYS: tl.constexpr, PARTS: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """A part of dq for a tile of queries; the programs of one part more: dk and dv."""
@@ -304,7 +307,7 @@ def backward_kernel(
     KV_HEADS: tl.constexpr = HEADS // GROUP
     row, head = (tl.program_id(2) // KV_HEADS).to(tl.int64), tl.program_id(2) % KV_HEADS
     base = row * new * HEADS + head * GROUP
-    q_ptr += base * D
+    q_ptr += row * new * q_stride + head * GROUP * D
     dz_ptr += base * D
     z_ptr += base * D
     lse_ptr += base
@@ -315,15 +318,15 @@ def backward_kernel(
         ring = row * ring_stride + head * D
         _query_gradient(
             dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr + ring, ring_v_ptr + ring, filled_ptr, z_ptr,
-            lse_ptr, dq_ptr + (part.to(tl.int64) * size + base) * D, tile, part, new, k_stride,
-            v_stride, scale, HEADS, GROUP, D, WIDTH, TILE, KEYS, PARTS, EXCLUSIVE,
+            lse_ptr, dq_ptr + (part.to(tl.int64) * size + base) * D, tile, part, new, q_stride,
+            k_stride, v_stride, scale, HEADS, GROUP, D, WIDTH, TILE, KEYS, PARTS, EXCLUSIVE,
         )  # fmt: skip
     elif tile * NEW_KEYS < new:
         base = row * new * KV_HEADS + head
         _key_gradient(
             dz_ptr, q_ptr, k_ptr, v_ptr, z_ptr, lse_ptr, share_ptr, dk_ptr + base * D,
-            dv_ptr + base * D, tile * NEW_KEYS, new, k_stride, v_stride, scale, HEADS, GROUP, D,
-            WIDTH, TILE, NEW_KEYS, EXCLUSIVE,
+            dv_ptr + base * D, tile * NEW_KEYS, new, q_stride, k_stride, v_stride, scale, HEADS,
+            GROUP, D, WIDTH, TILE, NEW_KEYS, EXCLUSIVE,
         )  # fmt: skip
 
 
@@ -380,7 +383,8 @@ def _launch(
         "KEYS": KEYS, "PARTS": cut.parts, "EXCLUSIVE": exclusive, "num_warps": WARPS,
         "num_stages": STAGES,
     }  # fmt: skip
-    return cut, [new, _stride(k), _stride(v), ring.stride(0), size, scale], constants
+    strides = [*map(_stride, (q, k, v)), ring.stride(0)]
+    return cut, [new, *strides, size, scale], constants
 
 
 def _joining(parts: int, width: int) -> dict[str, int]:
@@ -401,8 +405,8 @@ def chunk_attention(
     int64 (), hold something. One dtype but for `filled`. exclusive: z is y without its own value;
     else it is y, and c is 0. q, k and v have gradients, the ring none.
     """
-    q, k, v = q.contiguous(), _packed(k), _packed(v)
-    z = torch.empty_like(q)
+    q, k, v = map(_packed, (q, k, v))
+    z = q.new_empty(q.shape)
     lse, share = (q.new_empty(q.shape[:-1], dtype=torch.float32) for _ in range(2))
     if q.numel() == 0:
         return z, lse, share
@@ -437,7 +441,7 @@ def chunk_attention_backward(
     filled: Tensor, z: Tensor, lse: Tensor, share: Tensor, exclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv from dz; the other arguments and z, lse, c as in the forward pass."""
-    dz, q, k, v = dz.contiguous(), q.contiguous(), _packed(k), _packed(v)
+    dz, q, k, v = dz.contiguous(), *map(_packed, (q, k, v))
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if q.numel() == 0:
         return dq, dk, dv
