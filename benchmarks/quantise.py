@@ -5,20 +5,33 @@
 It reads what the quantize step left in artifacts/quantize/seed<n>, codes the codes of the artifact
 again, and by the general-purpose compressors for comparison. Coding is timed with all streams side
 by side, as the step does it; decoding is reading the artifact.
+
+    python -m benchmarks.quantise --text h100
+
+times the calibration text of a preset alone, written by a model with random weights: the first time
+with all that has to be loaded and recorded, then again; and counts the kernels of one token.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import table
+from benchmarks.common import load, table
+from model import ops
 from model.artifact import read_artifact, streams_of
 from model.compression import COMPRESSORS, Stream, compress_all, compressor
 from model.files import read_json, write_json
+from model.generate import generate, sampling_noise
+from model.gpt import GPT
+from model.replay import CUDAReplay
 from model.run_log import environment, step_errors
+from workflow.params import Params
 
 RECORD = Path("records/benchmarks/quantise.json")
 
@@ -84,13 +97,57 @@ def show(rows: list[list[Any]], figures: dict[str, Any], compressors: list[str])
     )
 
 
+def time_text(params: Params, device: torch.device) -> list[list[Any]]:
+    """Rows of the table of the calibration text: tokens of each sequence, seconds, ms a token."""
+    torch.manual_seed(0)
+    model, wanted = GPT(params.model).to(device), params.quantize
+    noise = sampling_noise(0, range(wanted.calibration_sequences), wanted.calibration_tokens)
+    forbidden = torch.arange(params.model.vocabulary) < 4
+
+    def write(length: int, recorded: bool) -> float:
+        replay = CUDAReplay(device) if recorded else None
+        started = time.perf_counter()
+        text = generate(
+            model, noise[:, : length - 1], wanted.calibration_temperature, 1, forbidden,
+            replay=replay,
+        )  # fmt: skip
+        text.cpu()  # waits for the device
+        return time.perf_counter() - started
+
+    recorded, length = device.type == "cuda", wanted.calibration_tokens
+    runs = [(name, write(length, recorded)) for name in ("the first time", "again")]
+    rows = [[name, length, seconds, 1000 * seconds / length] for name, seconds in runs]
+    return [*rows, ["kernels a token", kernels(lambda n: write(n, False), device), None, None]]
+
+
+def kernels(write: Callable[[int], Any], device: torch.device) -> int | None:
+    """Kernels that one token more takes, unrecorded; `write` is given a length. None: on a CPU."""
+    if device.type != "cuda":
+        return None
+    counts = []
+    for length in (3, 4):
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            write(length)
+        events = found.events() or []
+        counts.append(sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events))
+    return counts[1] - counts[0]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantise", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="whose artifact")
     parser.add_argument("--compressors", nargs="*", default=list(COMPRESSORS), choices=COMPRESSORS)
+    parser.add_argument("--text", metavar="PRESET", help="time the calibration text alone")
     parser.add_argument("--json", action="store_true", help=f"write {RECORD}")
     options = parser.parse_args(arguments)
+    if options.text:
+        params = load(options.text)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        print(ops.configure(device=device, **params.ops.model_dump()))
+        rows = time_text(params, device)
+        table("Calibration text", ["", "tokens", "s", "ms/token"], rows)
+        return
     with step_errors():
         directory = Path(f"artifacts/quantize/seed{options.seed}")
         rows, figures = measure(directory, options.compressors)

@@ -10,8 +10,8 @@ frozen matrices (forward, gradient of the input) and 6 for each of an adapter; 1
 each visible pair. Per document and chunk, each adapter value moves 16 bytes of masters and second
 moments, and five times its working copy or gradient.
 
-The simulated queue takes the time of a chunk as linear in its rows, between 1 and ttt.batch
-documents, both measured.
+The simulated queue takes the time of a chunk as linear in its rows, between 1 and as many as run
+side by side, both measured.
 """
 
 import time
@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import common, floors
 from benchmarks.common import say, table
+from benchmarks.queue import simulate
 from data.loader import validation_documents
 from data.shards import MANIFEST, Manifest
 from model import ops
@@ -35,14 +36,15 @@ from model.files import write_json
 from model.gpt import GPT
 from model.layers.linear import Linear
 from model.memory import peak_memory_mib
+from model.replay import rows_at
 from model.run_log import environment
-from model.start_up import seconds_since_start
+from model.start_up import seconds_since_start, use_compile_cache
 from model.ttt import ttt_losses
 from model.ttt.adapters import values_per_document
-from model.ttt.batches import document_batches, rows_that_fit, simulate
-from model.ttt.loop import Session, frozen
-from model.ttt.replay import rows_at
-from steps.common import TOKENS
+from model.ttt.batches import document_batches, rows_that_fit, rows_that_read
+from model.ttt.loop import READERS, Session
+from model.working_weights import fixed_weights
+from steps.common import COMPILE_CACHE, TOKENS
 from workflow.params import Params, TTTParams
 
 QUEUE_SIZES = (1, 2, 8)
@@ -85,10 +87,11 @@ def main() -> None:
     parser.add_argument("--chunks", nargs="+", type=int, help="default: the preset's")
     parser.add_argument("--batches", nargs="+", type=int, help="default: the preset's")
     parser.add_argument("--lr", nargs="+", type=float, help="default: the preset's")
-    parser.add_argument("--cuda-graphs", action="store_true", help="replay cached chunks")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay recorded chunks")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     params = common.load(options.preset)
+    use_compile_cache(COMPILE_CACHE)
     with process_group() as group:
         ops.configure(device=group.device, **params.ops.model_dump())
         model, documents = subject(params, options, group)
@@ -120,20 +123,22 @@ def measure(
 ) -> dict[str, Any]:
     """Print the tables; returns the figures of --json."""
     alone = Group(0, 1, group.device)
-    first = params.ttt.model_copy(update={"mode": options.modes[0]})
-    ttt_losses(model, [documents[0][: 3 * first.chunk]], first, alone)  # loads the kernels
+    ttt = params.ttt
+    if options.cuda_graphs:
+        ttt = ttt.model_copy(update={"cuda_graphs": True})
+    warm_up(ttt.model_copy(update={"mode": options.modes[0]}), model, documents, alone)
     start_up = seconds_since_start(group.device)
     plain = mean_loss(plain_losses(model, documents, params.evaluate.tokens_per_batch, alone))
-    readings = grid(params.ttt, options, model, documents, alone) if group.is_main else []
+    readings = grid(ttt, options, model, documents, alone) if group.is_main else []
     group.barrier()
-    speed_up = measured_speed_up(params.ttt, model, documents, group)
+    speed_up = measured_speed_up(ttt, model, documents, group)
     if not group.is_main:
         return {}
     lengths = [document.size for document in documents]
     tokens = sum(lengths)
     rows = [r.row(tokens, read_tokens(lengths, r.ttt)) for r in readings]
     table(f"{tokens:,} tokens, plain {plain:.4f} nats, start-up {start_up:.1f} s", COLUMNS, rows)
-    simulated(params.ttt, options, model, lengths)
+    simulated(ttt, options, model, lengths)
     best = {mode: [r for r in readings if r.ttt.mode == mode] for mode in ("window", "cached")}
     nats = {mode: min((r.nats for r in found), default=None) for mode, found in best.items()}
     read = [read_tokens(lengths, r.ttt) / r.seconds for r in best["window"]]
@@ -165,7 +170,6 @@ def grid(
             for batch in options.batches or [ttt.batch]:
                 for lr in options.lr or [ttt.lr]:
                     changes = {"mode": mode, "chunk": chunk, "batch": batch, "lr": lr}
-                    changes |= {"cuda_graphs": options.cuda_graphs or ttt.cuda_graphs}
                     changed = TTTParams(**{**ttt.model_dump(), **changes})
                     with common.stage(
                         f"{mode}, chunk {chunk}, batch {batch}, lr {lr}", options.limit
@@ -181,7 +185,11 @@ def reading(
     group: Group,
     rates: tuple[float, float],
 ) -> Reading:
-    """Read all documents once; the losses' way to the host ends the time."""
+    """Read all documents once; the losses' way to the host ends the time.
+
+    Before that, a few chunks are read to compile the passes, which `startup_s` counts once.
+    """
+    warm_up(ttt, model, documents, group)
     if group.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(group.device)
     began = time.perf_counter()
@@ -190,6 +198,12 @@ def reading(
     flops, moved = floor_work(model, ttt, [document.size for document in documents])
     floor = (flops / rates[0], moved / rates[1])
     return Reading(ttt, seconds, mean_loss(losses), peak_memory_mib(group.device), floor)
+
+
+def warm_up(ttt: TTTParams, model: GPT, documents: Sequence[np.ndarray], group: Group) -> None:
+    """Compile the passes and load their kernels, by two documents of a few chunks."""
+    text = np.concatenate(documents[:2])[: 4 * ttt.chunk]
+    ttt_losses(model, [text, text], ttt, group)
 
 
 def mean_loss(losses: Sequence[np.ndarray]) -> float:
@@ -233,6 +247,7 @@ def measured_speed_up(
     if group.size == 1:
         return None
     times = []
+    warm_up(ttt, model, documents, Group(0, 1, group.device))
     for members in (Group(0, 1, group.device), group):
         group.barrier()
         began = time.perf_counter()
@@ -248,10 +263,12 @@ def simulated(ttt: TTTParams, options: Any, model: GPT, lengths: list[int]) -> N
     rows = []
     for mode in options.modes:
         changed = ttt.model_copy(update={"mode": mode})
-        limit = rows_that_fit(model, changed)
+        limit = min(
+            len(lengths), rows_that_fit(model, changed), rows_that_read(ttt.context, changed)
+        )
         one, many = chunk_seconds(model, changed, 1), chunk_seconds(model, changed, limit)
         slope = (many - one) / max(1, limit - 1)
-        recorded = options.cuda_graphs and mode == "cached"
+        recorded = READERS[mode].RECORDED_ROWS if ttt.cuda_graphs else 0
 
         def seconds(
             count: int, start: int, one: float = one, slope: float = slope, ttt: TTTParams = changed
@@ -259,8 +276,8 @@ def simulated(ttt: TTTParams, options: Any, model: GPT, lengths: list[int]) -> N
             share = min(1.0, (start + ttt.chunk) / ttt.context) if ttt.mode == "window" else 1.0
             return share * (one + slope * (count - 1))
 
-        def rows_run(count: int, limit: int = limit, recorded: bool = recorded) -> int:
-            return rows_at(count, limit) if recorded else count
+        def rows_run(count: int, limit: int = limit, recorded: int = recorded) -> int:
+            return rows_at(count, min(limit, recorded)) if count <= recorded else count
 
         for processes in QUEUE_SIZES:
             batches = document_batches(lengths, changed, limit, processes)
@@ -269,19 +286,19 @@ def simulated(ttt: TTTParams, options: Any, model: GPT, lengths: list[int]) -> N
             cells = (1000 * one, 1000 * many, plan.makespan, plan.longest, efficiency)
             rows.append([mode, processes, *cells, plan.wasted_rows])
     columns = [
-        "mode", "processes", "ms/chunk, 1 row", f"ms/chunk, {ttt.batch} rows", "makespan, s",
+        "mode", "processes", "ms/chunk, 1 row", "ms/chunk, most rows", "makespan, s",
         "longest batch, s", "busy share", "wasted rows",
     ]  # fmt: skip
     table("Simulated queue, the longest documents first", columns, rows)
 
 
-def chunk_seconds(model: GPT, ttt: TTTParams, rows: int, chunks: int = 4) -> float:
+def chunk_seconds(model: GPT, ttt: TTTParams, rows: int, chunks: int = 16) -> float:
     """Seconds of a chunk at full context for so many documents side by side."""
     generator = np.random.default_rng(0)
     length = ttt.context + chunks * ttt.chunk
     documents = [generator.integers(4, 256, length, dtype=np.uint16) for _ in range(rows)]
     short = [document[: ttt.context] for document in documents]
-    with frozen(model):
+    with fixed_weights(model):
         session = Session(model, ttt, rows)
         times = []
         for part in (short, short, documents):

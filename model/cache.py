@@ -64,14 +64,9 @@ class Cache:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        shape = (rows, capacity, params.kv_heads, params.head_width)
-        self.layers: Sequence[LayerCache] = [
-            LayerCache(
-                torch.zeros(shape, device=device, dtype=dtype),
-                torch.zeros(shape, device=device, dtype=dtype),
-            )
-            for _ in range(params.layers)
-        ]
+        shape = (params.layers, 2, rows, capacity, params.kv_heads, params.head_width)
+        self.storage = torch.zeros(shape, device=device, dtype=dtype)  # 2: keys, values
+        self.layers: Sequence[LayerCache] = [LayerCache(*pair) for pair in self.storage]
         self.rows = rows
         self.length: Tensor | int = 0  # tokens seen by each document
         # What precedes the next token: int64 (rows,), and (rows, width) before the smear.
@@ -90,16 +85,30 @@ class SlidingLayer(LayerCache):
     def __init__(self, cache: "SlidingCache", keys: Tensor, values: Tensor) -> None:
         super().__init__(keys, values)
         self._cache = cache
-        self.recorded = (keys[:, :0], values[:, :0])
+        self.recorded: tuple[Tensor, Tensor] | None = None
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Set k and v beside the ring's; see `LayerCache.extend`."""
-        rows = k.shape[0]
+    def past(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The ring's keys and values, each (rows, capacity, kv_heads, d), and the filled slots.
+
+        The third, int64 (), says how many slots, from the first, a pass sees.
+        """
+        return self.keys[:rows], self.values[:rows], self._cache.filled
+
+    def record(self, k: Tensor, v: Tensor) -> None:
+        """Note k and v (rows, new, kv_heads, d) if this is the pass whose tokens are kept."""
         if self._cache.recording:
             self.recorded = (k.detach(), v.detach())
-        past = (x[:rows, : self._cache.slots] for x in (self.keys, self.values))
-        keys, values = (torch.cat(pair, 1) for pair in zip(past, (k, v), strict=True))
-        return keys, values, self._cache.visible
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Record k and v and set them beside the ring's; see `LayerCache.extend`."""
+        self.record(k, v)
+        ring_keys, ring_values, filled = self.past(k.shape[0])
+        slots, new = self._cache.slots, k.shape[1]
+        keys = torch.cat((ring_keys[:, :slots], k), 1)
+        values = torch.cat((ring_values[:, :slots], v), 1)
+        seen = torch.arange(slots, device=k.device) < filled
+        causal = torch.ones(new, new, dtype=torch.bool, device=k.device).tril()
+        return keys, values, torch.cat((seen.expand(new, -1), causal), 1)
 
 
 class SlidingCache(Cache):
@@ -123,10 +132,10 @@ class SlidingCache(Cache):
         self.capacity = capacity
         self.slots = 0
         self.recording = False
-        self.visible: Tensor | None = None
+        self.filled = torch.zeros((), dtype=torch.int64, device=device)
         self._length = torch.zeros((), dtype=torch.int64, device=device)
         self.length = self._length
-        self._layers = [SlidingLayer(self, layer.keys, layer.values) for layer in self.layers]
+        self._layers = [SlidingLayer(self, *pair) for pair in self.storage]
         self.layers = self._layers
         self._tokens = torch.full((rows,), NO_TOKEN, dtype=torch.int64, device=device)
         self._embeddings = torch.zeros((rows, params.width), dtype=dtype, device=device)
@@ -146,16 +155,13 @@ class SlidingCache(Cache):
 
     def move_to(self, position: int, slots: int) -> None:
         """Say where the next tokens stand in their documents, and how many slots to look at."""
+        self.slots = min(slots, self.capacity)
         self._begin.fill_(position)
-        self.slots = slots
+        self.filled.fill_(min(position, self.slots))
 
-    def open(self, new: int, record: bool) -> None:
-        """Begin a pass of `new` tokens of every document."""
+    def open(self, record: bool) -> None:
+        """Begin a pass; record: its tokens are those that will enter the ring."""
         self._length.copy_(self._begin)  # which GPT.forward will count on
-        device = self._length.device
-        filled = torch.arange(self.slots, device=device) < self._length
-        causal = torch.ones(new, new, dtype=torch.bool, device=device).tril()
-        self.visible = torch.cat((filled.expand(new, -1), causal), 1)
         self.recording = record
 
     def remember(self, tokens: Tensor, embeddings: Tensor) -> None:
@@ -166,14 +172,17 @@ class SlidingCache(Cache):
 
     def close(self) -> None:
         """Let the recorded tokens enter the ring, over the oldest ones."""
-        new = self._layers[0].recorded[0].shape[1]
+        parts = [x for layer in self._layers if layer.recorded for x in layer.recorded]
+        new = parts[0].shape[1]
         kept = min(new, self.capacity)
         if kept:
-            latest = torch.arange(new - kept, new, device=self._length.device)
-            slots = (self._begin + latest) % self.capacity
-            for layer in self._layers:
-                for ring, x in zip((layer.keys, layer.values), layer.recorded, strict=True):
-                    ring[: self.rows].index_copy_(1, slots, x[:, new - kept :])
-                layer.recorded = (layer.keys[:, :0], layer.values[:, :0])
+            # One copy for all layers, as a chunk's keys and values are small and launches are not.
+            latest = torch.cat([x[:, new - kept :].flatten(2) for x in parts])
+            ring = self.storage[:, :, : self.rows]
+            numbers = torch.arange(new - kept, new, device=ring.device)
+            slots = (self._begin + numbers) % self.capacity
+            ring.index_copy_(3, slots, latest.view(*ring.shape[:3], kept, *ring.shape[4:]))
+        for layer in self._layers:
+            layer.recorded = None
         self._tokens[: self.rows] = self._last[0]
         self._embeddings[: self.rows] = self._last[1]

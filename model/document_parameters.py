@@ -1,19 +1,15 @@
 """Parameters of which every document has its own copy, and their optimizer.
 
-The copies are the rows of one fp32 matrix (documents, values); second moments, also fp32, and
-gradients and a working copy, both in the dtype of the activations, have the same layout. So an
-optimizer step is one pass over everything (`model.ops.rmsprop`), and leaving documents out is a
-view of the leading rows.
-
-The gradients are written straight into their place by the functions that use the parameters
-(`model.lora`, `model.hash_embedding`), each of which is therefore called once per forward pass.
-What changes from step to step comes from a table on the device:
+The copies are the rows of one fp32 matrix (documents, values); second moments, also fp32, and a
+working copy in the dtype of the activations have the same layout. The tensors that the model uses
+are views of the working copy, so that their gradients come back as one matrix of that layout, too.
+An optimizer step is thus one pass over everything (`model.ops.rmsprop`), and leaving documents out
+is a view of the leading rows. What changes from step to step comes from a table on the device:
 
     row t:  ηₜ,  1 − ηₜ·λ,  1/sqrt(1 − β₂ᵗ)
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,22 +21,13 @@ if TYPE_CHECKING:
     from workflow.params import TTTParams
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A tensor per document and where its gradient goes, both (documents, …) in one dtype.
-
-    value: a leaf that requires gradients, so that what uses it is differentiated.
-    """
-
-    value: Tensor
-    gradient: Tensor
-
-
-class DocumentParameters(Mapping[str, Weight]):
-    """Named tensors of up to `capacity` documents; all documents start alike.
+class DocumentParameters(Mapping[str, Tensor]):
+    """Named tensors (documents, …) of up to `capacity` documents; all documents start alike.
 
     initial: one document's tensors, fp32, on the device where the parameters shall be; dtype:
     what values are used in. The memory is taken once; `reset` begins with other documents.
+    leaf: the working copy of the present documents (documents, values), of which all tensors are
+    views; what `step` wants is the gradient with respect to it.
     """
 
     def __init__(self, initial: Mapping[str, Tensor], capacity: int, dtype: torch.dtype) -> None:
@@ -50,36 +37,30 @@ class DocumentParameters(Mapping[str, Weight]):
         device = self._start.device
         self._values = torch.empty(shape, device=device)
         self._second_moments = torch.empty(shape, device=device)
-        self._gradients = torch.zeros(shape, device=device, dtype=dtype)
         self._working = self._values
         if dtype != torch.float32:
             self._working = torch.empty(shape, device=device, dtype=dtype)
         self.reset(capacity)
 
+    @torch.no_grad()
     def reset(self, documents: int) -> None:
         """Begin anew with so many documents."""
-        with torch.no_grad():
-            self._values[:documents] = self._start
-            self._working[:documents] = self._start
-            self._second_moments[:documents] = 0
+        self._values[:documents] = self._start
+        self._working[:documents] = self._start
+        self._second_moments[:documents] = 0
         self.keep_first(documents)
 
+    @torch.enable_grad()
     def keep_first(self, documents: int) -> None:
         """Leave all documents but the first so many out of what follows."""
-        sizes = [shape.numel() for shape in self._shapes.values()]
-        values = self._working[:documents].split(sizes, 1)
-        gradients = self._gradients[:documents].split(sizes, 1)
         self.documents = documents
-        self._named = {
-            name: Weight(
-                value.unflatten(1, shape).detach().requires_grad_(), gradient.unflatten(1, shape)
-            )
-            for (name, shape), value, gradient in zip(
-                self._shapes.items(), values, gradients, strict=True
-            )
-        }
+        # .data, as autograd would take the optimizer's writing for a change of the views.
+        self.leaf = self._working[:documents].data.requires_grad_()
+        parts = self.leaf.split([shape.numel() for shape in self._shapes.values()], 1)
+        shapes = zip(self._shapes.items(), parts, strict=True)
+        self._named = {name: part.unflatten(1, shape) for (name, shape), part in shapes}
 
-    def __getitem__(self, name: str) -> Weight:
+    def __getitem__(self, name: str) -> Tensor:
         return self._named[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -88,19 +69,15 @@ class DocumentParameters(Mapping[str, Weight]):
     def __len__(self) -> int:
         return len(self._named)
 
-    def master(self, name: str) -> Tensor:
-        """The fp32 values of a tensor, (documents, …)."""
-        sizes = [shape.numel() for shape in self._shapes.values()]
-        parts = dict(zip(self._shapes, self._values[: self.documents].split(sizes, 1), strict=True))
-        return parts[name].unflatten(1, self._shapes[name])
-
     @torch.no_grad()
-    def step(self, scalars: Tensor, ttt: "TTTParams") -> None:
-        """Move down the gradients as they lie in their places; scalars: a row of `step_scalars`."""
-        buffers = (self._values, self._second_moments, self._gradients)
-        values, second_moments, gradients = (x[: self.documents] for x in buffers)
-        working = self._working[: self.documents] if self._working is not self._values else values
-        rmsprop_step(values, second_moments, gradients, working, scalars, ttt.beta2, ttt.epsilon)
+    def step(self, gradient: Tensor, scalars: Tensor, ttt: "TTTParams") -> None:
+        """Move down the gradient, like `leaf`; scalars: a row of `step_scalars`."""
+        values, second_moments, working = (
+            x[: self.documents] for x in (self._values, self._second_moments, self._working)
+        )
+        if self._working is self._values:
+            working = values
+        rmsprop_step(values, second_moments, gradient, working, scalars, ttt.beta2, ttt.epsilon)
 
 
 def step_scalars(ttt: "TTTParams", chunks: int, device: torch.device) -> Tensor:

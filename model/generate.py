@@ -15,7 +15,8 @@ BOS begins the next document, so a sequence that contained one would be two, one
 context; every token of the calibration text is thus one that training has shown inside a document.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from torch import Tensor
 from model.cache import SlidingCache
 from model.documents import Documents
 from model.gpt import GPT
-from model.ttt.replay import Replay
+from model.replay import Replay
+from model.working_weights import fixed_weights
 
 ReportProgress = Callable[[int], None]
 SLOTS = 256  # of the cache, by which the number that a token looks at grows
@@ -77,7 +79,7 @@ class _Writer:
 
     def write(self) -> Tensor:
         """Read the token at the position and draw the next, (rows,)."""
-        self._cache.open(1, record=True)
+        self._cache.open(record=True)
         current = self.tokens.index_select(1, self._position).squeeze(1)
         logits = self._model(current, self._step, cache=self._cache)
         noise = self._noise.index_select(1, self._position).squeeze(1)
@@ -85,6 +87,27 @@ class _Writer:
         self.tokens.index_copy_(1, self._position + 1, drawn[:, None])
         self._cache.close()
         return drawn
+
+
+@contextmanager
+def _prepared(model: GPT) -> Iterator[None]:
+    """Make once, for the block, what the blocks make of their weights at every token.
+
+    They multiply with working copies of the matrices, and hold their other tensors, which they use
+    in the activations' dtype alone, in that dtype.
+    """
+    tensors = [*model.blocks.parameters(), *model.blocks.buffers()]
+    if model.skip_weights is not None:
+        tensors.append(model.skip_weights)
+    masters = [tensor.data for tensor in tensors]
+    with fixed_weights(model):
+        for tensor in tensors:
+            tensor.data = tensor.data.to(model.dtype)
+        try:
+            yield
+        finally:
+            for tensor, master in zip(tensors, masters, strict=True):
+                tensor.data = master
 
 
 @torch.no_grad()
@@ -103,9 +126,9 @@ def generate(
     drawn; progress: called with 1 at every token. replay: how a token's work is run; None: as it
     is. Returns int64 (rows, length), BOS first, on the model's device.
     """
-    writer = _Writer(model, noise, temperature, bos, forbidden)
     replay = replay or Replay(recorded=False)
-    with replay.stream():
+    with _prepared(model), replay.stream():
+        writer = _Writer(model, noise, temperature, bos, forbidden)
         for position in range(noise.shape[1] if len(noise) else 0):
             replay.run(writer.move_to(position), writer.write)
             if progress is not None:

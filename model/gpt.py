@@ -10,11 +10,14 @@ switched off by its parameter; the record preset has 27,067,484 parameters.
 
 The pass has three parts, each of which `compile_parts` compiles by itself: the input embedding, the
 blocks (one graph for all that are alike), and the loss. One graph of the whole model would take
-eleven times as long to compile.
+eleven times as long to compile. `compiled_for_adapters` does so for passes of adapted documents,
+whose numbers of documents and tokens change all the time without a graph more.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,50 +26,66 @@ from torch import Tensor, nn
 from model import ops
 from model.cache import NO_TOKEN, Cache
 from model.documents import Documents
-from model.layers.attention import Deltas
-from model.layers.block import Block, depth_scale
+from model.hash_embedding import HashTable
+from model.layers.block import Block, depth_scale, mark_varying
 from model.layers.embeddings import BigramEmbedding, SmearGate, ValueEmbedding
 from model.layers.linear import Linear
 from model.layers.norm import rms_norm
 from model.layers.previous import previous
 from model.layers.rotary import rotation
+from model.lora import BlockAdapters, LowRank
 
 if TYPE_CHECKING:
     from workflow.params import ModelParams
 
 
-class Adapters(Protocol):
-    """What test-time training adds to a forward pass; every function is per document."""
+class Adapters(NamedTuple):
+    """What test-time training adds to a forward pass, a set of its own for every document.
 
-    def block(self, layer: int) -> Deltas:
-        """Functions of the normed input by site: query, key, value, attention, mlp."""
-        ...
+    blocks: inside each block; head: to the logits before the softcap; table: to the token
+    embedding.
+    """
 
-    def head(self, x: Tensor, select: Tensor | None) -> Tensor | None:
-        """Addition to the logits before the softcap, from the final normed x, or None.
+    blocks: Sequence[BlockAdapters]
+    head: LowRank | None = None
+    table: HashTable | None = None
 
-        select: the tokens of the batch that x holds (as in `GPT.forward`); None: all.
-        """
-        ...
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them, each (documents, …)."""
+        for low_rank in (*(part for block in self.blocks for part in block), self.head):
+            if low_rank is not None:
+                yield from (low_rank.a, *low_rank.b)
+        if self.table is not None:
+            yield self.table.values
 
-    def embedding(self, tokens: Tensor, before: Tensor) -> Tensor | None:
-        """Addition to the token embedding (T, width), or None.
 
-        before: previous tokens (T,), -1 at the first token of a document.
-        """
-        ...
+class Past(NamedTuple):
+    """What is cached of the documents so far, but for keys and values.
+
+    length: tokens, int or 0-dimensional; token: the last, int64 (documents,) or NO_TOKEN;
+    embedding: its normed embedding (documents, width) or 0.
+    """
+
+    length: Tensor | int
+    token: Tensor | int
+    embedding: Tensor | int
 
 
 class Input(NamedTuple):
     """What the blocks work on.
 
     embedding: normed and smeared, (T, width) in the compute dtype; turns: of `rotation`;
-    values: value embeddings (T, kv_heads·d) or None.
+    values: value embeddings (T, kv_heads·d) or None; normed: the embedding before the smear, for a
+    cache, else None.
     """
 
     embedding: Tensor
     turns: tuple[Tensor, Tensor]
     values: Tensor | None
+    normed: Tensor | None
+
+
+NOTHING = BlockAdapters()
 
 
 class TiedHead(nn.Module):
@@ -109,6 +128,7 @@ class GPT(nn.Module):
         self.head = TiedHead()
         self._input: Callable[..., Input] = self._embed
         self._score: Callable[..., Tensor] = self._losses
+        self._varying = False
 
     def compile_parts(self, **options: Any) -> None:
         """Compile the parts of the forward pass; `options` are those of `torch.compile`."""
@@ -116,6 +136,33 @@ class GPT(nn.Module):
             block.compile(**options)
         self._input = torch.compile(self._embed, **options)
         self._score = torch.compile(self._losses, **options)
+
+    @contextmanager
+    def compiled_for_adapters(self, **options: Any) -> Iterator[None]:
+        """Run passes with adapters compiled inside the block, all but the attention proper.
+
+        Numbers of documents (two or more) and of tokens may change: the graphs hold for all.
+        `options` are those of `torch.compile`. Passes must ask for gradients.
+        """
+        options = {"fullgraph": True, **options}
+        blocks = cast(Iterable[Block], self.blocks)
+        for block in blocks:
+            block.compile_around_attention(**options)
+        self._input = torch.compile(self._embed, **options)
+        self._score = torch.compile(self._losses, **options)
+        self._varying = True
+        try:
+            # One graph for each kind of block, of context and of chunk that the process meets.
+            with torch._dynamo.config.patch(recompile_limit=64):
+                yield
+        finally:
+            for block in blocks:
+                block.run_eagerly()
+            self._input, self._score, self._varying = self._embed, self._losses, False
+
+    def _vary(self, tensors: Iterable[Tensor | int | None]) -> None:
+        if self._varying:
+            mark_varying(tensors)
 
     def matrices(self) -> dict[str, Linear]:
         """The matrices of the blocks by the name of their weight: Muon's, and GPTQ's too."""
@@ -164,7 +211,8 @@ class GPT(nn.Module):
         select: int64 indices of the tokens whose logits are wanted; None: all.
         """
         x = self.hidden(tokens, documents, adapters, cache)
-        return ops.softcapped(self._logits(x, adapters, select), self.params.softcap)
+        head = adapters.head if adapters else None
+        return ops.softcapped(self._logits(x, head, select), self.params.softcap)
 
     def losses(
         self,
@@ -174,26 +222,30 @@ class GPT(nn.Module):
         adapters: Adapters | None = None,
         cache: Cache | None = None,
         select: Tensor | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """Negative log-likelihood of `targets` (one per selected token) in nats, fp32."""
-        x = self.hidden(tokens, documents, adapters, cache)
-        return self._score(x, targets, adapters, select)
+        """Negative log-likelihood of `targets` (one per token wanted) in nats, fp32.
+
+        Wanted are the tokens of `select`, or so many `last` ones of each document (all of equal
+        length, no cache), for which alone the last block then works; else all.
+        """
+        x = self.hidden(tokens, documents, adapters, cache, last)
+        self._vary((x, targets))
+        return self._score(x, targets, adapters.head if adapters else None, select)
 
     def _losses(
-        self, x: Tensor, targets: Tensor, adapters: Adapters | None, select: Tensor | None
+        self, x: Tensor, targets: Tensor, adapter: LowRank | None, select: Tensor | None
     ) -> Tensor:
-        z = self._logits(x, adapters, select)
+        z = self._logits(x, adapter, select)
         return ops.softcapped_loss(z, targets, self.params.softcap)
 
-    def _logits(self, x: Tensor, adapters: Adapters | None, select: Tensor | None) -> Tensor:
+    def _logits(self, x: Tensor, adapter: LowRank | None, select: Tensor | None) -> Tensor:
         """Logits before the softcap, in the compute dtype."""
         if select is not None:
             x = x[select]
         x = rms_norm(x)
         logits = self.head(x, self.embedding)
-        if adapters is not None and (delta := adapters.head(x, select)) is not None:
-            logits = logits + delta
-        return logits
+        return logits if adapter is None else logits + adapter.deltas(x)["head"]
 
     def hidden(
         self,
@@ -201,30 +253,42 @@ class GPT(nn.Module):
         documents: Documents,
         adapters: Adapters | None = None,
         cache: Cache | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """Residual stream after the last block, (T, width) in the compute dtype."""
+        """Residual stream after the last block, (T, width) in the compute dtype.
+
+        last: of so many last tokens of each document alone, see `losses`.
+        """
+        past = Past(cache.length, cache.last_token, cache.last_embedding) if cache else None
         ops.find_pieces(documents, tokens.device)
-        x0, turns, values = self._input(tokens, documents, adapters, cache)
+        places = (documents.first, documents.index, documents.positions, documents.boundaries)
+        self._vary(chain((tokens, *places), past or (), adapters.tensors() if adapters else ()))
+        given = self._input(tokens, documents, adapters.table if adapters else None, past)
         if cache is not None:
+            assert given.normed is not None
+            cache.remember(tokens, given.normed)
             cache.length += documents.total // cache.rows
-        return self._run_blocks(x0, documents, turns, values, adapters, cache)
+        return self._run_blocks(given, documents, adapters, cache, last)
 
     def _run_blocks(
         self,
-        x0: Tensor,
+        given: Input,
         documents: Documents,
-        turns: tuple[Tensor, Tensor],
-        values: Tensor | None,
         adapters: Adapters | None,
         cache: Cache | None,
+        last: int | None,
     ) -> Tensor:
+        x0, turns, values, _ = given
         # Views, as one object in two places would make compiled graphs of their own.
         x = x0.view_as(x0)
+        if self._varying and not x0.requires_grad:
+            x = x.detach().requires_grad_()  # as in the other blocks, which share the graph
+        self._vary((x0, *turns, values))
         skips = () if self.skip_weights is None else self.skip_weights.unbind()
         earlier: list[Tensor] = []
-        no_deltas: Deltas = {}
         for layer, block in enumerate(self.blocks):
             second_half = len(skips) <= layer < 2 * len(skips)
+            self._vary((x,))
             x = block(
                 x,
                 x0,
@@ -232,32 +296,32 @@ class GPT(nn.Module):
                 documents,
                 turns,
                 values if layer in self.params.value_layers else None,
-                adapters.block(layer) if adapters else no_deltas,
+                adapters.blocks[layer] if adapters else NOTHING,
                 cache.layers[layer] if cache else None,
+                last if layer == len(self.blocks) - 1 else None,
             )
             if layer < len(skips):
                 earlier.append(x.view_as(x))
+                self._vary(earlier[-1:])
         return x
 
     def _embed(
-        self, tokens: Tensor, documents: Documents, adapters: Adapters | None, cache: Cache | None
+        self, tokens: Tensor, documents: Documents, table: HashTable | None, past: Past | None
     ) -> Input:
         """Everything that the blocks get from the tokens and their positions."""
-        positions = documents.positions + (cache.length if cache else 0)
+        positions = documents.positions + (past.length if past else 0)
         turns = rotation(positions, self.params.rope_width, self.params.rope_base)
         values = None
         if self.value_embedding is not None:
             values = self.value_embedding(tokens, self.dtype)
-        before = previous(tokens, documents, cache.last_token if cache else NO_TOKEN)
+        before = previous(tokens, documents, past.token if past else NO_TOKEN)
         x = F.embedding(tokens, self.embedding)
         if self.bigram is not None:
             x = x + self.bigram(tokens, before, self.dtype)
-        if adapters is not None and (delta := adapters.embedding(tokens, before)) is not None:
-            x = x + delta
+        if table is not None:
+            x = x + table.rows(tokens, before)
         normed = rms_norm(x).to(self.dtype)
         x = normed
         if self.smear is not None:
-            x = self.smear(x, documents, cache.last_embedding if cache else 0)
-        if cache is not None:
-            cache.remember(tokens, normed)
-        return Input(x, turns, values)
+            x = self.smear(x, documents, past.embedding if past else 0)
+        return Input(x, turns, values, normed if past else None)

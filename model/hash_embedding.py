@@ -5,12 +5,10 @@ before its RMSNorm. The table starts at zero and learns from nothing but the tex
 so that no byte of it is in the artifact.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from model.document_parameters import Weight
 
 
 def initial_table(buckets: int, width: int) -> Tensor:
@@ -18,31 +16,18 @@ def initial_table(buckets: int, width: int) -> Tensor:
     return torch.zeros(buckets, width)
 
 
-class _Rows(torch.autograd.Function):
-    """table[document, bucket]; the gradient goes where the table's `Weight` says."""
+class HashTable(NamedTuple):
+    """The tables of several documents, fp32 (documents, buckets, width)."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, table: Tensor, gradient: Tensor, document: Tensor, bucket: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(document, bucket)
-        ctx.place = gradient
-        return table[document, bucket]
+    values: Tensor
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        ctx.place.zero_().index_put_(ctx.saved_tensors, grads[0], accumulate=True)
-        return None, None, None, None
+    def rows(self, tokens: Tensor, before: Tensor) -> Tensor:
+        """Look up the pairs: fp32 (documents·n, width).
 
-
-def hash_embedding(table: Weight, tokens: Tensor, before: Tensor) -> Tensor:
-    """Look up the pairs: fp32 (documents·n, width).
-
-    table (documents, buckets, width); tokens and the tokens before them (−1: none), int64
-    (documents·n,), the same n of every document. A backward pass overwrites the table's gradient.
-    """
-    documents, buckets, _ = table.value.shape
-    bucket = (2039 * before + tokens) % buckets
-    rows = torch.arange(documents, device=tokens.device)
-    document = rows.repeat_interleave(tokens.numel() // documents)
-    return _Rows.apply(table.value, table.gradient, document, bucket)
+        tokens and the tokens before them (−1: none), int64 (documents·n,), the same n of every
+        document.
+        """
+        documents, buckets, _ = self.values.shape
+        bucket = ((2039 * before + tokens) % buckets).unflatten(0, (documents, -1))
+        document = torch.arange(documents, device=tokens.device)
+        return self.values[document[:, None], bucket].flatten(0, 1)

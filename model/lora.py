@@ -10,22 +10,58 @@ A starts uniform in ±1/sqrt(inputs), B at zero, so that a fresh adapter changes
 document starts from the *same* A, drawn once from ttt.seed: a document's losses then depend
 neither on its batch mates nor on its place in the list. For the same reason A is not carried from
 one document to the next ("warm start"): it would carry their text.
+
+Sites that read the same input (query, key, value and attention) have their A side by side in one
+tensor, so that one product, and one for each gradient, serves them all. Both matrices are kept
+transposed: so the products of the backward pass give the gradients in the layout of the values.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-
-from model.document_parameters import Weight
-from model.layers.attention import Deltas
 
 if TYPE_CHECKING:
     from workflow.params import ModelParams
 
 PROJECTIONS = ("query", "key", "value")
+# The sites of each input, by the module that reads it.
+READERS = {"attention": (*PROJECTIONS, "attention"), "mlp": ("mlp",), "head": ("head",)}
+
+
+class LowRank(NamedTuple):
+    """Adapters of the sites that read one input, for each of several documents.
+
+    a: the Aᵀ of the sites side by side, (documents, inputs, sites·rank); b: Bᵀ of each site,
+    (documents, rank, outputs). A tuple of tensors, so that all blocks share compiled graphs.
+    """
+
+    sites: tuple[str, ...]
+    a: Tensor
+    b: tuple[Tensor, ...]
+
+    def deltas(self, x: Tensor, last: int | None = None) -> dict[str, Tensor]:
+        """B(Ax) by site: x (documents·n, inputs) → (documents·n, outputs) in the dtype of x.
+
+        Every document has the same n tokens. last: only so many of each document are wanted, but
+        for keys and values.
+        """
+        rows = x.unflatten(0, (self.a.shape[0], -1))
+        inner = torch.bmm(rows, self.a).chunk(len(self.sites), -1)
+        found = {}
+        for site, part, b in zip(self.sites, inner, self.b, strict=True):
+            if last is not None and site not in ("key", "value"):
+                part = part[:, -last:]
+            found[site] = torch.bmm(part, b).flatten(0, 1)
+        return found
+
+
+class BlockAdapters(NamedTuple):
+    """What adapts in a block, by what it reads: the attention's normed input, or the MLP's."""
+
+    attention: LowRank | None = None
+    mlp: LowRank | None = None
 
 
 def site_name(site: str, layer: int) -> str:
@@ -61,61 +97,40 @@ def initial_adapters(
     return tensors
 
 
-class _LowRank(torch.autograd.Function):
-    """B(Ax) as batched products; gradients of A and B go where their `Weight` says."""
+def side_by_side(
+    adapters: Mapping[str, Tensor], sites: Sequence[str], layers: int
+) -> dict[str, Tensor]:
+    """One document's tensors of `initial_adapters` in the layout of `LowRank`.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor
-    ) -> Tensor:
-        rows = x.unflatten(0, (a.shape[0], -1))
-        inner = torch.bmm(rows, a.transpose(1, 2))
-        ctx.save_for_backward(rows, inner, a, b)
-        ctx.places = (grad_a, grad_b)
-        return torch.bmm(inner, b.transpose(1, 2)).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, a, b = ctx.saved_tensors
-        grad_a, grad_b = ctx.places
-        g = grads[0].unflatten(0, (a.shape[0], -1))
-        torch.bmm(g.transpose(1, 2), inner, out=grad_b)
-        grad_inner = torch.bmm(g, b)
-        torch.bmm(grad_inner.transpose(1, 2), rows, out=grad_a)
-        grad_x = torch.bmm(grad_inner, a).flatten(0, 1) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None, None
-
-
-def low_rank(x: Tensor, a: Weight, b: Weight) -> Tensor:
-    """B(Ax) of each document: x (documents·n, in) → (documents·n, out) in the dtype of x.
-
-    a (documents, rank, in) and b (documents, out, rank), in the dtype of x; every document has the
-    same n tokens. A backward pass overwrites their gradients.
+    `blocks.3.attention.a` holds the A of all sites that the attention's input feeds.
     """
-    return _LowRank.apply(x, a.value, b.value, a.gradient, b.gradient)
+    found = {}
+    for layer in range(layers):
+        for reader, group in _groups(sites, layer):
+            names = [site_name(site, layer) for site in group]
+            found[site_name(reader, layer) + ".a"] = torch.cat(
+                [adapters[f"{n}.a"] for n in names]
+            ).T
+            found |= {f"{name}.b": adapters[f"{name}.b"].T for name in names}
+    return found
 
 
-class LoRA:
-    """The adapters found in `parameters` (documents, …), as functions of the model's activations.
+def low_rank(
+    parameters: Mapping[str, Tensor], sites: Sequence[str], layer: int
+) -> dict[str, LowRank]:
+    """The adapters in `layer` by reader, from the tensors of `side_by_side` of several documents.
 
-    All batches must be uniform: the same number of tokens of every document.
+    The head counts to layer 0.
     """
+    found = {}
+    for reader, group in _groups(sites, layer):
+        b = tuple(parameters[f"{site_name(site, layer)}.b"] for site in group)
+        found[reader] = LowRank(group, parameters[site_name(reader, layer) + ".a"], b)
+    return found
 
-    def __init__(self, parameters: Mapping[str, Weight], sites: Sequence[str]) -> None:
-        self._parameters = parameters
-        self._sites = sites
 
-    def _delta(self, name: str, x: Tensor) -> Tensor:
-        return low_rank(x, self._parameters[f"{name}.a"], self._parameters[f"{name}.b"])
-
-    def block(self, layer: int) -> Deltas:
-        """What to add in block `layer`, by site (see `model.gpt.Adapters`)."""
-        return {
-            site: partial(self._delta, site_name(site, layer))
-            for site in self._sites
-            if site != "head"
-        }
-
-    def head(self, x: Tensor) -> Tensor | None:
-        """What to add to the logits: x (documents·n, width) → (documents·n, vocabulary)."""
-        return self._delta("head", x) if "head" in self._sites else None
+def _groups(sites: Sequence[str], layer: int) -> list[tuple[str, tuple[str, ...]]]:
+    """The readers in `layer` and the sites that adapt there."""
+    readers = READERS if layer == 0 else {r: group for r, group in READERS.items() if r != "head"}
+    groups = [(r, tuple(site for site in group if site in sites)) for r, group in readers.items()]
+    return [(reader, group) for reader, group in groups if group]

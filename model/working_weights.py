@@ -10,7 +10,8 @@ The working copy of each is made from the fp32 masters (rounded first in late qu
 training) and cast to the compute dtype. The products of all micro-batches use it; their gradients,
 summed in fp32, go back to the masters, scales and rounding by the chain rule once per step. So the
 scales cost neither an activation kept for backward nor a sum over all tokens per channel, nothing
-is cast or rounded again for a micro-batch, and rounding changes no compiled graph.
+is cast or rounded again for a micro-batch, and rounding changes no compiled graph. Where weights do
+not change, in test-time training, `fixed_weights` makes the copies once for all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -59,11 +60,9 @@ class WorkingWeights:
     """
 
     def __init__(self, model: GPT) -> None:
-        blocks = [module for module in model.modules() if isinstance(module, Block)]
-        self.products = [product for block in blocks for product in products(block)]
-        self.matrices = [matrix for product in self.products for matrix in product.matrices]
+        self.products = model_products(model)
         with torch.no_grad():
-            effective = self._effective(None)
+            effective = _effective(self.products, None)
             copies = [tensor.to(model.dtype, copy=True) for tensor in effective]
             self.sums = [torch.zeros_like(tensor) for tensor in effective]
         self.copies = [copy.requires_grad_() for copy in copies]
@@ -74,15 +73,12 @@ class WorkingWeights:
 
         rounding: of matrices (rows, columns) by row, with a derivative; None: as they are.
         """
-        effective = self._effective(rounding)
+        effective = _effective(self.products, rounding)
         with torch.no_grad():
             torch._foreach_copy_(self.copies, effective)
             torch._foreach_zero_(self.sums)
-        self._place(self.copies)
-        try:
+        with _in_place(self.products, self.copies):
             yield
-        finally:
-            self._place([None] * len(self.copies))
         torch.autograd.backward(effective, self.sums)
 
     def collect(self) -> None:
@@ -93,19 +89,53 @@ class WorkingWeights:
         for copy in self.copies:
             copy.grad = None
 
-    def _place(self, copies: Sequence[Tensor | None]) -> None:
-        for product, copy in zip(self.products, copies, strict=True):
-            product.place.working = copy
 
-    def _effective(self, rounding: Rounding | None) -> list[Tensor]:
-        """The matrix of each product in fp32, as a function of the masters."""
-        weights = _rounded(self.matrices, rounding)
-        effective = []
-        for product in self.products:
-            parts = [weights[matrix] for matrix in product.matrices]
-            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-            effective.append(whole if product.scale is None else product.scale[:, None] * whole)
-        return effective
+@contextmanager
+def fixed_weights(model: GPT) -> Iterator[None]:
+    """Let the model multiply with working copies of weights that do not change inside the block.
+
+    No weight gets a gradient there.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    chosen = model_products(model)
+    with torch.no_grad():
+        copies = [tensor.detach().to(model.dtype) for tensor in _effective(chosen, None)]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with _in_place(chosen, copies):
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def model_products(model: GPT) -> list[Product]:
+    """The products of all blocks."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    return [product for block in blocks for product in products(block)]
+
+
+@contextmanager
+def _in_place(chosen: Sequence[Product], copies: Sequence[Tensor]) -> Iterator[None]:
+    for product, copy in zip(chosen, copies, strict=True):
+        product.place.working = copy
+    try:
+        yield
+    finally:
+        for product in chosen:
+            product.place.working = None
+
+
+def _effective(chosen: Sequence[Product], rounding: Rounding | None) -> list[Tensor]:
+    """The matrix of each product in fp32, as a function of the masters."""
+    weights = _rounded([matrix for product in chosen for matrix in product.matrices], rounding)
+    effective = []
+    for product in chosen:
+        parts = [weights[matrix] for matrix in product.matrices]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        effective.append(whole if product.scale is None else product.scale[:, None] * whole)
+    return effective
 
 
 def _rounded(matrices: Sequence[Linear], rounding: Rounding | None) -> dict[Linear, Tensor]:

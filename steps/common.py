@@ -35,6 +35,7 @@ from workflow.params import Params, load_params
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 TOKENS = Path("artifacts/tokenize/tokens")  # what `tokenize` makes of the text
+COMPILE_CACHE = Path(".work/compile-cache")
 
 
 @dataclass

@@ -29,6 +29,7 @@ from model.generate import generate, sampling_noise
 from model.gpt import GPT
 from model.hessian import collect_hessians
 from model.quantizer import CODE_BITS
+from model.replay import CUDAReplay
 from model.sensitivity import sensitivities
 from model.storage import (
     probe_steps,
@@ -39,7 +40,6 @@ from model.storage import (
     solved_modules,
     store_model,
 )
-from model.ttt.replay import CUDAReplay
 from steps.common import TOKENS, Step, progress, run
 
 Made = tuple[Packed, Mapping[str, Stored]]  # an artifact and what it holds

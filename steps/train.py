@@ -30,10 +30,9 @@ from model.run_log import read_log
 from model.schedule import Clock, Decisions, Schedule
 from model.start_up import compile_statistics, seconds_since_start, use_compile_cache
 from model.training import Batches, Trainer
-from steps.common import TOKENS, Bar, Step, progress, run
+from steps.common import COMPILE_CACHE, TOKENS, Bar, Step, progress, run
 
 SECTIONS = ("model", "train", "evaluate", "ops")
-COMPILE_CACHE = Path(".work/compile-cache")
 CURVE = ("step", "seconds", "tokens", "loss", "lr")
 
 

@@ -28,8 +28,9 @@ from model.evaluation import (
 from model.files import atomic_file
 from model.gpt import GPT
 from model.memory import peak_memory_mib
+from model.start_up import use_compile_cache
 from model.ttt import ttt_losses
-from steps.common import TOKENS, Step, progress, run
+from steps.common import COMPILE_CACHE, TOKENS, Step, progress, run
 
 SECTIONS = ("evaluate", "ttt", "ops")
 SCORES = ("plain", "sliding", "ttt")
@@ -50,6 +51,7 @@ class Result:
 def main(step: Step) -> None:
     """Score, and publish losses and metrics."""
     step.open_log(SECTIONS)
+    use_compile_cache(COMPILE_CACHE)
     manifest = Manifest.load(TOKENS)
     tokenizer = Tokenizer(manifest.tokenizer)
     documents = validation_documents(manifest, step.params.evaluate.documents)

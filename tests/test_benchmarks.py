@@ -153,3 +153,9 @@ def test_a_stage_is_given_up_and_the_next_one_runs(capsys):
     assert "slow: failed: OutOfTime: given up after 1 s" in said
     assert "broken: failed: ValueError: wrong" in said
     assert "good: 0.0 s" in said
+
+
+def test_quantise_times_the_calibration_text_alone(tiny, tmp_path):
+    said = run("quantise", tmp_path, "--text", str(tiny))
+    assert "the first time" in said
+    assert "ms/token" in said

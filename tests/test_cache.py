@@ -1,13 +1,22 @@
 """Caches of keys and values, and the attention that reads them."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+from model import ops
 from model.cache import SlidingCache
 from model.documents import Documents
+from model.gpt import GPT
 from model.ops import varlen
-from model.ops.cached import grouped_attention
+from model.ops.cached import cached_attention, grouped_attention
+from tests.kernels import CUDA, recorder
 from tests.models import SMALL, random_documents, record_params, small_model
+
+DEVICE = "cuda" if CUDA else "cpu"
 
 
 @pytest.mark.parametrize("new", [1, 5])
@@ -36,7 +45,7 @@ def test_ring_holds_the_latest_tokens_each_in_its_slot(chunk: int, capacity: int
         new = new.expand(shape)
         cache.move_to(start, min(start, capacity))
         for record in (True, False):
-            cache.open(chunk, record)
+            cache.open(record)
             keys, values, visible = cache.layers[1].extend(new if record else -new, new)
             for layer in cache.layers:
                 if record:
@@ -64,8 +73,88 @@ def test_more_slots_than_are_filled_change_nothing(slots: int) -> None:
     with torch.no_grad():
         for start in range(0, 32, 8):
             cache.move_to(start, max(slots, start) if start else 0)
-            cache.open(8, record=True)
+            cache.open(record=True)
             found.append(model(tokens[start : start + 8], packed, cache=cache))
             cache.close()
         expected = model(tokens, Documents.from_lengths([32]))
     torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_every_layer_keeps_its_own_keys_and_values_of_the_rows_that_go_on() -> None:
+    params = record_params(**SMALL)
+    cache = SlidingCache(params, 3, 8, "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    shape = (params.layers, 2, 3, 12, params.kv_heads, params.head_width)
+    text = torch.randn(shape, generator=generator)
+    for start, rows in ((0, 3), (4, 3), (8, 2)):
+        cache.keep_first(rows)
+        cache.move_to(start, min(start, 8))
+        cache.open(record=True)
+        for layer, (keys, values) in zip(cache.layers, text, strict=True):
+            layer.extend(keys[:rows, start : start + 4], values[:rows, start : start + 4])
+        cache.remember(torch.zeros(4 * rows, dtype=torch.int64), torch.zeros(4 * rows, 32))
+        cache.close()
+    latest = torch.cat((text[:, :, :2, 8:], text[:, :, :2, 4:8]), 3)
+    assert torch.equal(cache.storage[:, :, :2], latest)
+    assert torch.equal(cache.storage[:, :, 2], text[:, :, 2, :8])
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rings are read by the kernel, in Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    from model.ops.chunk_attention import ring_attention
+
+    monkeypatch.setattr(ops, "cached_attention", partial(ring_attention, exclusive=False))
+
+
+def read(model: GPT, slots: Callable[[int], int]) -> list[torch.Tensor]:
+    """Losses and gradients of two documents by chunks of 4 over a ring of 8."""
+    texts = [torch.tensor(text.tolist()) for text in random_documents([17, 17])]
+    text = torch.stack(texts)
+    cache = SlidingCache(model.params, 2, 8, model.device, model.dtype)
+    packed = Documents.from_rows(2, 4, model.device)
+    found: list[torch.Tensor] = []
+    for start in range(0, 16, 4):
+        cache.move_to(start, slots(start))
+        for record in (True, False):
+            cache.open(record)
+            tokens, targets = (
+                text[:, start + shift : start + shift + 4].flatten().to(model.device)
+                for shift in (0, 1)
+            )
+            losses = model.losses(tokens, targets, packed, cache=cache)
+            found += [losses.detach(), *torch.autograd.grad(losses.sum(), list(model.parameters()))]
+        cache.close()
+    return found
+
+
+def two_layers() -> GPT:
+    model = small_model(layers=2, value_layers=[1]).to(DEVICE)
+    model.compute_dtype = torch.float32
+    return model
+
+
+def test_kernel_reads_the_ring_as_dense_attention_does(
+    kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = two_layers()
+    mine = read(model, lambda start: 8 if start else 0)
+    monkeypatch.undo()
+    assert ops.cached_attention is cached_attention
+    for a, b in zip(mine, read(model, lambda start: min(start, 8)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_blocks_call_the_kernel_and_serve_every_length(kernel: None) -> None:
+    names: set[str] = set()
+    model = two_layers()
+    expected = read(model, lambda start: 8)
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    model.compile_parts(backend=recorder(names), fullgraph=True)
+    for a, b in zip(read(model, lambda start: start), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert {f"pocketlm.chunk_attention{x}.default" for x in ("", "_backward")} <= names
+    # Two kinds of block, each recording and not; the embedding and the loss.
+    assert counters["stats"]["unique_graphs"] - before == 6

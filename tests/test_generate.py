@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 
 from model.generate import draw, generate, generate_uncached, sampling_noise
-from model.ttt.replay import CUDAReplay, Replay
+from model.replay import CUDAReplay, Replay
 from tests.models import small_model
 
 BOS = 1
@@ -25,6 +27,26 @@ def test_text_is_the_same_over_several_blocks_of_slots(recorded, monkeypatch):
     noise = sampling_noise(3, range(4), 30)
     found = generate(model, noise, 0.8, BOS, FORBIDDEN, replay=Replay(recorded))
     assert torch.equal(found, generate_uncached(model, noise, 0.8, BOS, FORBIDDEN))
+
+
+def test_the_model_is_as_it_was():
+    model = small_model()
+    blocks: Any = model.blocks
+    model.compute_dtype = torch.bfloat16
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scales = [block.depth_scale.clone() for block in blocks]
+
+    def fail(_):
+        assert blocks[0].attention.working.dtype == torch.bfloat16
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        generate(model, sampling_noise(7, range(2), 8), 0.8, BOS, FORBIDDEN, fail)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+        assert tensor.dtype == torch.float32
+    assert all(torch.equal(b.depth_scale, s) for b, s in zip(blocks, scales, strict=True))
+    assert blocks[0].attention.working is None
 
 
 def test_every_component_may_be_off():

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.document_parameters import DocumentParameters, Weight, step_scalars
-from model.hash_embedding import hash_embedding, initial_table
-from model.lora import LoRA, initial_adapters, low_rank, site_outputs
+from model.document_parameters import DocumentParameters, step_scalars
+from model.hash_embedding import HashTable, initial_table
+from model.lora import LowRank, initial_adapters, low_rank, side_by_side, site_outputs
 from tests.models import record_params, small_model, ttt_params
 
 SITES = ["query", "key", "value", "attention", "mlp", "head"]
@@ -53,67 +53,79 @@ def test_fresh_adapters_are_uniform_and_zero_and_depend_on_the_seed_alone() -> N
         assert not torch.equal(tensor, other[name])
 
 
-def weight(value: Tensor, noise: float = 0.0) -> Weight:
-    """A leaf with a place for its gradient, which lies in a larger buffer and holds `noise`."""
-    rows, *shape = value.shape
-    buffer = torch.full((rows, 3 + value[0].numel()), noise, dtype=value.dtype)
-    return Weight(value.clone().requires_grad_(), buffer[:, 3:].unflatten(1, shape))
+def several(documents: int, sites: list[str], layer: int) -> tuple[Any, dict[str, Tensor]]:
+    """Random adapters of several documents at `sites`, and their definition, by site."""
+    model = small_model().params
+    tensors = initial_adapters(model, sites, 3, seed=0)
+    each = [
+        {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
+        for _ in range(documents)
+    ]
+    laid_out = [side_by_side(one, sites, model.layers) for one in each]
+    stacked = {name: torch.stack([one[name] for one in laid_out]) for name in laid_out[0]}
+    defined = {name: torch.stack([one[name] for one in each]) for name in tensors}
+    return low_rank(stacked, sites, layer), defined
 
 
-def test_low_rank_is_a_product_of_each_documents_own() -> None:
+@pytest.mark.parametrize("last", [None, 2])
+def test_deltas_are_products_of_each_documents_own(last: int | None) -> None:
     torch.manual_seed(0)
-    x, a, b = torch.randn(12, 5), torch.randn(3, 2, 5), torch.randn(3, 7, 2)
-    expected = torch.cat([x[4 * i : 4 * i + 4] @ (b[i] @ a[i]).T for i in range(3)])
-    torch.testing.assert_close(low_rank(x, weight(a), weight(b)), expected)
-    half = low_rank(x.bfloat16(), weight(a.bfloat16()), weight(b.bfloat16()))
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), expected, atol=0.2, rtol=0.05)
-
-
-def test_low_rank_gradients_are_autograds_in_their_places() -> None:
-    torch.manual_seed(0)
-    x, a, b = torch.randn(12, 5), torch.randn(3, 2, 5), torch.randn(3, 7, 2)
-    leaves = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
-    rows = leaves[0].view(3, 4, 5) @ leaves[1].transpose(1, 2) @ leaves[2].transpose(1, 2)
-    upstream = torch.randn(12, 7)
-    expected = torch.autograd.grad(rows.flatten(0, 1), leaves, upstream)
-    x_leaf, ours = x.clone().requires_grad_(), [weight(a, 5.0), weight(b, 5.0)]
-    low_rank(x_leaf, *ours).backward(upstream)
-    for found, wanted in zip([x_leaf.grad, *(w.gradient for w in ours)], expected, strict=True):
-        torch.testing.assert_close(found, wanted)
-    assert all(w.value.grad is None for w in ours)
-
-
-def test_hash_gradients_add_up_where_pairs_share_a_row() -> None:
-    torch.manual_seed(0)
-    table, upstream = torch.randn(2, 3, 4), torch.randn(12, 4)
-    tokens, before = torch.randint(9, (12,)), torch.randint(9, (12,))
-    ours = weight(table, 5.0)
-    hash_embedding(ours, tokens, before).backward(upstream)
-    expected = torch.zeros_like(table)
-    for i in range(12):
-        expected[i // 6, (2039 * int(before[i]) + int(tokens[i])) % 3] += upstream[i]
-    torch.testing.assert_close(ours.gradient, expected)
+    found, defined = several(3, SITES, 2)
+    assert set(found) == {"attention", "mlp"}
+    assert found["attention"].sites == ("query", "key", "value", "attention")
+    x = torch.randn(12, 32)
+    deltas = found["attention"].deltas(x, last) | found["mlp"].deltas(x, last)
+    for site, delta in deltas.items():
+        place = "blocks.2.attention." if site in ("query", "key", "value") else "blocks.2."
+        a, b = defined[f"{place}{site}.a"], defined[f"{place}{site}.b"]
+        kept = None if site in ("key", "value") else last
+        rows = [x[4 * i : 4 * i + 4][-(kept or 4) :] @ (b[i] @ a[i]).T for i in range(3)]
+        torch.testing.assert_close(delta, torch.cat(rows))
+    head = several(3, SITES, 0)[0]["head"].deltas(x.bfloat16().float())["head"]
+    assert head.shape == (12, 64)
 
 
 def test_sites_that_are_not_named_get_nothing() -> None:
-    model = small_model()
-    tensors = initial_adapters(model.params, ["key", "mlp"], 2, seed=0)
-    lora = LoRA({n: weight(tensor[None]) for n, tensor in tensors.items()}, ["key", "mlp"])
-    assert set(lora.block(1)) == {"key", "mlp"}
-    assert lora.head(torch.randn(3, 32)) is None
-    assert lora.block(1)["key"](torch.randn(3, 32)).shape == (3, site_outputs("key", model.params))
+    found, _ = several(2, ["key", "mlp"], 1)
+    assert {reader: part.sites for reader, part in found.items()} == {
+        "attention": ("key",),
+        "mlp": ("mlp",),
+    }
+    outputs = site_outputs("key", small_model().params)
+    assert found["attention"].deltas(torch.randn(4, 32))["key"].shape == (4, outputs)
+    assert set(several(2, ["head"], 0)[0]) == {"head"}
+    assert several(2, ["head"], 1)[0] == {}
 
 
 def test_hash_embedding_is_the_named_row_of_each_documents_table() -> None:
     table = torch.randn(2, 10, 4)
     tokens = torch.tensor([1, 5, 7, 1, 9, 7])
     before = torch.tensor([-1, 1, 5, -1, 1, 9])
-    found = hash_embedding(weight(table), tokens, before)
+    found = HashTable(table).rows(tokens, before)
     for i in range(6):
         bucket = (2039 * int(before[i]) + int(tokens[i])) % 10
         assert torch.equal(found[i], table[i // 3, bucket])
     assert not initial_table(10, 4).any()
+
+
+def test_gradients_come_back_in_the_layout_of_the_values() -> None:
+    torch.manual_seed(0)
+    initial = {"a": torch.randn(5, 4), "b": torch.randn(2, 7), "c": torch.randn(2, 6)}
+    parameters = DocumentParameters(initial, 4, torch.float32)
+    parameters.keep_first(3)
+    x = torch.randn(12, 5)
+    pair = LowRank(("query", "key"), parameters["a"], (parameters["b"], parameters["c"]))
+    upstream = torch.randn(12, 7), torch.randn(12, 6)
+    deltas = pair.deltas(x)
+    loss = (deltas["query"] * upstream[0]).sum() + (deltas["key"] * upstream[1]).sum()
+    (gradient,) = torch.autograd.grad(loss, [parameters.leaf])
+    a = initial["a"].expand(3, 5, 4).clone().requires_grad_()
+    b, c = (initial[n].expand(3, *initial[n].shape).clone().requires_grad_() for n in "bc")
+    rows = x.view(3, 4, 5)
+    one, other = rows @ a[..., :2] @ b, rows @ a[..., 2:] @ c
+    expected = (one.flatten(0, 1) * upstream[0]).sum() + (other.flatten(0, 1) * upstream[1]).sum()
+    found = torch.autograd.grad(expected, [a, b, c])
+    torch.testing.assert_close(gradient, torch.cat([g.flatten(1) for g in found], 1))
 
 
 def random_gradients(documents: int) -> list[dict[str, Tensor]]:
@@ -125,11 +137,10 @@ def random_gradients(documents: int) -> list[dict[str, Tensor]]:
 def advance(
     parameters: DocumentParameters, gradients: dict[str, Tensor], number: int, ttt: Any
 ) -> None:
-    """Put the gradients of the documents that are left into their places, and step."""
-    for name, gradient in gradients.items():
-        parameters[name].gradient.copy_(gradient[: parameters.documents])
+    """Step by the gradients of the documents that are left."""
+    gradient = torch.cat([gradients[n].flatten(1) for n in parameters], 1)[: parameters.documents]
     scalars = step_scalars(ttt, number + 1, torch.device("cpu"))
-    parameters.step(scalars[number], ttt)
+    parameters.step(gradient.to(parameters.leaf.dtype), scalars[number], ttt)
 
 
 @pytest.mark.parametrize("beta2", [0.999, 0.9])
@@ -148,8 +159,7 @@ def test_optimizer_is_torchs_adamw_without_momentum(beta2: float) -> None:
         advance(ours, gradients, number, ttt)
         reference.step()
         for name in initial:
-            torch.testing.assert_close(ours[name].value.detach(), theirs[name].detach())
-            torch.testing.assert_close(ours.master(name), theirs[name].detach())
+            torch.testing.assert_close(ours[name].detach(), theirs[name].detach())
 
 
 def test_small_steps_add_up_in_the_masters_of_bf16_parameters() -> None:
@@ -157,12 +167,11 @@ def test_small_steps_add_up_in_the_masters_of_bf16_parameters() -> None:
     ttt: Any = ttt_params(lr=1e-4, weight_decay=0.0)
     parameters = DocumentParameters({"one": torch.ones(4)}, 2, torch.bfloat16)
     for number in range(50):
-        assert parameters["one"].value.dtype == torch.bfloat16
+        assert parameters["one"].dtype == torch.bfloat16
         advance(parameters, {"one": torch.ones(2, 4)}, number, ttt)
-    torch.testing.assert_close(parameters.master("one"), torch.full((2, 4), 1 - 50e-4))
-    expected = parameters.master("one").bfloat16()
-    assert torch.equal(parameters["one"].value.detach(), expected)
-    assert (expected < 1).all()
+    expected = torch.full((2, 4), 1 - 50e-4, dtype=torch.bfloat16)  # alone, each step is lost
+    assert torch.equal(parameters["one"].detach(), expected)
+    assert (torch.ones(()).bfloat16() - 1e-4 == 1).all()
 
 
 def test_dropping_documents_leaves_the_others_as_they_were() -> None:
@@ -177,10 +186,10 @@ def test_dropping_documents_leaves_the_others_as_they_were() -> None:
             sliced.keep_first(2)
     assert sliced.documents == 2
     for name in initial:
-        assert torch.equal(sliced[name].value, whole[name].value[:2])
+        assert torch.equal(sliced[name], whole[name][:2])
     sliced.reset(3)
     for name, tensor in initial.items():
-        assert torch.equal(sliced[name].value, tensor.expand(3, *tensor.shape))
+        assert torch.equal(sliced[name], tensor.expand(3, *tensor.shape))
 
 
 def test_rates_fall_with_the_tokens_read() -> None:

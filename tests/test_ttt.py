@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.queue import simulate
 from model.distributed import Group
 from model.documents import Documents
 from model.errors import InputError
 from model.evaluation import SharedProgress, plain_losses
-from model.gpt import GPT
-from model.layers.attention import Deltas
-from model.lora import site_name
+from model.gpt import GPT, Adapters
+from model.lora import BlockAdapters, low_rank, side_by_side, site_name
+from model.replay import Replay, rows_at
 from model.ttt import ttt_losses
 from model.ttt.adapters import HASH_TABLE, initial_parameters
-from model.ttt.batches import Batch, document_batches, simulate
-from model.ttt.loop import Session, frozen
-from model.ttt.replay import Replay, rows_at
+from model.ttt.batches import Batch, document_batches
+from model.ttt.loop import Session
+from model.working_weights import fixed_weights
 from tests.models import random_documents, small_model, ttt_params
 from tests.processes import run_processes
 
@@ -29,28 +29,47 @@ ALONE = Group(0, 1, torch.device("cpu"))
 LENGTHS = [1, 2, 7, 8, 9, 30, 55, 64]
 
 
-class NaiveAdapters:
-    """One document's adapters, written from the definition."""
+Weights = Mapping[str, Tensor]
 
-    def __init__(self, weights: Mapping[str, Tensor], sites: Sequence[str]) -> None:
-        self.weights, self.sites = weights, sites
 
-    def _delta(self, name: str, x: Tensor) -> Tensor:
-        return x @ (self.weights[f"{name}.b"] @ self.weights[f"{name}.a"]).T
+class NaiveSites:
+    """Adapters of one document at some sites, written from the definition."""
 
-    def block(self, layer: int) -> Deltas:
-        sites = [site for site in self.sites if site != "head"]
-        return {site: partial(self._delta, site_name(site, layer)) for site in sites}
+    def __init__(self, weights: Weights, sites: Sequence[str], layer: int) -> None:
+        self.weights = weights
+        self.names = {site: site_name(site, layer) for site in sites}
 
-    def head(self, x: Tensor, select: Tensor | None) -> Tensor | None:
-        return self._delta("head", x) if "head" in self.sites else None
+    def deltas(self, x: Tensor, last: int | None = None) -> dict[str, Tensor]:
+        found = {}
+        for site, name in self.names.items():
+            matrix = self.weights[f"{name}.b"] @ self.weights[f"{name}.a"]
+            part = x if last is None or site in ("key", "value") else x[-last:]
+            found[site] = part @ matrix.T
+        return found
 
-    def embedding(self, tokens: Tensor, before: Tensor) -> Tensor | None:
-        if HASH_TABLE not in self.weights:
-            return None
-        table = self.weights[HASH_TABLE]
+
+class NaiveTable:
+    def __init__(self, weights: Weights) -> None:
+        self.table = weights[HASH_TABLE]
+
+    def rows(self, tokens: Tensor, before: Tensor) -> Tensor:
         pairs = zip(tokens.tolist(), before.tolist(), strict=True)
-        return torch.stack([table[(2039 * b + t) % len(table)] for t, b in pairs])
+        return torch.stack([self.table[(2039 * b + t) % len(self.table)] for t, b in pairs])
+
+
+def naive_adapters(weights: Weights, sites: Sequence[str], layers: int) -> Adapters:
+    """One document's adapters; it need not have the shape of a batch."""
+    first = [site for site in sites if site not in ("mlp", "head")]
+    second = [site for site in sites if site == "mlp"]
+
+    def block(layer: int) -> BlockAdapters:
+        parts: Any = (NaiveSites(weights, part, layer) for part in (first, second))
+        return BlockAdapters(*parts)
+
+    blocks = [block(layer) for layer in range(layers)]
+    head: Any = NaiveSites(weights, ["head"], 0) if "head" in sites else None
+    table: Any = NaiveTable(weights) if HASH_TABLE in weights else None
+    return Adapters(blocks, head, table)
 
 
 class Naive:
@@ -88,7 +107,7 @@ class Naive:
 
     def losses(self, start: int, end: int) -> Tensor:
         begin = max(0, start + self.ttt.chunk - self.ttt.context)
-        adapters = NaiveAdapters(self.weights, self.ttt.sites)
+        adapters = naive_adapters(self.weights, self.ttt.sites, self.model.params.layers)
         return self._read(begin, end, adapters)[start - begin :]
 
     def _read(self, begin: int, end: int, adapters: Any) -> Tensor:
@@ -97,33 +116,37 @@ class Naive:
         return self.model.losses(self.tokens[window], self.targets[window], packed, adapters)
 
 
-class SplicedAdapters:
-    """Every piece of the text adapted by weights of its own: (number of tokens, weights) each."""
+class Spliced:
+    """Every piece of the text adapted by something of its own: the sizes of pieces, and what."""
 
-    def __init__(
-        self, pieces: list[tuple[int, Mapping[str, Tensor]]], sites: Sequence[str]
-    ) -> None:
-        self.sizes = [size for size, _ in pieces]
-        self.parts = [NaiveAdapters(weights, sites) for _, weights in pieces]
+    def __init__(self, sizes: list[int], parts: Sequence[Any]) -> None:
+        self.sizes, self.parts = sizes, parts
 
-    def block(self, layer: int) -> Deltas:
-        blocks = [part.block(layer) for part in self.parts]
+    def deltas(self, x: Tensor, last: int | None = None) -> dict[str, Tensor]:
+        assert last is None
+        found = [part.deltas(p) for part, p in zip(self.parts, x.split(self.sizes), strict=True)]
+        return {site: torch.cat([deltas[site] for deltas in found]) for site in found[0]}
 
-        def spliced(site: str, x: Tensor) -> Tensor:
-            pieces = zip(blocks, x.split(self.sizes), strict=True)
-            return torch.cat([block[site](piece) for block, piece in pieces])
-
-        return {site: partial(spliced, site) for site in blocks[0]}
-
-    def head(self, x: Tensor, select: Tensor | None) -> Tensor | None:
-        pieces = zip(self.parts, x.split(self.sizes), strict=True)
-        deltas = [part.head(piece, None) for part, piece in pieces]
-        return torch.cat([d for d in deltas if d is not None]) if deltas[0] is not None else None
-
-    def embedding(self, tokens: Tensor, before: Tensor) -> Tensor | None:
+    def rows(self, tokens: Tensor, before: Tensor) -> Tensor:
         pieces = zip(self.parts, tokens.split(self.sizes), before.split(self.sizes), strict=True)
-        deltas = [part.embedding(*piece) for part, *piece in pieces]
-        return torch.cat([d for d in deltas if d is not None]) if deltas[0] is not None else None
+        return torch.cat([part.rows(*piece) for part, *piece in pieces])
+
+
+def spliced_adapters(
+    pieces: list[tuple[int, Weights]], sites: Sequence[str], layers: int
+) -> Adapters:
+    sizes = [size for size, _ in pieces]
+    parts = [naive_adapters(weights, sites, layers) for _, weights in pieces]
+
+    def splice(chosen: Sequence[Any]) -> Any:
+        return Spliced(sizes, chosen) if chosen[0] is not None else None
+
+    blocks = [
+        BlockAdapters(*(splice([part.blocks[layer][at] for part in parts]) for at in (0, 1)))
+        for layer in range(layers)
+    ]
+    head, table = (splice([getattr(part, name) for part in parts]) for name in ("head", "table"))
+    return Adapters(blocks, head, table)
 
 
 class NaiveCached(Naive):
@@ -132,7 +155,7 @@ class NaiveCached(Naive):
     def __init__(self, model: GPT, document: np.ndarray, ttt: Any) -> None:
         super().__init__(model, document, ttt)
         self.begin = self.renewed = 0  # where the text begins; what lies before was read at once
-        self.pieces: list[tuple[int, Mapping[str, Tensor]]] = []
+        self.pieces: list[tuple[int, Weights]] = []
 
     def enter(self, start: int) -> None:
         number = start // self.ttt.chunk
@@ -154,7 +177,7 @@ class NaiveCached(Naive):
 
     def losses(self, start: int, end: int) -> Tensor:
         pieces = [*self.pieces[:-1], (end - start, self.weights)]
-        adapters = SplicedAdapters(pieces, self.ttt.sites)
+        adapters = spliced_adapters(pieces, self.ttt.sites, self.model.params.layers)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("model.ops.varlen_attention", self.attention)
             return self._read(self.begin, end, adapters)[start - self.begin :]
@@ -219,7 +242,7 @@ def test_zero_learning_rate_scores_as_the_model_alone(mode: str, hash_buckets: i
 def test_fresh_adapters_change_nothing_at_all() -> None:
     model = small_model()
     ttt = ttt_params(hash_buckets=16)
-    adapters = NaiveAdapters(initial_parameters(model.params, ttt), ttt.sites)
+    adapters = naive_adapters(initial_parameters(model.params, ttt), ttt.sites, 4)
     tokens = torch.tensor(random_documents([30])[0].tolist())
     packed = Documents.from_lengths([30])
     with torch.no_grad():
@@ -331,13 +354,20 @@ class FirstWork(Replay):
         return play
 
 
-@pytest.mark.parametrize("changes", [{}, {"steps": 2, "refresh": 3, "hash_buckets": 16}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "cached"},
+        {"mode": "cached", "steps": 2, "refresh": 3, "hash_buckets": 16},
+        {"mode": "window"},
+    ],
+)
 def test_replayed_chunks_equal_those_run_as_they_are(changes: dict[str, Any]) -> None:
     model = small_model()
-    ttt = ttt_params(mode="cached", context=40, **changes)
+    ttt = ttt_params(context=40, **changes)
     documents = random_documents([150, 140, 120, 61, 60, 59, 20])
     replay = FirstWork()
-    with frozen(model):
+    with fixed_weights(model):
         expected = Session(model, ttt, 7).losses(documents, SharedProgress(None))
         session = Session(model, ttt, 7, replay)
         for part in (documents, documents[2:], documents):  # the memory is used again
@@ -345,6 +375,78 @@ def test_replayed_chunks_equal_those_run_as_they_are(changes: dict[str, Any]) ->
             for one, other in zip(found[::-1], expected[::-1], strict=False):
                 np.testing.assert_allclose(one, other, atol=3e-5)
     assert replay.plays > 20
+
+
+@pytest.mark.parametrize(
+    ("mode", "graphs"),
+    # Embedding, loss, blocks as they leave attention, and as they enter it: plain, with skip, with
+    # values; in mode window the last one once more, for the first window, which is a chunk.
+    [("cached", 6), ("window", 7)],
+)
+def test_compiled_passes_are_few_graphs_and_equal_eager_ones(mode: str, graphs: int) -> None:
+    model = small_model(layers=3, value_layers=[2])
+    ttt = ttt_params(mode=mode, context=40, steps=2)
+    documents = random_documents([150, 140, 120, 61, 60, 59, 20])
+    torch._dynamo.reset()
+    with fixed_weights(model):
+        session = Session(model, ttt, 7, backend="aot_eager")
+        for part in (documents[3:], documents, documents[:1]):
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            expected = Session(model, ttt, 7).losses(part, SharedProgress(None))
+            found = session.losses(part, SharedProgress(None))
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_allclose(one, other, atol=3e-5)
+            made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+            assert made == graphs  # none but for the first part
+            graphs = 0
+
+
+def test_compiling_ends_with_the_session() -> None:
+    model = small_model(layers=2, value_layers=[])
+    with model.compiled_for_adapters(backend="aot_eager"):
+        pass
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    ttt_losses(model, random_documents([20, 20]), ttt_params(), ALONE)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+def test_work_for_the_last_tokens_alone_equals_that_for_all() -> None:
+    model = small_model()
+    documents = random_documents([20, 20, 20])
+    tokens = torch.tensor(np.stack(documents).astype(np.int64)).flatten()
+    packed = Documents.from_rows(3, 20)
+    targets = tokens.view(3, 20)[:, -6:].flatten()
+    initial = initial_parameters(model.params, ttt_params())
+    weights = {name: t + 0.1 * torch.randn_like(t) for name, t in initial.items()}
+    each = [{n: t + 0.1 * torch.randn_like(t) for n, t in weights.items()} for _ in range(3)]
+    laid_out = [side_by_side(one, ttt_params().sites, 4) for one in each]
+    parameters = {
+        n: torch.stack([one[n] for one in laid_out]).requires_grad_() for n in laid_out[0]
+    }
+    parts = [low_rank(parameters, ttt_params().sites, layer) for layer in range(4)]
+    blocks = [BlockAdapters(part["attention"], part["mlp"]) for part in parts]
+    adapters = Adapters(blocks, parts[0]["head"])
+    select = torch.arange(60).view(3, 20)[:, -6:].flatten()
+    whole = model.losses(tokens, targets, packed, adapters, select=select)
+    with fixed_weights(model):
+        last = model.losses(tokens, targets, packed, adapters, last=6)
+        torch.testing.assert_close(last, whole)
+        gradients = [torch.autograd.grad(x.sum(), list(parameters.values())) for x in (last, whole)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@MODES
+def test_compiled_passes_on_a_gpu_equal_eager_ones(mode: str) -> None:
+    model = small_model(width=64, head_width=16).cuda()
+    documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
+    group = Group(0, 1, torch.device("cuda"))
+    ttt = ttt_params(mode=mode, context=40, rank=16, compile=False)
+    expected = ttt_losses(model, documents, ttt, group)
+    changed = ttt.model_copy(update={"compile": True, "cuda_graphs": True})
+    for one, other in zip(ttt_losses(model, documents, changed, group), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-2)
 
 
 @pytest.mark.gpu
@@ -381,15 +483,15 @@ def test_bf16_scores_are_near_and_the_weights_come_back(mode: str) -> None:
         assert abs(one.mean() - other.mean()) < 0.03
 
 
-def test_casting_the_matrices_once_changes_no_bit() -> None:
+def test_fixed_weights_change_nothing_but_rounding() -> None:
     model = small_model()
-    model.compute_dtype = torch.bfloat16
     tokens = torch.tensor(random_documents([30])[0].tolist())
     packed = Documents.from_lengths([30])
     with torch.no_grad():
         expected = model(tokens, packed)
-        with frozen(model):
-            assert torch.equal(model(tokens, packed), expected)
+        with fixed_weights(model):
+            torch.testing.assert_close(model(tokens, packed), expected)
+        assert torch.equal(model(tokens, packed), expected)
 
 
 def test_a_repetitive_document_is_learned() -> None:

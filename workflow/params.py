@@ -242,7 +242,8 @@ class TTTParams(Section):
     tokens_per_batch: Count = about(
         "bound on the tokens they read at once: fewer documents where windows are long", "tokens"
     )
-    cuda_graphs: bool = about("record chunks of equal shapes and replay them (mode cached, CUDA)")
+    compile: bool = about("compile the passes (on CUDA only)")
+    cuda_graphs: bool = about("record chunks of equal shapes and replay them (CUDA)")
     seed: Natural = about("of the adapters' initial A")
 
     @model_validator(mode="after")
@@ -294,6 +295,9 @@ class OpsParams(Section):
         "flash_attn_4",
         "triton",
     ] = about("auto: the fastest that works here; a named one fails if it cannot be had")
+    ring: Literal["auto", "reference", "triton"] = about(
+        "attention to cached keys and values in TTT and generation; triton: no copies (Hopper)"
+    )
     mix: Literal["auto", "reference", "triton"] = about(
         "skip, mix and norm of a block's input in training; triton: one kernel (Hopper)"
     )

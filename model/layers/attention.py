@@ -6,12 +6,12 @@ and q is multiplied by a learned gain per head; the scale is 1/sqrt(head width).
 attention (XSA) removes from each head's result y the direction v̂ of the token's own value,
 y ← y − (y·v̂)v̂, so that a head can only report what *other* tokens say.
 
-In a training step q, k and v are one product with a working copy of the three matrices
-(`model.working_weights`); everywhere else they are three, so that each is a module whose input
-hooks see and to which adapters add.
+In a training step, and in test-time training, q, k and v are one product with a working copy of the
+three matrices (`model.working_weights`); everywhere else they are three, so that each is a module
+whose input hooks see.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,11 +22,13 @@ from model import ops
 from model.cache import LayerCache
 from model.documents import Documents
 from model.layers.linear import Linear
+from model.ops import plain
+from model.ops.cached import grouped_attention
 
 if TYPE_CHECKING:
     from workflow.params import ModelParams
 
-Deltas = Mapping[str, Callable[[Tensor], Tensor]]
+Deltas = Mapping[str, Tensor]  # what adapters add, by site (`model.lora`)
 
 
 class Attention(nn.Module):
@@ -51,36 +53,95 @@ class Attention(nn.Module):
         documents: Documents,
         turns: tuple[Tensor, Tensor],
         values: Tensor | None,
-        deltas: Deltas,
-        cache: LayerCache | None,
     ) -> Tensor:
-        """Attend: n (T, width) → (T, width).
+        """From n (T, width) to (T, width) at once, where nothing is added to the products or cached."""
+        if self.working is None:
+            projected = torch.cat(self._products(n, documents, None), 1)
+        else:
+            projected = F.linear(n, self.working)
+        if self.value_gain is not None and values is not None:
+            before = projected.shape[1] - values.shape[1]
+            projected = projected + F.pad(self.value_gain.to(values.dtype) * values, (before, 0))
+        return self.output(
+            ops.self_attention(
+                projected, documents, self.gain, turns, self.head_width, self.exclusive
+            )
+        )
+
+    def project(
+        self,
+        n: Tensor,
+        documents: Documents,
+        turns: tuple[Tensor, Tensor],
+        values: Tensor | None,
+        deltas: Deltas,
+        last: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, heads, d), keys and values (T, kv_heads, d) of n (T, width).
 
         turns: cosines and sines of `rotation`; values: embeddings (T, kv_heads·d) or None;
-        deltas: what adapters add to `query`, `key`, `value`, and (site `attention`) to the result,
-        each a function of n; cache: earlier keys and values of the same documents.
+        deltas: additions to `query`, `key` and `value`. last: only the queries of so many last
+        tokens of each document are wanted (the query's delta is that of these alone).
         """
-        projected = self._project(n, values, deltas)
-        how = (self.gain, turns, self.head_width, self.exclusive)
-        if cache is None:
-            y = ops.self_attention(projected, documents, *how)
-        else:
-            y = ops.continued_attention(projected, documents, cache, *how)
-        result = self.output(y)
-        return result + deltas["attention"](n) if "attention" in deltas else result
+        q, k, v = self._products(n, documents, last)
+        if "query" in deltas:
+            q = q + deltas["query"]
+        if "key" in deltas:
+            k = k + deltas["key"]
+        if "value" in deltas:
+            v = v + deltas["value"]
+        if self.value_gain is not None and values is not None:
+            v = v + self.value_gain.to(v.dtype) * values
+        q, k, v = (x.unflatten(-1, (-1, self.head_width)) for x in (q, k, v))
+        cosines, sines = (last_tokens(x, documents, last) for x in turns)
+        return plain.turned(q, self.gain, (cosines, sines)), plain.turned(k, None, turns), v
 
-    def _project(self, n: Tensor, values: Tensor | None, deltas: Deltas) -> Tensor:
-        """q, k and v side by side, (T, (heads + 2·kv_heads)·d)."""
-        layers = {"query": self.query, "key": self.key, "value": self.value}
-        if self.working is not None:
-            projected = F.linear(n, self.working)
+    def _products(
+        self, n: Tensor, documents: Documents, last: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layers = (self.query, self.key, self.value)
+        widths = [layer.weight.shape[0] for layer in layers]
+        if self.working is None:
+            q, k, v = (layer(n) for layer in layers)
+            return last_tokens(q, documents, last), k, v
+        if last is None:
+            q, k, v = F.linear(n, self.working).split(widths, dim=-1)
+            return q, k, v
+        query, others = self.working.split([widths[0], sum(widths[1:])])
+        k, v = F.linear(n, others).split(widths[1:], dim=-1)
+        return F.linear(last_tokens(n, documents, last), query), k, v
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents,
+        cache: LayerCache | None,
+        last: int | None,
+    ) -> Tensor:
+        """What the queries see, (T, heads·d); cache: earlier keys and values of the documents."""
+        if cache is not None:
+            y = ops.cached_attention(q, k, v, documents, cache, self.exclusive)
+        elif last is None:
+            y = ops.varlen_attention(q, k, v, documents, self.exclusive)
         else:
-            parts = [
-                layer(n) + deltas[site](n) if site in deltas else layer(n)
-                for site, layer in layers.items()
-            ]
-            projected = torch.cat(parts, dim=1)
-        if self.value_gain is None or values is None:
-            return projected
-        before = projected.shape[1] - values.shape[1]
-        return projected + F.pad(self.value_gain.to(values.dtype) * values, (before, 0))
+            y = self._attend_last(q, k, v, documents, last)
+        return y.flatten(1)
+
+    def _attend_last(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, last: int
+    ) -> Tensor:
+        own = last_tokens(v, documents, last)
+        q, k, v = (x.unflatten(0, (documents.count, -1)) for x in (q, k, v))
+        before = k.shape[1] - last
+        visible = torch.ones(last, k.shape[1], dtype=torch.bool, device=k.device).tril(before)
+        y = grouped_attention(q, k, v, visible).flatten(0, 1)
+        return plain.exclude_own_value(y, own) if self.exclusive else y
+
+
+def last_tokens(x: Tensor, documents: Documents, last: int | None) -> Tensor:
+    """The last so many tokens of each document of x (T, …), all of equal length; None: all."""
+    if last is None:
+        return x
+    return x.unflatten(0, (documents.count, -1))[:, -last:].flatten(0, 1)

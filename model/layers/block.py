@@ -7,9 +7,14 @@ layers from drowning the earlier ones; a and b are learned per channel.
 What differs between blocks comes in as tensors (the depth scale is one), so that one compiled graph
 serves all blocks that have a skip or not, and value embeddings or not. In a training step a and b
 are part of the working copies of the output matrices (`model.working_weights`).
+
+A block is what comes before the attention of tokens to each other, that, and what follows it.
+Training compiles it as a whole, test-time training the first and the last part: attention to a
+cache, whose kinds and lengths differ, is then outside of every compiled graph.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +22,11 @@ from torch import Tensor, nn
 from model import ops
 from model.cache import LayerCache
 from model.documents import Documents
-from model.layers.attention import Attention, Deltas
+from model.layers.attention import Attention, last_tokens
 from model.layers.linear import Linear
 from model.layers.mlp import MLP
 from model.layers.norm import rms_norm
+from model.lora import BlockAdapters
 
 if TYPE_CHECKING:
     from workflow.params import ModelParams
@@ -47,6 +53,22 @@ class Block(nn.Module):
             self.mix = nn.Parameter(torch.stack([torch.ones(width), torch.zeros(width)]))
         self.attention_scale = nn.Parameter(torch.ones(width)) if params.branch_scales else None
         self.mlp_scale = nn.Parameter(torch.ones(width)) if params.branch_scales else None
+        self._before: Callable[..., tuple[Any, ...]] = self._enter
+        self._after: Callable[..., Tensor] = self._leave
+        self._varying = False
+
+    def compile_around_attention(self, **options: Any) -> None:
+        """Compile what is not attention, for any number of tokens and documents.
+
+        `options` are those of `torch.compile`.
+        """
+        self._before = torch.compile(self._enter, **options)
+        self._after = torch.compile(self._leave, **options)
+        self._varying = True
+
+    def run_eagerly(self) -> None:
+        """Undo `compile_around_attention`."""
+        self._before, self._after, self._varying = self._enter, self._leave, False
 
     def forward(
         self,
@@ -56,24 +78,71 @@ class Block(nn.Module):
         documents: Documents,
         turns: tuple[Tensor, Tensor],
         values: Tensor | None,
-        deltas: Deltas,
+        adapters: BlockAdapters,
         cache: LayerCache | None,
+        last: int | None,
     ) -> Tensor:
-        """Map x (T, width) to (T, width); see `Attention.forward` for the other arguments.
+        """Map x (T, width) to (T, width).
 
-        skip: an earlier block's output (T, width) and its weights (width,), or None.
+        skip: an earlier block's output (T, width) and its weights (width,), or None; turns and
+        values: see `Attention.project`; cache: earlier keys and values of the same documents.
+        last: only so many last tokens of each document (all of equal length, no cache) are wanted.
         """
+        if adapters.attention is None and cache is None and last is None:
+            x, n = ops.mixed_norm(x, x0, self.mix, self.depth_scale, skip)
+            branch = self.attention(n, documents, turns, values)
+            return self._finish(x, branch, None, adapters)
+        x, beside, q, k, v = self._before(x, x0, skip, documents, turns, values, adapters, last)
+        y = self.attention.attend(q, k, v, documents, cache, last)
+        if self._varying:
+            mark_varying((x, beside, y))
+        return self._after(x, beside, y, adapters)
+
+    def _enter(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        skip: tuple[Tensor, Tensor] | None,
+        documents: Documents,
+        turns: tuple[Tensor, Tensor],
+        values: Tensor | None,
+        adapters: BlockAdapters,
+        last: int | None,
+    ) -> tuple[Any, ...]:
+        """The residual stream, what adapters add beside the attention, and its q, k and v."""
         x, n = ops.mixed_norm(x, x0, self.mix, self.depth_scale, skip)
-        branch = self.attention(n, documents, turns, values, deltas, cache)
-        x = x + _scaled(branch, self.attention_scale, self.attention.output)
+        deltas = {} if adapters.attention is None else adapters.attention.deltas(n, last)
+        q, k, v = self.attention.project(n, documents, turns, values, deltas, last)
+        return last_tokens(x, documents, last), deltas.get("attention"), q, k, v
+
+    def _leave(
+        self, x: Tensor, beside: Tensor | None, y: Tensor, adapters: BlockAdapters
+    ) -> Tensor:
+        """The residual stream after both branches, from the heads' results y (T, heads·d)."""
+        return self._finish(x, self.attention.output(y), beside, adapters)
+
+    def _finish(
+        self, x: Tensor, branch: Tensor, beside: Tensor | None, adapters: BlockAdapters
+    ) -> Tensor:
+        x = x + _scaled(branch, beside, self.attention_scale, self.attention.output)
         r = rms_norm(x) * self.depth_scale.to(x.dtype)
-        branch = self.mlp(r)
-        if "mlp" in deltas:
-            branch = branch + deltas["mlp"](r)
-        return x + _scaled(branch, self.mlp_scale, self.mlp.down)
+        deltas = {} if adapters.mlp is None else adapters.mlp.deltas(r)
+        return x + _scaled(self.mlp(r), deltas.get("mlp"), self.mlp_scale, self.mlp.down)
 
 
-def _scaled(branch: Tensor, scale: Tensor | None, output: Linear) -> Tensor:
-    if scale is None or output.working is not None:  # a working copy is scaled already
-        return branch
-    return branch * scale.to(branch.dtype)
+def mark_varying(tensors: Iterable[Tensor | int | None]) -> None:
+    """Tell the compiler that the first dimension of these differs from pass to pass."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.dim():
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def _scaled(branch: Tensor, delta: Tensor | None, scale: Tensor | None, output: Linear) -> Tensor:
+    """The branch and what adapters add to it, times the scale."""
+    if scale is not None:
+        scale = scale.to(branch.dtype)
+        if output.working is None:  # a working copy is scaled already
+            branch = branch * scale
+        if delta is not None:
+            delta = delta * scale
+    return branch if delta is None else branch + delta

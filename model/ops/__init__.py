@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from model.cache import LayerCache
+from model.cache import LayerCache, SlidingLayer
 from model.documents import Documents
 from model.errors import InputError
-from model.ops import plain, varlen
-from model.ops.cached import cached_attention as cached_attention
+from model.ops import cached, plain, varlen
 from model.ops.plain import softcapped as softcapped
 from model.ops.plain import softcapped_loss as softcapped_loss
 
@@ -33,6 +32,7 @@ class Choice:
     """Which implementation of each operation runs, and why."""
 
     attention: str
+    ring: str
     mix: str
     mlp: str
     reasons: Mapping[str, str]
@@ -46,7 +46,9 @@ class _Bound:
     """The functions chosen for a device; None: the plain formula."""
 
     attention: varlen.Attention
+    exclusive: Callable[..., Tensor] | None
     self_attention: Callable[..., Tensor] | None
+    ring: Callable[..., Tensor] | None
     mix: Callable[..., tuple[Tensor, Tensor]] | None
     mlp: Callable[[Tensor, Tensor, Tensor], Tensor] | None
 
@@ -57,24 +59,29 @@ _bound: dict[str, _Bound] = {}
 def configure(
     attention: str,
     device: torch.device,
+    ring: str = "auto",
     mix: str = "auto",
     mlp: str = "auto",
 ) -> Choice:
     """Choose the implementations for `device` and return them with the reasons.
 
     attention: "auto" for the fastest that works here, or a name of `varlen.IMPLEMENTATIONS`;
-    mix, mlp: "auto", "triton" or "reference". Raises InputError if a named one cannot be had.
+    ring, mix, mlp: "auto", "triton" or "reference". Raises InputError if a named one cannot be had.
     """
     wanted: dict[str, tuple[str, Iterable[str], Callable[[str], str | None]]] = {
         "attention": (attention, varlen.AUTO_ORDER, lambda name: varlen.obstacle(name, device)),
+        "ring": (ring, FUSED_ORDER, lambda name: _obstacle("chunk_attention", name, device)),
         "mix": (mix, FUSED_ORDER, lambda name: _obstacle("fused_mix", name, device)),
         "mlp": (mlp, FUSED_ORDER, lambda name: _obstacle("fused_mlp", name, device)),
     }
     found = {op: _choose(op, *which) for op, which in wanted.items()}
     names = {op: name for op, (name, _) in found.items()}
+    own = names["attention"] == "triton"
     _bound[device.type] = _Bound(
         varlen.IMPLEMENTATIONS[names["attention"]],
-        _kernel("fused_attention").self_attention if names["attention"] == "triton" else None,
+        _kernel("triton_attention").triton_attention if own else None,
+        _kernel("fused_attention").self_attention if own else None,
+        _kernel("chunk_attention").ring_attention if names["ring"] == "triton" else None,
         _kernel("fused_mix").mixed_norm if names["mix"] == "triton" else None,
         _kernel("fused_mlp").fused_mlp if names["mlp"] == "triton" else None,
     )
@@ -118,16 +125,38 @@ def _obstacle(module: str, name: str, device: torch.device) -> str | None:
 
 def _chosen(device: torch.device) -> _Bound:
     if device.type not in _bound:
-        configure("auto", device, mix="reference", mlp="reference")
+        configure("auto", device, ring="reference", mix="reference", mlp="reference")
     return _bound[device.type]
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, exclusive: bool = False
+) -> Tensor:
     """Causal attention inside each document: q (T, heads, d), k and v (T, kv_heads, d).
 
-    Scale 1/sqrt(d); query head h reads key/value head h // (heads / kv_heads).
+    Scale 1/sqrt(d); query head h reads key/value head h // (heads / kv_heads); exclusive: each
+    token's own value is removed from its result.
     """
-    return _chosen(q.device).attention(q, k, v, documents)
+    bound = _chosen(q.device)
+    if exclusive and bound.exclusive is not None and q.dtype in varlen.DTYPES:
+        return bound.exclusive(q, k, v, documents, True)
+    y = bound.attention(q, k, v, documents)
+    return plain.exclude_own_value(y, v) if exclusive else y
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: LayerCache, exclusive: bool
+) -> Tensor:
+    """Attention of tokens that continue what is in `cache`, which takes them in.
+
+    q (rows·new, heads, d), k and v (rows·new, kv_heads, d); documents: uniform rows. The kernel
+    for a `SlidingCache` runs wherever it can.
+    """
+    ring = _chosen(q.device).ring
+    if ring is not None and isinstance(cache, SlidingLayer):
+        return ring(q, k, v, documents, cache, exclusive)
+    y = cached.attend(q, k, v, documents, cache)
+    return plain.exclude_own_value(y, v) if exclusive else y
 
 
 def self_attention(
@@ -150,23 +179,6 @@ def self_attention(
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return varlen_attention(q, k, v, documents)
-
-    return plain.attend(projected, gain, turns, width, exclusive, attention)
-
-
-def continued_attention(
-    projected: Tensor,
-    documents: Documents,
-    cache: LayerCache,
-    gain: Tensor,
-    turns: tuple[Tensor, Tensor],
-    width: int,
-    exclusive: bool,
-) -> Tensor:
-    """`self_attention` of tokens that continue what is in `cache`, which takes them in."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return cached_attention(q, k, v, documents, cache)
 
     return plain.attend(projected, gain, turns, width, exclusive, attention)
 

@@ -14,9 +14,7 @@ from model.documents import Documents
 from model.ops.varlen import DENSE_KERNELS
 
 
-def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: LayerCache
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: LayerCache) -> Tensor:
     """Attend, and give the new keys and values to the cache.
 
     q (rows·new, heads, d), k and v (rows·new, kv_heads, d); documents: uniform rows. Returns

@@ -63,11 +63,16 @@ def attend(
     heads = projected.unflatten(1, (-1, width))
     kv_heads = (heads.shape[1] - gain.numel()) // 2
     q, k, v = heads.split([gain.numel(), kv_heads, kv_heads], dim=1)
-    # The gain, though it commutes with the rotation, comes first: its gradient needs the normed q,
-    # which follows from the product kept anyway; the rotated q would be kept for it alone.
-    q = rotate(rms_norm(q) * gain.to(q.dtype)[:, None], *turns)
-    y = attention(q, rotate(rms_norm(k), *turns), v)
+    y = attention(turned(q, gain, turns), turned(k, None, turns), v)
     return (exclude_own_value(y, v) if exclusive else y).flatten(1)
+
+
+def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys (T, heads, width), normed, multiplied by a gain per head, and rotated."""
+    # The gain, though it commutes with the rotation, comes first: its gradient needs the normed x,
+    # which follows from the product kept anyway; the rotated one would be kept for it alone.
+    x = rms_norm(x)
+    return rotate(x if gain is None else x * gain.to(x.dtype)[:, None], *turns)
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:

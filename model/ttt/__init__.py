@@ -11,7 +11,6 @@ chunk is not trained on:
     adapters.py   what adapts: LoRAs and the hash embedding of each document
     window.py     mode `window`: every chunk reads its context again with the present adapters
     cached.py     mode `cached`: a chunk runs alone against keys and values kept from the context
-    replay.py     chunks of equal shapes recorded once as a CUDA graph
     batches.py    which documents adapt side by side, and in which order batches are begun
     loop.py       the loop over chunks, the same for both modes
 """

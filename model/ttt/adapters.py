@@ -1,16 +1,14 @@
 """What adapts to a document: low-rank adapters and the hash embedding, as `model.gpt.Adapters`."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from model.document_parameters import DocumentParameters, Weight
-from model.gpt import GPT
-from model.hash_embedding import hash_embedding, initial_table
-from model.layers.attention import Deltas
-from model.lora import LoRA, initial_adapters
+from model.document_parameters import DocumentParameters
+from model.gpt import GPT, Adapters
+from model.hash_embedding import HashTable, initial_table
+from model.lora import BlockAdapters, initial_adapters, low_rank, side_by_side
 
 if TYPE_CHECKING:
     from workflow.params import ModelParams, TTTParams
@@ -27,22 +25,25 @@ def initial_parameters(model: "ModelParams", ttt: "TTTParams") -> dict[str, Tens
 
 
 class DocumentAdapters:
-    """The adapters of up to `capacity` documents, their optimizer, and what they add to a model.
+    """The adapters of up to `capacity` documents and their optimizer; `tensors` for the model.
 
     The matrices are used in the activations' dtype, the hash table, which is looked up and not
     multiplied, in fp32.
     """
 
+    tensors: Adapters
+
     def __init__(self, model: GPT, ttt: "TTTParams", capacity: int) -> None:
-        self._ttt = ttt
-        groups: dict[torch.dtype, dict[str, Tensor]] = {}
-        for name, tensor in initial_parameters(model.params, ttt).items():
-            dtype = torch.float32 if name == HASH_TABLE else model.dtype
-            groups.setdefault(dtype, {})[name] = tensor.to(model.device)
+        self._ttt, self._layers = ttt, model.params.layers
+        initial = initial_parameters(model.params, ttt)
+        table = {HASH_TABLE: initial.pop(HASH_TABLE)} if HASH_TABLE in initial else {}
+        matrices = side_by_side(initial, ttt.sites, self._layers)
         self._groups = [
-            DocumentParameters(tensors, capacity, dtype) for dtype, tensors in groups.items()
+            DocumentParameters({k: t.to(model.device) for k, t in tensors.items()}, capacity, dtype)
+            for tensors, dtype in ((matrices, model.dtype), (table, torch.float32))
+            if tensors
         ]
-        self.reset(capacity)
+        self._use()
 
     def reset(self, documents: int) -> None:
         """Begin so many documents with fresh adapters."""
@@ -57,30 +58,17 @@ class DocumentAdapters:
         self._use()
 
     def _use(self) -> None:
-        self.weights: Mapping[str, Weight] = {
-            k: w for group in self._groups for k, w in group.items()
-        }
-        self._lora = LoRA(self.weights, self._ttt.sites)
+        tensors = {name: tensor for group in self._groups for name, tensor in group.items()}
+        layers = [low_rank(tensors, self._ttt.sites, layer) for layer in range(self._layers)]
+        blocks = [BlockAdapters(found.get("attention"), found.get("mlp")) for found in layers]
+        table = HashTable(tensors[HASH_TABLE]) if HASH_TABLE in tensors else None
+        self.tensors = Adapters(blocks, layers[0].get("head"), table)
 
     def step(self, loss: Tensor, scalars: Tensor) -> None:
         """One optimizer step down the gradient of `loss`; scalars: a row of `step_scalars`."""
-        loss.backward()
-        for group in self._groups:
-            group.step(scalars, self._ttt)
-
-    def block(self, layer: int) -> Deltas:
-        """Additions inside block `layer`, by site."""
-        return self._lora.block(layer)
-
-    def head(self, x: Tensor, select: Tensor | None) -> Tensor | None:
-        """Addition to the logits; `select` must hold the same number of tokens of each document."""
-        return self._lora.head(x)
-
-    def embedding(self, tokens: Tensor, before: Tensor) -> Tensor | None:
-        """Addition to the token embedding."""
-        if HASH_TABLE not in self.weights:
-            return None
-        return hash_embedding(self.weights[HASH_TABLE], tokens, before)
+        gradients = torch.autograd.grad(loss, [group.leaf for group in self._groups])
+        for group, gradient in zip(self._groups, gradients, strict=True):
+            group.step(gradient, scalars, self._ttt)
 
 
 def values_per_document(model: "ModelParams", ttt: "TTTParams") -> int:

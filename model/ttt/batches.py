@@ -1,12 +1,11 @@
-"""Which documents adapt side by side, in which order, and how long that takes several processes.
+"""Which documents adapt side by side, and in which order.
 
 Batches hold documents of similar lengths and begin with the longest, so that a document that takes
 long to read is begun early. Documents of a single chunk are never trained on; they are scored as
 they are, packed, at the very end, where their small pieces of work fill the gaps.
 """
 
-import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
 MEMORY_SHARE = (
     0.8  # of what is free; the rest is for fragmentation and what the estimate leaves out
 )
+# A batch's largest part of what each process would get of the tokens left. Below 1, as a batch
+# that holds the longest documents takes longer than its tokens: its end has few rows.
+PROCESS_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,18 @@ def document_batches(
 
     A batch that adapts has up to `rows` documents, fewer if what they read at once would exceed
     ttt.tokens_per_batch, or where several processes share the work and it would be more than
-    1/processes of the tokens left (guided self-scheduling, Polychronopoulos & Kuck 1987). A packed
-    batch has at most ttt.tokens_per_batch tokens.
+    PROCESS_SHARE of a process's part of the tokens left (guided self-scheduling, Polychronopoulos &
+    Kuck 1987). A packed batch has at most ttt.tokens_per_batch tokens.
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     long = [number for number in order if lengths[number] > ttt.chunk]
     batches = []
     left = sum(lengths[number] for number in long)
     while long:
-        read = min(lengths[long[0]], ttt.context) if ttt.mode == "window" else ttt.chunk
-        count = min(rows, ttt.tokens_per_batch // read)
+        count = min(rows, rows_that_read(lengths[long[0]], ttt))
         if processes > 1:
             tokens = accumulate(lengths[number] for number in long[:count])
-            count = sum(total <= left / processes for total in tokens)
+            count = sum(total <= PROCESS_SHARE * left / processes for total in tokens)
         members = long[: max(1, count)]
         batches.append(Batch(members, True))
         left -= sum(lengths[number] for number in members)
@@ -59,6 +60,12 @@ def document_batches(
     short = [number for number in order if lengths[number] <= ttt.chunk]
     count = max(1, ttt.tokens_per_batch // ttt.chunk)
     return batches + [Batch(short[at : at + count], False) for at in range(0, len(short), count)]
+
+
+def rows_that_read(longest: int, ttt: "TTTParams") -> int:
+    """Documents of up to so many tokens that read at most ttt.tokens_per_batch at once."""
+    read = min(longest, ttt.context) if ttt.mode == "window" else ttt.chunk
+    return max(1, ttt.tokens_per_batch // read)
 
 
 def rows_that_fit(model: GPT, ttt: "TTTParams") -> int:
@@ -73,54 +80,14 @@ def rows_that_fit(model: GPT, ttt: "TTTParams") -> int:
 def bytes_per_document(model: GPT, ttt: "TTTParams") -> int:
     """Estimate of the memory one document takes while it adapts.
 
-    Masters and second moments in fp32, working copy and gradients in the activations' dtype; keys
-    and values of the context; activations of a chunk kept for the gradient (mode `window`:
+    Masters and second moments in fp32; working copy and gradients, these both in parts and as one
+    matrix, in the activations' dtype; keys and values of the context; activations of a chunk kept
+    for the gradient (mode `window`:
     bounded by ttt.tokens_per_batch instead, so only the chunk is counted here as well).
     """
     params, size = model.params, model.dtype.itemsize
-    adapted = values_per_document(params, ttt) * (8 + 2 * size)
+    adapted = values_per_document(params, ttt) * (8 + 3 * size)
     kept = 2 * params.layers * ttt.context * params.kv_heads * params.head_width * size
     per_token = params.layers * (6 * params.width + 3 * params.mlp_width) * size
     activations = ttt.chunk * (per_token + 12 * params.vocabulary)
     return adapted + activations + (kept if ttt.mode == "cached" else 0)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How processes get through the batches: units of time as `seconds` of `simulate` gives them.
-
-    busy: of all processes together; makespan: until the last one is done; longest: of one batch;
-    wasted_rows: share of the rows run that belong to no document or one already finished.
-    """
-
-    busy: float
-    makespan: float
-    longest: float
-    wasted_rows: float
-
-
-def simulate(
-    lengths: Sequence[int],
-    batches: Sequence[Batch],
-    chunk: int,
-    processes: int,
-    seconds: Callable[[int, int], float],
-    rows_run: Callable[[int], int] = lambda rows: rows,
-) -> Schedule:
-    """Take batches from one queue with several processes.
-
-    seconds(rows, start): time of a chunk of so many rows that begins at `start`; rows_run: rows
-    that run for so many documents.
-    """
-    clocks = [0.0] * processes
-    used = run = 0
-    times = []
-    for batch in batches:
-        time = 0.0
-        for start in range(0, max(lengths[member] for member in batch.members), chunk):
-            rows = sum(lengths[member] > start for member in batch.members)
-            used, run = used + rows, run + rows_run(rows)
-            time += seconds(rows_run(rows), start)
-        times.append(time)
-        heapq.heappush(clocks, heapq.heappop(clocks) + time)
-    return Schedule(sum(times), max(clocks), max(times), 1 - used / run)

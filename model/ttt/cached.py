@@ -33,6 +33,8 @@ class CachedReader:
     work can be recorded for one chunk and replayed for others.
     """
 
+    RECORDED_ROWS = 128  # more documents take longer to run than to launch
+
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
         self._cache = SlidingCache(
@@ -65,7 +67,10 @@ class CachedReader:
         self._packed = self._documents[rows]
 
     def move_to(self, start: int) -> tuple[int, ...]:
-        """Go to the chunk that begins at `start`; chunks of equal keys have equal shapes."""
+        """Go to the chunk that begins at `start`.
+
+        With the number of rows, the result determines all shapes; None: not worth recording.
+        """
         rows, end = self._tokens.shape[0], start + self._ttt.chunk
         self._chunk_tokens[:rows] = self._tokens[:, start:end]
         self._chunk_targets[:rows] = self._targets[:, start:end]
@@ -76,12 +81,12 @@ class CachedReader:
     def losses(self, first: bool) -> Tensor:
         """Losses (documents, chunk) with the present adapters; the first pass is what is kept."""
         rows = self._packed.count
-        self._cache.open(self._ttt.chunk, record=first)
+        self._cache.open(record=first)
         losses = self._model.losses(
             self._chunk_tokens[:rows].flatten(),
             self._chunk_targets[:rows].flatten(),
             self._packed,
-            adapters=self._adapters,
+            adapters=self._adapters.tensors,
             cache=self._cache,
         )
         return losses.view(rows, -1)
@@ -97,10 +102,10 @@ class CachedReader:
         rows = self._tokens.shape[0]
         self._cache.reset(rows)
         self._cache.move_to(start - past, 0)
-        self._cache.open(past, record=True)
+        self._cache.open(record=True)
         window = self._tokens[:, start - past : start].flatten()
         packed = Documents.from_rows(rows, past, window.device)
-        self._model.hidden(window, packed, self._adapters, self._cache)
+        self._model.hidden(window, packed, self._adapters.tensors, self._cache)
         self._cache.close()
 
 

@@ -1,8 +1,8 @@
 """The loop over chunks, the same for both modes and every number of processes."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from model.evaluation import (
     to_indices,
 )
 from model.gpt import GPT
+from model.replay import CUDAReplay, Replay, rows_at
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.batches import document_batches, rows_that_fit
 from model.ttt.cached import CachedReader
-from model.ttt.replay import CUDAReplay, Replay, rows_at
 from model.ttt.window import WindowReader
+from model.working_weights import fixed_weights
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
@@ -59,7 +60,7 @@ def ttt_losses(
     shared = SharedProgress(progress)
     scored: list[tuple[int, int, np.ndarray]] = []
     widest = max((len(batch.members) for batch in batches if batch.adapts), default=0)
-    with frozen(model):
+    with fixed_weights(model):
         session = Session(model, ttt, widest) if widest else None
         for number in shared_queue(group, sizes, shared):
             batch = batches[number]
@@ -71,27 +72,6 @@ def ttt_losses(
                 shared.advance(sizes[number])
             scored += [(m, 0, row) for m, row in zip(batch.members, losses, strict=True)]
     return gather_losses(documents, scored, group)
-
-
-@contextmanager
-def frozen(model: GPT) -> Iterator[None]:
-    """Ask for no gradients of the model's own weights inside the block, and cast once.
-
-    The blocks' matrices are held in the activations' dtype instead of being cast at every use.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    masters = {weight: model.get_parameter(weight).data for weight in model.matrices()}
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    for name, master in masters.items():
-        model.get_parameter(name).data = master.to(model.dtype)
-    try:
-        yield
-    finally:
-        for name, master in masters.items():
-            model.get_parameter(name).data = master
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -110,26 +90,37 @@ class Session:
     """Everything a process needs to adapt batches of up to `capacity` documents, taken once.
 
     replay: how chunks of equal shapes are run; None: recorded if ttt.cuda_graphs and there is a
-    GPU. Inside `frozen(model)` only.
+    GPU. backend: what compiles the passes, as torch.compile names it; None: inductor if ttt.compile
+    and there is a GPU, else nothing is compiled. Inside `fixed_weights(model)` only.
     """
 
     def __init__(
-        self, model: GPT, ttt: "TTTParams", capacity: int, replay: Replay | None = None
+        self,
+        model: GPT,
+        ttt: "TTTParams",
+        capacity: int,
+        replay: Replay | None = None,
+        backend: Any = None,
     ) -> None:
-        self._model, self._ttt, self._capacity = model, ttt, capacity
-        self._adapters = DocumentAdapters(model, ttt, capacity)
-        self._reader = READERS[ttt.mode](model, self._adapters, ttt, capacity)
+        on_gpu = model.device.type == "cuda"
         if replay is None:
-            recorded = ttt.cuda_graphs and model.device.type == "cuda" and ttt.mode == "cached"
+            recorded = ttt.cuda_graphs and on_gpu
             replay = CUDAReplay(model.device) if recorded else Replay(recorded=False)
-        self._replay = replay
+        if backend is None and ttt.compile and on_gpu:
+            backend = "inductor"
+        self._model, self._ttt, self._replay, self._backend = model, ttt, replay, backend
+        # A single row would be compiled apart, as torch treats a size of one as a special case.
+        self._fewest = 2 if backend is not None else 1
+        self._capacity = max(capacity, self._fewest)
+        self._adapters = DocumentAdapters(model, ttt, self._capacity)
+        self._reader = READERS[ttt.mode](model, self._adapters, ttt, self._capacity)
         self._scalars = torch.zeros(ttt.steps, 3, device=model.device)
 
     def losses(self, documents: Sequence[np.ndarray], progress: SharedProgress) -> list[np.ndarray]:
         """Losses of documents, the longest first, that start from fresh adapters."""
         lengths = np.array([document.size for document in documents])
         rows = self._rows(len(documents))
-        with self._replay.stream():
+        with self._compiled(), self._replay.stream():
             losses = self._begin(documents, rows)
             for start in range(0, int(lengths[0]), self._ttt.chunk):
                 end = start + self._ttt.chunk
@@ -143,9 +134,16 @@ class Session:
             found = losses.cpu().numpy()
         return [row[:n] for row, n in zip(found, lengths, strict=False)]
 
+    def _compiled(self) -> AbstractContextManager[None]:
+        if self._backend is None:
+            return nullcontext()
+        return self._model.compiled_for_adapters(backend=self._backend)
+
     def _rows(self, documents: int) -> int:
         """Rows that run for so many documents."""
-        return rows_at(documents, self._capacity) if self._replay.recorded else documents
+        most = min(self._capacity, self._reader.RECORDED_ROWS)
+        recorded = self._replay.recorded and documents <= most
+        return max(rows_at(documents, most) if recorded else documents, self._fewest)
 
     def _begin(self, documents: Sequence[np.ndarray], rows: int) -> Tensor:
         """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""
@@ -162,10 +160,13 @@ class Session:
         """Score the chunk at `start` and train on it; losses (rows, chunk) before training."""
         number = start // self._ttt.chunk
         if self._ttt.refresh and number and number % self._ttt.refresh == 0:
-            self._reader.refresh(start)
-        key = self._reader.move_to(start)
+            with torch.compiler.set_stance("force_eager"):  # rare, and of other shapes
+                self._reader.refresh(start)
+        shapes = self._reader.move_to(start)
+        recorded = shapes is not None and rows <= self._reader.RECORDED_ROWS
+        key = (rows, trains, *(shapes or ())) if recorded else None
         self._scalars.copy_(self._steps[number])
-        return self._replay.run((rows, trains, *key), lambda: self._score_and_step(trains))
+        return self._replay.run(key, lambda: self._score_and_step(trains))
 
     def _score_and_step(self, trains: bool) -> Tensor:
         """The work of a chunk, on the device alone.
@@ -173,9 +174,10 @@ class Session:
         Documents that end with the chunk are trained as well, which nobody sees: every row has
         adapters of its own.
         """
+        differentiable = trains or self._backend is not None  # no graphs for passes without
         scores: list[Tensor] = []
         for number in range(self._ttt.steps if trains else 1):
-            with torch.set_grad_enabled(trains):
+            with torch.set_grad_enabled(differentiable):
                 losses = self._reader.losses(first=number == 0)
             scores.append(losses.detach())
             if trains:

@@ -1,7 +1,11 @@
 """Mode `window`: every chunk reads its context again, with the present adapters.
 
 The window of a chunk ends with it and holds up to `context` tokens, chunk included; the gradient
-flows through all of it. Only the chunk goes through the output head.
+flows through all of it. Only the chunk goes through the output head and the last block, but for its
+keys and values.
+
+When few documents are left, a pass takes longer to launch than to run. By then windows are as long
+as the context, so that their shapes are those of one chunk after the other: these can be recorded.
 """
 
 from typing import TYPE_CHECKING
@@ -20,8 +24,14 @@ if TYPE_CHECKING:
 class WindowReader:
     """Losses of chunks by recomputed windows; see `CachedReader` for the order of the calls."""
 
+    RECORDED_ROWS = 4  # more documents take longer to run than to launch
+
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
+        tokens = torch.zeros(rows * (ttt.context + ttt.chunk), dtype=torch.int64)
+        buffers = tokens.to(model.device).split([rows * ttt.context, rows * ttt.chunk])
+        self._window_tokens, self._chunk_targets = buffers
+        self._full: dict[int, Documents] = {}
 
     def begin(self, tokens: Tensor, targets: Tensor) -> None:
         """Take up a batch: tokens and targets, int64 (documents, a multiple of chunk)."""
@@ -31,26 +41,33 @@ class WindowReader:
         """Continue only the first `rows` documents."""
         self._tokens, self._targets = self._tokens[:rows], self._targets[:rows]
 
-    def move_to(self, start: int) -> tuple[int, ...]:
-        """Go to the chunk that begins at `start`; chunks of equal keys have equal shapes."""
+    def move_to(self, start: int) -> tuple[int, ...] | None:
+        """Go to the chunk that begins at `start`; see `CachedReader`."""
         end = start + self._ttt.chunk
-        begin = max(0, end - self._ttt.context)
-        self._window, self._chunk = self._tokens[:, begin:end], self._targets[:, start:end]
-        return (end - begin,)
+        window = self._tokens[:, max(0, end - self._ttt.context) : end]
+        rows, length = window.shape
+        self._window = self._window_tokens[: window.numel()]
+        self._window.view_as(window).copy_(window)
+        self._chunk = self._chunk_targets[: rows * self._ttt.chunk]
+        self._chunk.view(rows, -1).copy_(self._targets[:, start:end])
+        if length < self._ttt.context:
+            self._packed = Documents.from_rows(rows, length, window.device)
+            return None
+        if rows not in self._full:
+            self._full[rows] = Documents.from_rows(rows, length, window.device)
+        self._packed = self._full[rows]
+        return ()
 
     def losses(self, first: bool) -> Tensor:
         """Losses (documents, chunk) of the chunk with the present adapters."""
-        rows, length = self._window.shape
-        packed = Documents.from_rows(rows, length, self._window.device)
-        flat = torch.arange(rows * length, device=self._window.device).view(rows, length)
         losses = self._model.losses(
-            self._window.flatten(),
-            self._chunk.flatten(),
-            packed,
-            adapters=self._adapters,
-            select=flat[:, length - self._ttt.chunk :].flatten(),
+            self._window,
+            self._chunk,
+            self._packed,
+            adapters=self._adapters.tensors,
+            last=self._ttt.chunk,
         )
-        return losses.view_as(self._chunk)
+        return losses.view(self._packed.count, -1)
 
     def close(self) -> None:
         """Leave the chunk."""

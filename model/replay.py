@@ -1,8 +1,9 @@
 """Work of equal shapes recorded once as a CUDA graph and replayed.
 
-A cached chunk is some thousand kernels of microseconds, which take longer to launch than to run; a
-graph launches them at once. So are the tokens of the calibration text (`model.generate`). The first
-call of a key runs as it is, which also loads its kernels; the second is recorded; it and the later
+A cached chunk of test-time training (`model.ttt`), or a token of the calibration text
+(`model.generate`), is hundreds of kernels of microseconds, which take longer to launch than to run;
+a graph launches them at once. The first call of a key runs as it is, which also compiles what is
+compiled and loads its kernels; the second is recorded; it and the later
 ones are replayed. The work may read and write only memory that stays in place, and its shapes may
 depend on the key alone.
 """
@@ -27,8 +28,11 @@ class Replay:
         yield
 
     def run(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
-        """Do the work, or what was recorded under `key`; the result is valid until the next run."""
-        if not self.recorded:
+        """Do the work, or what was recorded under `key`; the result is valid until the next run.
+
+        key: None for work that is not worth recording.
+        """
+        if key is None or not self.recorded:
             return work()
         if key not in self._known:
             self._known[key] = None

@@ -1,0 +1,52 @@
+"""How long several processes take to get through a queue of batches, computed without running one.
+
+Every process takes the next batch when it is done with one. A batch is as many chunks one after the
+other as its longest document has.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from model.ttt.batches import Batch
+
+
+@dataclass(frozen=True)
+class QueueTimes:
+    """How processes get through the batches: units of time as `seconds` of `simulate` gives them.
+
+    busy: of all processes together; makespan: until the last one is done; longest: of one batch;
+    wasted_rows: share of the rows run that belong to no document or one already finished.
+    """
+
+    busy: float
+    makespan: float
+    longest: float
+    wasted_rows: float
+
+
+def simulate(
+    lengths: Sequence[int],
+    batches: Sequence[Batch],
+    chunk: int,
+    processes: int,
+    seconds: Callable[[int, int], float],
+    rows_run: Callable[[int], int] = lambda rows: rows,
+) -> QueueTimes:
+    """Take batches from one queue with several processes.
+
+    seconds(rows, start): time of a chunk of so many rows that begins at `start`; rows_run: rows
+    that run for so many documents.
+    """
+    clocks = [0.0] * processes
+    used = run = 0
+    times = []
+    for batch in batches:
+        time = 0.0
+        for start in range(0, max(lengths[member] for member in batch.members), chunk):
+            rows = sum(lengths[member] > start for member in batch.members)
+            used, run = used + rows, run + rows_run(rows)
+            time += seconds(rows_run(rows), start)
+        times.append(time)
+        heapq.heappush(clocks, heapq.heappop(clocks) + time)
+    return QueueTimes(sum(times), max(clocks), max(times), 1 - used / run)
