@@ -14,7 +14,7 @@ Gimelshein 2018; Dao et al. 2022) in fp32.
 
 Exclusive attention (`model.layers.attention`) is the last step, with v the token's own value:
 
-    z = y − c v,  c = (y·v)/(v·v);   dy = dz − a v,  a = (dz·v)/(v·v),  dy·y = dz·z
+    z = y − c v,  c = (y·v)/(v·v);   dy = dz − a v,  a = (dz·v)/(v·v)
     dv of the token  +=  −c dz − a (z − c v)  of all its query heads
 
 Few documents leave most of a GPU idle, and one after the other its slots take long. Then they are
@@ -210,27 +210,31 @@ def _slopes(q, k, v, dy, lse, delta, seen, scale):
 
 @triton.jit
 def _query_side(
-    q_ptr, dz_ptr, z_ptr, lse_ptr, v_ptr, m, query, inside, q_stride, v_stride,
+    q_ptr, dz_ptr, z_ptr, lse_ptr, share_ptr, v_ptr, m, query, inside, q_stride, v_stride,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
-    """q, dy, lse, rowsum(dy ⊙ y), and dz, z, v, a in fp32 of a tile of queries."""
+    """q, dy, lse and rowsum(dy ⊙ y) of a tile of queries, and what their own values get of dz."""
     token = m // GROUP
     q = _queries(q_ptr, token * q_stride + m % GROUP * D, inside, D, WIDTH)
     dz = _queries(dz_ptr, query * D, inside, D, WIDTH).to(tl.float32)
     z = _queries(z_ptr, query * D, inside, D, WIDTH).to(tl.float32)
     lse = tl.load(lse_ptr + query, mask=inside, other=float("inf"))
-    own, along, dy = dz, lse, dz
+    y, dy, excluded = z, dz, tl.zeros_like(dz)
     if EXCLUSIVE:
         own = _own_values(v_ptr, token, inside, v_stride, D, WIDTH)
-        along = _along(dz, own)
-        dy = dz - along[:, None] * own
-    return q, dy.to(q.dtype), lse, tl.sum(dz * z, 1), dz, z, own, along
+        share = tl.load(share_ptr + query, mask=inside, other=0)[:, None]
+        along = _along(dz, own)[:, None]
+        y, dy = z + share * own, dz - along * own
+        excluded = -share * dz - along * (z - share * own)
+    # dy rounded as the products take it: so dp = rowsum for a token that sees itself alone.
+    dy = dy.to(q.dtype)
+    return q, dy, lse, tl.sum(dy.to(tl.float32) * y, 1), excluded
 
 
 @triton.jit
 def _query_gradient(
-    dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, z_ptr, lse_ptr, dq_ptr,
-    tile, part, new, q_stride, k_stride, v_stride, scale, HEADS: tl.constexpr,
+    dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, z_ptr, lse_ptr, share_ptr,
+    dq_ptr, tile, part, new, q_stride, k_stride, v_stride, scale, HEADS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, PARTS: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
@@ -239,9 +243,9 @@ def _query_gradient(
     m = tile * TILE + tl.arange(0, TILE)
     token, inside = m // GROUP, m < new * GROUP
     query = token * HEADS + m % GROUP
-    q, dy, lse, delta, _dz, _z, _own, _along_own = _query_side(
-        q_ptr, dz_ptr, z_ptr, lse_ptr, v_ptr, m, query, inside, q_stride, v_stride, GROUP, D,
-        WIDTH, EXCLUSIVE,
+    q, dy, lse, delta, _excluded = _query_side(
+        q_ptr, dz_ptr, z_ptr, lse_ptr, share_ptr, v_ptr, m, query, inside, q_stride, v_stride,
+        GROUP, D, WIDTH, EXCLUSIVE,
     )  # fmt: skip
     dq = tl.zeros((TILE, WIDTH), tl.float32)
     first, end = _slots(tl.load(filled_ptr).to(tl.int32), part, PARTS, KEYS)
@@ -276,16 +280,14 @@ def _key_gradient(
         m = start + tl.arange(0, TILE)
         token, inside = m // GROUP, m < new * GROUP
         query = token * HEADS + m % GROUP
-        q, dy, lse, delta, dz, z, own, along = _query_side(
-            q_ptr, dz_ptr, z_ptr, lse_ptr, v_ptr, m, query, inside, q_stride, v_stride, GROUP, D,
-            WIDTH, EXCLUSIVE,
+        q, dy, lse, delta, excluded = _query_side(
+            q_ptr, dz_ptr, z_ptr, lse_ptr, share_ptr, v_ptr, m, query, inside, q_stride, v_stride,
+            GROUP, D, WIDTH, EXCLUSIVE,
         )  # fmt: skip
         seen = key[None, :] <= token[:, None]
         p, ds = _slopes(q, k, v, dy, lse, delta, seen, scale)
         dv += _product(tl.trans(p).to(dy.dtype), dy)
         if EXCLUSIVE:
-            share = tl.load(share_ptr + query, mask=inside, other=0)[:, None]
-            excluded = -share * dz - along[:, None] * (z - share * own)
             same = tl.where((key[:, None] == token[None, :]) & inside[None, :], 1.0, 0.0)
             dv += _product(same.to(q.dtype), excluded.to(q.dtype))
         dk += _product(tl.trans(ds).to(q.dtype), q)
@@ -318,8 +320,9 @@ def backward_kernel(
         ring = row * ring_stride + head * D
         _query_gradient(
             dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr + ring, ring_v_ptr + ring, filled_ptr, z_ptr,
-            lse_ptr, dq_ptr + (part.to(tl.int64) * size + base) * D, tile, part, new, q_stride,
-            k_stride, v_stride, scale, HEADS, GROUP, D, WIDTH, TILE, KEYS, PARTS, EXCLUSIVE,
+            lse_ptr, share_ptr, dq_ptr + (part.to(tl.int64) * size + base) * D, tile, part, new,
+            q_stride, k_stride, v_stride, scale, HEADS, GROUP, D, WIDTH, TILE, KEYS, PARTS,
+            EXCLUSIVE,
         )  # fmt: skip
     elif tile * NEW_KEYS < new:
         base = row * new * KV_HEADS + head
