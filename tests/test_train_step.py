@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ from model.errors import InputError
 from model.files import read_json, sha256
 from model.resume import State, load_state, run_key, save_state
 from model.run_log import read_log
+from model.schedule import Clock
 from model.training import Trainer
+from steps.train import Line, Training
 from tests.corpora import sentences, small_tokenizer
 from tests.models import SMALL, small_model, train_params
 from workflow.preset import compose
@@ -206,6 +209,27 @@ def test_bad_input_is_named(tokens, tmp_path, change, words):
     assert all(word in said for word in words), said
     assert "Traceback" not in said
     assert not (directory / "artifacts/train/seed0").exists()
+
+
+@pytest.mark.parametrize("clip", [0.3, None])
+def test_a_run_that_diverged_is_told_to_clip_only_if_it_does_not(clip):
+    line = Line(
+        cast(
+            "Training",
+            SimpleNamespace(
+                params=train_params(gradient_clip=clip),
+                seconds=0.0,
+                trainer=SimpleNamespace(steps=7),
+                step=SimpleNamespace(group=Group(0, 1, torch.device("cpu"))),
+            ),
+        ),
+        None,
+    )
+    line.add(torch.tensor(float("nan")), 0.5)
+    with pytest.raises(InputError, match="the loss is nan at step 7") as caught:
+        line.write(cast("Clock", None))
+    assert "lower train.matrix_lr" in caught.value.repair
+    assert ("train.gradient_clip" in caught.value.repair) == (clip is None)
 
 
 def batches():
