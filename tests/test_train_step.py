@@ -28,9 +28,11 @@ from model.resume import State, load_state, run_key, save_state
 from model.run_log import read_log
 from model.schedule import Clock
 from model.training import Trainer
+from steps.common import _is_first_to_fail
 from steps.train import Line, Training
 from tests.corpora import sentences, small_tokenizer
 from tests.models import SMALL, small_model, train_params
+from tests.processes import run_processes
 from workflow.preset import compose
 
 ROOT = Path(__file__).parents[1]
@@ -285,11 +287,28 @@ def test_state_file_is_for_its_own_run_only(tmp_path):
 
 def test_processes_that_do_not_share_a_step_evenly_are_refused(tokens, tmp_path):
     directory = workplace(tmp_path / "odd", tokens, tokens_per_step=128, tokens_per_microbatch=128)
-    for process in start_two(directory):
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 2
-        assert "started with 2 processes" in said
-        assert "do not divide train.tokens_per_step (128)" in said
+    command = ["workflow.launch", "--processes", "2", "-m", "steps.train", "--seed", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("started with 2 processes") == 1
+    assert done.stderr.count("do not divide train.tokens_per_step (128)") == 1
+
+
+def _fail_twice(group: Group) -> list[bool]:
+    first = [_is_first_to_fail(group) for _ in range(2)]
+    group.barrier()  # the main process keeps the group's store
+    return first
+
+
+def test_one_process_of_a_group_says_why_it_failed():
+    assert sorted(run_processes(2, _fail_twice)) == [[False, False], [True, False]]
 
 
 def test_a_second_run_of_the_same_step_waits(tokens, tmp_path):
