@@ -25,6 +25,7 @@ from model.files import atomic_file, read_json, write_bytes
 from model.run_log import step_errors
 from workflow.dvcstate import stages
 from workflow.params import check_params, load_params, read_yaml
+from workflow.report.blocks import Table, to_markdown
 from workflow.report.records import check
 
 Combination = dict[str, Any]
@@ -192,9 +193,7 @@ def write_results(directory: Path, points: list[Point], title: str) -> None:
         rows.append([point.name, *values, f"{point.loss:.4f}", f"{point.cost:.1f}", star])
     csv = "\n".join(",".join(row) for row in [header, *rows]) + "\n"
     write_bytes(directory / "sweep.csv", csv.encode())
-    marked = [header, ["---"] * len(header), *rows]
-    markdown = "\n".join("| " + " | ".join(row) + " |" for row in marked) + "\n"
-    write_bytes(directory / "sweep.md", markdown.encode())
+    write_bytes(directory / "sweep.md", to_markdown([Table(header, rows)]).encode())
     plot(directory / "sweep.svg", points, title)
 
 
