@@ -2,7 +2,6 @@
 
 import csv
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from workflow.sweep import (
     override,
     pareto,
     read_sweep,
+    seconds_of,
     write_results,
 )
 
@@ -97,9 +97,8 @@ def test_tables_begin_with_the_best_and_mark_the_front(tmp_path: Path) -> None:
 
 @pytest.fixture
 def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with parameters and the project's stages, where a sweep may start."""
+    """A directory with parameters, where a sweep may start."""
     (tmp_path / "params.yaml").write_text(render(compose("demo", directory=ROOT / "conf")))
-    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -113,7 +112,11 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("stage:", "stag:", ("stag: extra inputs", "stage: field required")),
         ("grids:", "grids: []\nother:", ("grids: list should have at least 1", "other: extra")),
         (SWEEP, "text", ("top level", "valid dictionary")),
-        ("stage: ttt_eval", "stage: ttt", ("stage: there is no ttt", "train, quantize, ttt_eval")),
+        (
+            "stage: ttt_eval",
+            "stage: ttt",
+            ("stage: input should be", "'train', 'quantize' or 'ttt_eval'"),
+        ),
         ("ttt.lr", "ttt.lrr", ("ttt.lrr: unknown key", "did you mean ttt.lr?")),
         ("ttt.lr", "tt.lr", ("tt: unknown key", "did you mean ttt?")),
         ("ttt.lr", "ttt.lr.x", ("ttt.lr: input should be a valid number",)),
@@ -143,6 +146,13 @@ def test_bad_sweep_files_are_refused_before_anything_runs(
     said = capsys.readouterr().err
     assert all(word in said for word in ("error: ", "repair: ", *words)), said
     assert "sweep.yaml" in said
+
+
+def test_a_step_with_one_number_of_seconds_names_that() -> None:
+    assert seconds_of({"seconds": 2.5}, "seconds", "sweep.yaml") == 2.5
+    with pytest.raises(InputError) as caught:
+        seconds_of({"seconds": 2.5}, "seconds.total", "sweep.yaml")
+    assert caught.value.repair == "choose a number, e.g. seconds"
 
 
 def test_an_absent_sweep_file_is_named() -> None:
