@@ -150,17 +150,22 @@ def mlp(bench: Bench) -> None:
     compare(bench, "mlp", run, [*inputs, *weights], bench.floor(flops, moved))
 
 
-def loss(bench: Bench) -> None:
-    """Softcap and cross-entropy."""
-    model = bench.model
-    logits = bench.random(bench.tokens, model.vocabulary)
-    targets = torch.randint(model.vocabulary, (bench.tokens,), device=bench.device)
-    moved = floors.BF16 * 3.0 * bench.tokens * model.vocabulary
+def mix(bench: Bench) -> None:
+    """Skip, mix and norm of a block's input; the sum of both results stands for them."""
+    shape = (bench.tokens, bench.model.width)
+    x, x0, earlier = (bench.random(*shape) for _ in range(3))
+    matrix, weight = (
+        torch.randn(size, device=bench.device, requires_grad=True)
+        for size in ((2, shape[1]), (shape[1],))
+    )
+    scale = torch.tensor(0.5, device=bench.device)
 
-    def run(z: Tensor) -> Tensor:
-        return ops.softcapped_loss(z, targets, model.softcap)
+    def run(x: Tensor, x0: Tensor, earlier: Tensor, mix: Tensor, weight: Tensor) -> Tensor:
+        u, n = ops.mixed_norm(x, x0, mix, scale, (earlier, weight))
+        return u + n
 
-    compare(bench, "loss", run, [logits], bench.floor(0.0, moved))
+    moved = floors.BF16 * 16.0 * bench.tokens * bench.model.width
+    compare(bench, "mix", run, [x, x0, earlier, matrix, weight], bench.floor(0.0, moved))
 
 
 def compare(
@@ -243,7 +248,7 @@ def main() -> None:
             common.product_rate(device, dtype, chosen.repeats),
         )
         say(f"copy {bench.copy / 1e12:.3g} TB/s, products {bench.product / 1e12:.3g} TFLOP/s")
-        for comparison in (attention, mlp, loss, products, newton_schulz):
+        for comparison in (attention, mix, mlp, products, newton_schulz):
             with stage(comparison.__name__, chosen.limit):
                 comparison(bench)
 

@@ -81,6 +81,17 @@ class Group:
             yield index
 
 
+def require_gpus(processes: int) -> None:
+    """Raise InputError if this host has GPUs, but fewer than `processes`."""
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise InputError(
+            f"processes: {processes} processes on this host, but it has "
+            f"{torch.cuda.device_count()} GPUs",
+            "set processes in params.yaml to the number of GPUs, "
+            "or CUDA_VISIBLE_DEVICES= to run on the CPU",
+        )
+
+
 @contextmanager
 def process_group(threads: int | None = None) -> Iterator[Group]:
     """Join the group that torchrun describes and leave it at the end of the block.
@@ -94,14 +105,8 @@ def process_group(threads: int | None = None) -> Iterator[Group]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
     device = torch.device("cpu")
+    require_gpus(local_size)
     if torch.cuda.is_available():
-        if local_size > torch.cuda.device_count():
-            raise InputError(
-                f"processes: {local_size} processes on this host, but it has "
-                f"{torch.cuda.device_count()} GPUs",
-                "set processes in params.yaml to the number of GPUs, "
-                "or CUDA_VISIBLE_DEVICES= to run on the CPU",
-            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if size == 1:

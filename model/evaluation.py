@@ -46,9 +46,6 @@ class Score:
         tokens = sum(loss.size for loss in losses)
         return cls(nats, tokens, sum(int(count.sum(dtype=np.int64)) for count in sizes))
 
-    def __add__(self, other: "Score") -> "Score":
-        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
-
     @property
     def loss(self) -> float:
         """Mean loss, nats per token."""

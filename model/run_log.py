@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -128,16 +128,19 @@ def write_provenance(
 
 
 @contextmanager
-def step_errors() -> Iterator[None]:
+def step_errors(speaks: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Show an InputError as two lines and exit with status 2, Ctrl-C as one and with 130.
 
-    Other exceptions pass through.
+    speaks: asked once there is an error; whether it is this process that shows it. Other
+    exceptions pass through.
     """
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if speaks():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     except KeyboardInterrupt as interrupt:
-        print("interrupted; run again to continue", file=sys.stderr, flush=True)
+        if speaks():
+            print("interrupted; run again to continue", file=sys.stderr, flush=True)
         raise SystemExit(130) from interrupt

@@ -113,21 +113,27 @@ def run(name: str, main: Callable[[Step], None], seeded: bool = True) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads per process")
     arguments = parser.parse_args()
     _end_with_launcher()
-    with step_errors():
-        params = load_params()
-        with process_group(arguments.threads) as group:
-            step = Step(name, getattr(arguments, "seed", None), params, group)
-            try:
-                with _only_writer(step):
-                    main(step)
-            except Exception as error:
-                problem, repair = (
-                    getattr(error, "problem", str(error)),
-                    getattr(error, "repair", None),
-                )
-                kind = type(error).__name__
-                step.log.event("error", kind=kind, problem=problem, repair=repair)
-                raise
+    with (
+        step_errors(),
+        process_group(arguments.threads) as group,
+        step_errors(lambda: _is_first_to_fail(group)),
+    ):
+        step = Step(name, getattr(arguments, "seed", None), load_params(), group)
+        try:
+            with _only_writer(step):
+                main(step)
+        except Exception as error:
+            problem, repair = getattr(error, "problem", str(error)), getattr(error, "repair", None)
+            step.log.event("error", kind=type(error).__name__, problem=problem, repair=repair)
+            raise
+
+
+def _is_first_to_fail(group: Group) -> bool:
+    """Whether no other process of the group has failed yet, so that an error is shown once."""
+    try:
+        return next(group.work_queue("failure", 1), None) is not None
+    except RuntimeError:  # the process that kept the group's store has ended: better twice than not
+        return True
 
 
 def _end_with_launcher() -> None:

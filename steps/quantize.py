@@ -23,7 +23,7 @@ from model.budget import Attempt, code_bytes, fit_budget, require_room
 from model.checkpoint import load_checkpoint, require_architecture
 from model.compression import compressor
 from model.errors import InputError
-from model.evaluation import Score, plain_losses, targets_of
+from model.evaluation import Score
 from model.files import read_json
 from model.generate import generate, sampling_noise
 from model.gpt import GPT
@@ -41,6 +41,7 @@ from model.storage import (
     store_model,
 )
 from steps.common import TOKENS, Step, progress, run
+from steps.validation import validate
 
 Made = tuple[Packed, Mapping[str, Stored]]  # an artifact and what it holds
 
@@ -153,20 +154,6 @@ class Quantization:
             self.params.budget_bytes,
         )
 
-    def score(self, path: Path) -> Score | None:
-        """Validate the artifact at `path`, in the main process; None elsewhere."""
-        group = self.step.group
-        model = load_artifact(path, group.device)
-        total = sum(document.size for document in self.documents)
-        tokens = self.step.params.evaluate.tokens_per_batch
-        with progress("validate: tokens", total, group.is_main) as bar:
-            advance = bar.advance if bar else None
-            losses = plain_losses(model, self.documents, tokens, group, advance)
-        if not group.is_main:
-            return None
-        sizes = [self.tokenizer.sizes(targets_of(document)) for document in self.documents]
-        return Score.of(losses, sizes)
-
 
 def main(step: Step) -> None:
     """Calibrate, quantise, pack, read back, score, publish."""
@@ -191,7 +178,9 @@ def main(step: Step) -> None:
             require_equal(load_artifact(draft), tensors, draft)
         step.group.barrier()
     with job.stage("evaluate"):
-        score = job.score(draft)
+        score = validate(
+            step, load_artifact(draft, step.group.device), job.documents, job.tokenizer
+        )
     job.seconds["total"] = time.perf_counter() - started
     if fit.result is not None and score is not None:
         publish(job, fit.result[0], allocation.loss(fit.steps), score)

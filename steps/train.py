@@ -12,7 +12,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from data.loader import TokenStream, TrainingBatches, validation_documents
@@ -21,7 +20,7 @@ from data.tokenizer import Tokenizer, check_vocabulary
 from model import ops
 from model.checkpoint import build, save_checkpoint
 from model.errors import InputError
-from model.evaluation import Score, plain_losses, targets_of
+from model.evaluation import Score
 from model.files import sha256, write_bytes
 from model.gpt import GPT
 from model.memory import peak_memory_mib
@@ -31,6 +30,7 @@ from model.schedule import Clock, Decisions, Schedule
 from model.start_up import compile_statistics, seconds_since_start, use_compile_cache
 from model.training import Batches, Trainer
 from steps.common import COMPILE_CACHE, TOKENS, Bar, Step, progress, run
+from steps.validation import validate
 
 SECTIONS = ("model", "train", "evaluate", "ops")
 CURVE = ("step", "seconds", "tokens", "loss", "lr")
@@ -40,7 +40,9 @@ def main(step: Step) -> None:
     """Train, validate, and publish checkpoint, loss curve and metrics."""
     manifest = Manifest.load(TOKENS)
     stream = TokenStream(manifest.train)
-    check_inputs(step, manifest, stream)
+    check_batches(step, manifest, stream)
+    tokenizer = Tokenizer(manifest.tokenizer)
+    check_vocabulary(tokenizer, step.params.model.vocabulary, "tokenize again")
     documents = validation_documents(manifest, step.params.evaluate.documents)
 
     use_compile_cache(COMPILE_CACHE)
@@ -50,14 +52,13 @@ def main(step: Step) -> None:
     with training.batches() as batches:
         training.train(batches)
 
-    score = validate(step, training.trainer, manifest, documents)
+    score = validate(step, training.averaged_model(), documents, tokenizer)
     publish(step, training, score)
 
 
-def check_inputs(step: Step, manifest: Manifest, stream: TokenStream) -> None:
-    """Refuse what cannot be trained on, before any time is spent."""
+def check_batches(step: Step, manifest: Manifest, stream: TokenStream) -> None:
+    """Refuse tokens and processes that do not make up a step, before any time is spent."""
     params = step.params
-    check_vocabulary(Tokenizer(manifest.tokenizer), params.model.vocabulary, "tokenize again")
     per_round = step.group.size * params.train.tokens_per_microbatch
     if params.train.tokens_per_step % per_round:
         raise InputError(
@@ -162,6 +163,12 @@ class Training:
                 line.write(clock)
         self.peak_memory = peak_memory_mib(self.step.group.device)
 
+    def averaged_model(self) -> GPT:
+        """A model of its own with the averaged weights, the result of training."""
+        weights = self.trainer.average.tensors
+        model = build(self.trainer.model.architecture(), weights, "the average")
+        return model.to(self.step.group.device)
+
 
 def _lines(path: Path) -> int:
     return len(path.read_bytes().splitlines()) if path.exists() else 0
@@ -192,11 +199,12 @@ class Line:
         self._losses.clear()
         steps, lr = training.trainer.steps, training.params.matrix_lr * self._multiplier
         if not math.isfinite(loss):
+            clip = training.params.gradient_clip
+            unclipped = ", or set train.gradient_clip" if clip is None else ""
             raise InputError(
                 f"train: the loss is {loss} at step {steps}, with train.matrix_lr x schedule = "
                 f"{lr:.3g}",
-                "lower train.matrix_lr, train.embedding_lr and train.scalar_lr, or set "
-                "train.gradient_clip",
+                f"lower train.matrix_lr, train.embedding_lr and train.scalar_lr{unclipped}",
             )
         seconds = round(clock.seconds, 3)
         tokens = steps * training.params.tokens_per_step
@@ -209,27 +217,6 @@ class Line:
         if self._bar:
             self._bar.advance(done - self._shown, note)
         self._shown = done
-
-
-def validate(
-    step: Step, trainer: Trainer, manifest: Manifest, documents: list[np.ndarray]
-) -> Score | None:
-    """Score the averaged weights, in the main process; None elsewhere."""
-    device = step.group.device
-    model = build(trainer.model.architecture(), trainer.average.tensors, "the average").to(device)
-    total = sum(document.size for document in documents)
-    with progress("validate: tokens", total, step.group.is_main) as bar:
-        losses = plain_losses(
-            model,
-            documents,
-            step.params.evaluate.tokens_per_batch,
-            step.group,
-            bar.advance if bar else None,
-        )
-    if not step.group.is_main:
-        return None
-    tokenizer = Tokenizer(manifest.tokenizer)
-    return Score.of(losses, [tokenizer.sizes(targets_of(document)) for document in documents])
 
 
 def publish(step: Step, training: Training, score: Score | None) -> None:

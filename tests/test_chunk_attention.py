@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from model.ops.plain import exclude_own_value
 from model.ops.cached import grouped_attention
+from model.ops.plain import exclude_own_value
 from tests.kernels import (
     CUDA,
     SHARED_MEMORY,

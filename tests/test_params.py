@@ -9,8 +9,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from data.sources.files import READERS
 from model.errors import InputError
-from workflow.params import Params, check_params, load_params
+from workflow.params import BASELINES, TEXT_SUFFIXES, TOKENIZERS, Params, check_params, load_params
 from workflow.preset import compose, presets, render
 
 ROOT = Path(__file__).parents[1]
@@ -141,10 +142,21 @@ def test_missing_key(values: dict[str, Any]) -> None:
         ({"ttt.context": 16, "ttt.refresh": 2}, "ttt.refresh", "none are kept"),
         ({"ttt.sites": []}, "ttt.sites", "nothing would adapt"),
         ({"data.source": "files"}, "data.files", "is empty"),
+        ({"data.source": "files", "data.files": ["a/*", "a/*.csv"]}, "data.files", "*.csv names"),
+        ({"data.source": "files", "data.files": ["a/README"]}, "data.files", "unknown kind"),
+        ({"data.validation_files": ["v.json"]}, "data.validation_files", "v.json names files"),
+        ({"data.validation_fraction": 0.0}, "data.validation_fraction", "nothing to evaluate on"),
+        ({"data.validation_fraction": 1.0}, "data.validation_fraction", "nothing to train on"),
         ({"seeds": []}, "seeds", "is empty"),
         ({"seeds": [1, 1]}, "seeds", "twice"),
         ({"report.baseline": "records/none.json"}, "report.baseline", "no such file"),
+        (
+            {"report.baseline": "records/demo/metrics.json"},
+            "report.baseline",
+            "not lie in records/",
+        ),
         ({"tokenizer.model": "none.model"}, "tokenizer.model", "no such file"),
+        ({"tokenizer.model": "README.md"}, "tokenizer.model", "not lie in tokenizers/"),
     ],
 )
 def test_impossible_combinations(
@@ -156,6 +168,25 @@ def test_impossible_combinations(
     assert f"params.yaml: {key}: " in text
     assert reason in text
     assert "\n  repair: " in text
+
+
+@pytest.mark.parametrize(
+    "name", ["a/*", "a/**", "a/b*", "a.d/*.zst", "a/*l", "[ab].txt", "b.jsonl.zst", "*.parquet"]
+)
+def test_globs_that_may_match_readable_files_are_accepted(
+    values: dict[str, Any], name: str
+) -> None:
+    values["data"] |= {"source": "files", "files": [name]}
+    assert check_params(values, "params.yaml").data.files == [name]
+
+
+def test_a_share_that_is_not_used_may_be_any(values: dict[str, Any]) -> None:
+    values["data"] |= {"validation_files": ["v.txt"], "validation_fraction": 0.0}
+    assert check_params(values, "params.yaml").data.validation_fraction == 0.0
+
+
+def test_kinds_of_files_are_those_that_can_be_read() -> None:
+    assert tuple(READERS) == TEXT_SUFFIXES
 
 
 def test_every_mistake_is_listed_at_once(values: dict[str, Any]) -> None:
@@ -343,3 +374,9 @@ def test_dvc_knows_the_code_of_a_step(stage: str) -> None:
         name = file.relative_to(ROOT).as_posix()
         covered = any(name == dep or name.startswith(f"{dep}/") for dep in deps)
         assert covered or name in plumbing or file.name == "__init__.py", f"{stage}: {name}"
+
+
+@pytest.mark.parametrize(("stage", "folder"), [("tokenize", TOKENIZERS), ("report", BASELINES)])
+def test_dvc_watches_the_files_that_parameters_may_name(stage: str, folder: Path) -> None:
+    assert (ROOT / folder).is_dir()
+    assert str(folder) in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]

@@ -22,6 +22,7 @@ from steps.common import Step
 from steps.report import main
 from tests.report_inputs import PARTS, change_weights, edit_json, token_losses, write_seed
 from workflow import readme
+from workflow.bars import BARS
 from workflow.params import Params, load_params
 from workflow.preset import compose, render
 from workflow.report.blocks import Block, Heading, Paragraph, Table, to_html, to_markdown
@@ -343,6 +344,34 @@ def test_record_and_readme_table(run, monkeypatch):
     assert readme.render(text) == text
     edit_json(Path("records/demo/metrics.json"), ttt={**metrics["ttt"], "loss": 9.0})
     assert "| 9.0000 ±" in readme.render(text)
+
+
+def test_the_readme_shows_the_benchmarks_that_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(REPOSITORY / "records/demo", "records/demo")
+    places = "<!-- {0}: records/{1} -->\nstale\n<!-- end of {0} -->\n"
+    text = places.format("results", "demo/metrics.json") + places.format("benchmarks", "benchmarks")
+    assert "No figures are recorded yet." in readme.render(text)
+    origin = {"device": "NVIDIA H100", "commit": "0123456789abcdef"}
+    train = {"tokens_per_s_per_gpu": 1.5e6, "peak_memory_mib": 21_000.4, "cold_start_s": None}
+    write_json(Path("records/benchmarks/train.json"), origin | train)
+    write_json(Path("records/benchmarks/ttt.json"), origin | {"best_nats": 1.99, "window_nats": 2})
+    Path("records/benchmarks/sweep.md").touch()
+    rendered = readme.render(text)
+    assert len({(bar.file, bar.figure) for bar in BARS}) == len(BARS) == 17
+    for row in (
+        "| training: tokens/s | 1,170,000 | ≥ 1,450,000 | 1,500,000 | yes |",
+        "| training: peak memory, MiB | 22,987 | ≤ 20,000 | 21,000 | no |",
+        "| training: start with a cold cache, s | minutes | ≤ 60 | - | - |",
+        "| TTT best minus window, nats | - | ≤ -0.005 | -0.0100 | yes |",
+        "| TTT cached minus window, nats | - | ≤ 0 | - | - |",
+    ):
+        assert row in rendered
+    assert "quantis" not in rendered[rendered.index("| figure |") :]
+    assert "[train](records/benchmarks/train.json) on NVIDIA H100, commit `0123456789`" in rendered
+    assert "[sweep](records/benchmarks/sweep.md)" in rendered
+    assert "stale" not in rendered
+    assert readme.render(rendered) == rendered
 
 
 def test_readme_without_a_place_for_the_table():

@@ -5,13 +5,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model.errors import InputError
+from model.files import write_json
 from workflow.params import load_params
 from workflow.preset import compose, render
-from workflow.sweep import Point, combinations, override, pareto, read_sweep, write_results
+from workflow.sweep import (
+    Point,
+    Sweep,
+    combinations,
+    main,
+    override,
+    pareto,
+    read_sweep,
+    seconds_of,
+    write_results,
+)
 
 ROOT = Path(__file__).parents[1]
 STAGE = """
@@ -43,7 +55,8 @@ grids:
 
 
 def test_products_of_all_grids_each_combination_once() -> None:
-    sweep = {"always": {"z": 0}, "grids": [{"a": [1, 2], "b": [3, 4]}, {"b": [3], "a": [1, 5]}]}
+    grids: list[dict[str, list[Any]]] = [{"a": [1, 2], "b": [3, 4]}, {"b": [3], "a": [1, 5]}]
+    sweep = Sweep(stage="train", always={"z": 0}, cost="seconds", grids=grids)
     found = [(one["z"], one["a"], one["b"]) for one in combinations(sweep)]
     assert found == [(0, 1, 3), (0, 1, 4), (0, 2, 3), (0, 2, 4), (0, 5, 3)]
 
@@ -82,12 +95,69 @@ def test_tables_begin_with_the_best_and_mark_the_front(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "sweep.svg").read_text()
 
 
-def test_bad_sweep_files_are_input_errors(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
-        read_sweep(tmp_path / "absent.yaml")
-    (tmp_path / "bad.yaml").write_text("stage: train\n")
-    with pytest.raises(InputError, match="exactly the keys"):
-        read_sweep(tmp_path / "bad.yaml")
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with parameters, where a sweep may start."""
+    (tmp_path / "params.yaml").write_text(render(compose("demo", directory=ROOT / "conf")))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[8, 16]", "8", ("grids.0.ttt.chunk", "valid list")),
+        ("[8, 16]", "[]", ("grids.0.ttt.chunk", "at least 1 item")),
+        ("[8, 16]", "[8", ("not valid YAML",)),
+        ("stage:", "stag:", ("stag: extra inputs", "stage: field required")),
+        ("grids:", "grids: []\nother:", ("grids: list should have at least 1", "other: extra")),
+        (SWEEP, "text", ("top level", "valid dictionary")),
+        (
+            "stage: ttt_eval",
+            "stage: ttt",
+            ("stage: input should be", "'train', 'quantize' or 'ttt_eval'"),
+        ),
+        ("ttt.lr", "ttt.lrr", ("ttt.lrr: unknown key", "did you mean ttt.lr?")),
+        ("ttt.lr", "tt.lr", ("tt: unknown key", "did you mean ttt?")),
+        ("ttt.lr", "ttt.lr.x", ("ttt.lr: input should be a valid number",)),
+        ("[0.01]", "[0.01, fast]", ("ttt.lr: input should be a valid number", "'fast'")),
+        ("[8, 16]", "[8, 512]", ("ttt.context: 256 is shorter than chunk (512)",)),
+        ("seconds.ttt", "seconds.tt", ("cost: the stage has no metric seconds.tt", "seconds.ttt")),
+        ("seconds.ttt", "seconds", ("cost: the stage has no metric seconds", "seconds.ttt")),
+    ],
+)
+def test_bad_sweep_files_are_refused_before_anything_runs(
+    experiment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    old: str,
+    new: str,
+    words: tuple[str, ...],
+) -> None:
+    metrics = experiment / "artifacts/ttt_eval/seed0/metrics.json"
+    write_json(metrics, {"loss": 3.0, "seconds": {"ttt": 1.0}})
+    assert old in SWEEP
+    (experiment / "sweep.yaml").write_text(SWEEP.replace(old, new))
+    monkeypatch.setattr(sys, "argv", ["sweep", "sweep.yaml"])
+    monkeypatch.setattr("workflow.sweep.dvc", lambda *_: pytest.fail("something ran"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("error: ", "repair: ", *words)), said
+    assert "sweep.yaml" in said
+
+
+def test_a_step_with_one_number_of_seconds_names_that() -> None:
+    assert seconds_of({"seconds": 2.5}, "seconds", "sweep.yaml") == 2.5
+    with pytest.raises(InputError) as caught:
+        seconds_of({"seconds": 2.5}, "seconds.total", "sweep.yaml")
+    assert caught.value.repair == "choose a number, e.g. seconds"
+
+
+def test_an_absent_sweep_file_is_named() -> None:
+    with pytest.raises(InputError, match=r"absent\.yaml: no such file"):
+        read_sweep(Path("absent.yaml"))
 
 
 @pytest.mark.workflow

@@ -45,6 +45,7 @@ def place(tmp_path, monkeypatch):
     """An empty directory with a corpus, in which the step runs."""
     monkeypatch.chdir(tmp_path)
     Path("corpus").mkdir()
+    Path("tokenizers").mkdir()
     write_json_lines(Path("corpus/a.jsonl"), TEXTS)
 
 
@@ -140,16 +141,16 @@ def test_given_validation_files_are_all_of_the_hold_out():
 
 
 def test_a_given_tokenizer_is_used_as_it_is():
-    small_tokenizer(Path("given.model"))
-    manifest = run_step("tokenizer.model=given.model")
-    assert manifest.tokenizer.read_bytes() == Path("given.model").read_bytes()
-    assert "given.model" in read_json(OUTPUT.parent / "provenance.json")["inputs"]
+    small_tokenizer(Path("tokenizers/given.model"))
+    manifest = run_step("tokenizer.model=tokenizers/given.model")
+    assert manifest.tokenizer.read_bytes() == Path("tokenizers/given.model").read_bytes()
+    assert "tokenizers/given.model" in read_json(OUTPUT.parent / "provenance.json")["inputs"]
 
 
 def test_a_given_tokenizer_of_another_size_is_refused():
-    small_tokenizer(Path("given.model"), vocabulary=300)
+    small_tokenizer(Path("tokenizers/given.model"), vocabulary=300)
     with pytest.raises(InputError, match="320 pieces asked for, but the tokenizer has 300"):
-        run_step("tokenizer.model=given.model")
+        run_step("tokenizer.model=tokenizers/given.model")
     assert not OUTPUT.exists()
 
 
@@ -205,18 +206,18 @@ def test_bad_corpora_are_refused(content, problem, given):
     Path("corpus/a.jsonl").write_bytes(content)
     overrides = []
     if given:
-        small_tokenizer(Path("given.model"))
-        overrides = ["tokenizer.model=given.model"]
+        small_tokenizer(Path("tokenizers/given.model"))
+        overrides = ["tokenizer.model=tokenizers/given.model"]
         problem = problem.replace(r"tokenizer\.vocabulary: 320", "no validation documents")
     with pytest.raises(InputError, match=problem):
-        run_step(*overrides, "data.validation_fraction=0.0")
+        run_step(*overrides, "data.validation_fraction=1e-9")
     assert not OUTPUT.exists()
 
 
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("data.validation_fraction=0.0", "no validation documents"),
+        ("data.validation_fraction=1e-9", "no validation documents"),
         ("data.files=[absent/*.jsonl]", r"data\.files: absent/\*\.jsonl matches no file"),
         ("data.validation_files=[absent.jsonl]", r"data\.validation_files: absent\.jsonl matches"),
         ("data.validation_files=[corpus/a.jsonl]", "also among data.files"),
@@ -229,9 +230,9 @@ def test_choices_that_leave_nothing_are_refused(override, problem):
 
 
 def test_all_held_out_is_refused():
-    small_tokenizer(Path("given.model"))
+    small_tokenizer(Path("tokenizers/given.model"))
     with pytest.raises(InputError, match="none is left to train on"):
-        run_step("data.validation_fraction=1.0", "tokenizer.model=given.model")
+        run_step("data.validation_fraction=0.999999", "tokenizer.model=tokenizers/given.model")
 
 
 def test_a_bad_parquet_file_is_named():

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,9 +26,13 @@ from model.errors import InputError
 from model.files import read_json, sha256
 from model.resume import State, load_state, run_key, save_state
 from model.run_log import read_log
+from model.schedule import Clock
 from model.training import Trainer
+from steps.common import _is_first_to_fail
+from steps.train import Line, Training
 from tests.corpora import sentences, small_tokenizer
 from tests.models import SMALL, small_model, train_params
+from tests.processes import run_processes
 from workflow.preset import compose
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +213,27 @@ def test_bad_input_is_named(tokens, tmp_path, change, words):
     assert not (directory / "artifacts/train/seed0").exists()
 
 
+@pytest.mark.parametrize("clip", [0.3, None])
+def test_a_run_that_diverged_is_told_to_clip_only_if_it_does_not(clip):
+    line = Line(
+        cast(
+            "Training",
+            SimpleNamespace(
+                params=train_params(gradient_clip=clip),
+                seconds=0.0,
+                trainer=SimpleNamespace(steps=7),
+                step=SimpleNamespace(group=Group(0, 1, torch.device("cpu"))),
+            ),
+        ),
+        None,
+    )
+    line.add(torch.tensor(float("nan")), 0.5)
+    with pytest.raises(InputError, match="the loss is nan at step 7") as caught:
+        line.write(cast("Clock", None))
+    assert "lower train.matrix_lr" in caught.value.repair
+    assert ("train.gradient_clip" in caught.value.repair) == (clip is None)
+
+
 def batches():
     """The same micro-batch for ever."""
     tokens = torch.randint(0, 64, (65,), generator=torch.Generator().manual_seed(0))
@@ -261,11 +287,28 @@ def test_state_file_is_for_its_own_run_only(tmp_path):
 
 def test_processes_that_do_not_share_a_step_evenly_are_refused(tokens, tmp_path):
     directory = workplace(tmp_path / "odd", tokens, tokens_per_step=128, tokens_per_microbatch=128)
-    for process in start_two(directory):
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 2
-        assert "started with 2 processes" in said
-        assert "do not divide train.tokens_per_step (128)" in said
+    command = ["workflow.launch", "--processes", "2", "-m", "steps.train", "--seed", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("started with 2 processes") == 1
+    assert done.stderr.count("do not divide train.tokens_per_step (128)") == 1
+
+
+def _fail_twice(group: Group) -> list[bool]:
+    first = [_is_first_to_fail(group) for _ in range(2)]
+    group.barrier()  # the main process keeps the group's store
+    return first
+
+
+def test_one_process_of_a_group_says_why_it_failed():
+    assert sorted(run_processes(2, _fail_twice)) == [[False, False], [True, False]]
 
 
 def test_a_second_run_of_the_same_step_waits(tokens, tmp_path):

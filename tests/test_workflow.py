@@ -277,6 +277,24 @@ def test_row_8_edit_the_model(checkout: Checkout, engine: list[str]) -> None:
     assert checkout.steps_run_by(*engine) == FROM_TRAIN
 
 
+def test_row_8_given_files(checkout: Checkout, engine: list[str]) -> None:
+    """A baseline and a tokenizer are noticed; what else lies in records/ is not."""
+    record = checkout.path / "records/own.json"
+    shutil.copy(checkout.path / "records/2026-03-25_baseline.json", record)
+    assert checkout.steps_run_by(*engine) == REPORT
+    record.write_text(record.read_text().replace("}", " }"))
+    checkout.append("records/demo/report.md", "edited\n")
+    checkout.append("records/README.md", "edited\n")
+    assert checkout.steps_run_by(*engine) == REPORT
+    checkout.append("records/README.md", "edited\n")
+    assert checkout.steps_run_by(*engine) == []
+    tokens = checkout.path / "artifacts/tokenize/tokens"
+    shutil.copy(tokens / "tokenizer.model", checkout.path / "tokenizers/own.model")
+    assert checkout.steps_run_by(*engine) == ["tokenize"]
+    checkout.set("tokenizer.model", "tokenizers/own.model")
+    assert checkout.steps_run_by(*engine) == ["tokenize"]
+
+
 def test_row_9_a_step_dies(checkout: Checkout, engine: list[str]) -> None:
     checkout.set("ttt.lr", "3e-4")
     first = checkout.steps_run_by(*engine, succeeds=False, DIE_IN="ttt_eval@1")

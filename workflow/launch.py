@@ -12,14 +12,19 @@ import sys
 
 def launch(processes: int, module: str, arguments: list[str]) -> int:
     """Run `python -m module arguments` in so many processes of this host; returns the status."""
+    # Imported here, as one process does without torch until it is the step.
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+    from model.distributed import require_gpus
+    from model.run_log import step_errors
+
+    with step_errors():
+        require_gpus(processes)
+    quiet = logging.getLogger("torch.distributed.elastic")  # its children log through it
+    quiet.addHandler(logging.NullHandler())
+    quiet.propagate = False
     options = ["--standalone", "--nproc-per-node", str(processes), "-m", module, *arguments]
     try:
         torchrun.main(options)

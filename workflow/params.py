@@ -7,6 +7,7 @@ they show in `snakemake -n`.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,8 +24,11 @@ NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 260, 65_536
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 260, 65_536
+TEXT_SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
+# Files that parameters name lie in folders that dvc.yaml knows, or changes would go unnoticed.
+TOKENIZERS, BASELINES = Path("tokenizers"), Path("records")
 
 
 def about(reason: str, unit: str = "") -> Any:
@@ -55,11 +59,27 @@ class DataParams(Section):
     docstring_megabytes: Positive = about("stop collecting documentation here", "MB")
     fineweb_shards: Count = about("training shards to download (source: fineweb)", "100 M tokens")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.source == "files":
+            _require(bool(self.files), "files", "is empty", "name at least one glob")
+            _require_readable("files", self.files)
+        if self.source != "fineweb":
+            _require_readable("validation_files", self.validation_files)
+            _require(
+                bool(self.validation_files) or 0 < self.validation_fraction < 1,
+                "validation_fraction",
+                f"{self.validation_fraction} leaves nothing to "
+                f"{'train' if self.validation_fraction else 'evaluate'} on",
+                "choose a share between 0 and 1, or name validation_files",
+            )
+        return self
+
 
 class TokenizerParams(Section):
     """The SentencePiece model."""
 
-    model: str | None = about("path of a given SentencePiece model; null: train one")
+    model: str | None = about("a given SentencePiece model, a file in tokenizers/; null: train one")
     vocabulary: Count = about("pieces; the published vocabulary has 1024", "tokens")
     training_megabytes: Positive = about("text the tokenizer is trained on", "MB")
     shard_tokens: Count = about("tokens per shard file", "tokens")
@@ -273,7 +293,7 @@ class ReportParams(Section):
     """The significance test, and the time allowed."""
 
     baseline: str = about(
-        "no_ttt: this run's own models without TTT; a file like those in records/; or none: no test"
+        "no_ttt: this run's own models without TTT; a file in records/; or none: no test"
     )
     margin: NonNegative = about("the loss must be lower than the baseline by this", "nats/token")
     significance: Fraction = about("claim it if p is below this", "probability")
@@ -387,8 +407,6 @@ class Params(Section):
             f"({self.model.sequence_length}): the model never saw such positions",
             "make it at most sequence_length",
         )
-        if self.data.source == "files":
-            _require(bool(self.data.files), "data.files", "is empty", "name at least one glob")
         return self
 
 
@@ -405,18 +423,36 @@ def _require(condition: bool, key: str, reason: str, repair: str) -> None:
         raise _Impossible(key, reason, repair)
 
 
+def _require_readable(key: str, patterns: list[str]) -> None:
+    """Refuse a glob that only names of unknown kind can match."""
+    for pattern in patterns:
+        *wild, end = re.split(r"[*?\]]", Path(pattern).name)  # names end with `end`
+        _require(
+            any(end.endswith(known) or (wild and known.endswith(end)) for known in TEXT_SUFFIXES),
+            key,
+            f"{pattern} names files of unknown kind",
+            f"name files that end in {', '.join(TEXT_SUFFIXES)}",
+        )
+
+
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and check a parameter file; raises InputError with file, key, reason and repair."""
+    return check_params(
+        read_yaml(path, "write it from a preset: python -m workflow.preset demo"), str(path)
+    )
+
+
+def read_yaml(path: str | Path, otherwise: str) -> Any:
+    """Read a YAML 1.2 file like DVC (3e-4 is a number); raises InputError if it is not one.
+
+    otherwise: the repair if there is no such file.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = YAML(typ="safe", pure=True).load(text)  # YAML 1.2 like DVC: 3e-4 is a number
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path}: no such file", "write it from a preset: python -m workflow.preset demo"
-        ) from error
+        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(f"{path}: no such file", otherwise) from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}", "correct the line named") from error
-    return check_params(values, str(path))
 
 
 def check_params(values: Any, name: str) -> Params:
@@ -432,13 +468,20 @@ def check_params(values: Any, name: str) -> Params:
 
 
 def _check_files(params: Params, name: str) -> None:
-    """Refuse parameters that name files which do not exist."""
-    named = {"tokenizer.model": params.tokenizer.model}
+    """Refuse parameters that name files which do not exist, or which DVC would not watch."""
+    named = [("tokenizer.model", params.tokenizer.model, TOKENIZERS)]
     if params.report.baseline not in ("no_ttt", "none"):
-        named["report.baseline"] = params.report.baseline
-    for key, file in named.items():
-        if file is not None and not Path(file).is_file():
+        named.append(("report.baseline", params.report.baseline, BASELINES))
+    for key, file, folder in named:
+        if file is None:
+            continue
+        if not Path(file).is_file():
             raise InputError(f"{name}: {key}: {file}: no such file", f"correct {key}")
+        if Path(file).absolute().parent != folder.absolute():
+            raise InputError(
+                f"{name}: {key}: {file} does not lie in {folder}/, where its changes are noticed",
+                f"copy it to {folder}/ and name the copy",
+            )
 
 
 def _explain(error: ValidationError, name: str) -> tuple[str, str]:

@@ -1,26 +1,28 @@
-"""Keep the README's result table equal to a recorded result.
+"""Keep the README's tables equal to recorded results.
 
-    python -m workflow.readme                        render the table again
-    python -m workflow.readme --record records/demo  record artifacts/report there, then render it
+    python -m workflow.readme                        render the tables again
+    python -m workflow.readme --record records/demo  record artifacts/report there, then render
 
-The README holds the table between a line `<!-- results: records/NAME/metrics.json -->`, which says
-where its numbers come from, and the next `<!-- end of results -->`.
+The README holds the results between a line `<!-- results: records/NAME/metrics.json -->`, which
+says where the numbers come from, and the next `<!-- end of results -->`; likewise the figures of
+the benchmarks between `<!-- benchmarks: records/benchmarks -->` and its end.
 """
 
 import argparse
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from model.errors import InputError
 from model.files import read_json, write_bytes
 from model.run_log import step_errors
-from workflow.report.blocks import to_markdown
+from workflow.bars import benchmark_table
+from workflow.report.blocks import Block, to_markdown
 from workflow.report.document import result_table
 
 README = Path("README.md")
 REPORT = Path("artifacts/report")
 RECORDED = ("metrics.json", "report.md", "loss_curves.svg", "ttt_gain.svg", "artifact_bytes.svg")
-TABLE = re.compile(r"<!-- results: (\S+) -->\n.*?<!-- end of results -->", re.DOTALL)
 
 
 def record(directory: Path) -> None:
@@ -33,22 +35,36 @@ def record(directory: Path) -> None:
 
 
 def render(readme: str, source: str | None = None) -> str:
-    """Return the README's text with its table rendered anew.
+    """Return the README's text with its tables rendered anew.
 
     source: metrics.json to render; None keeps the one the README names. Raises InputError if the
-    README has no place for the table, or the metrics cannot be read.
+    README has no place for the result table, or a file cannot be read.
     """
-    found = TABLE.search(readme)
-    if found is None:
+    if not _place("results").search(readme):
         raise InputError(
             f"{README}: has no place for the result table",
             "add the lines `<!-- results: records/demo/metrics.json -->` and "
             "`<!-- end of results -->`",
         )
-    source = source or found[1]
-    table = to_markdown(result_table(read_json(source)))
-    section = f"<!-- results: {source} -->\n\n{table}\n<!-- end of results -->"
-    return readme[: found.start()] + section + readme[found.end() :]
+    readme = _fill(readme, "results", lambda file: result_table(read_json(file)), source)
+    return _fill(readme, "benchmarks", lambda directory: benchmark_table(Path(directory)))
+
+
+def _place(name: str) -> re.Pattern[str]:
+    return re.compile(rf"<!-- {name}: (\S+) -->\n.*?<!-- end of {name} -->", re.DOTALL)
+
+
+def _fill(
+    readme: str, name: str, blocks: Callable[[str], Sequence[Block]], source: str | None = None
+) -> str:
+    """Put the blocks of `source`, or of what the README names, in the place called `name`."""
+
+    def section(found: re.Match[str]) -> str:
+        origin = source or found[1]
+        table = to_markdown(blocks(origin))
+        return f"<!-- {name}: {origin} -->\n\n{table}\n<!-- end of {name} -->"
+
+    return _place(name).sub(section, readme)
 
 
 def main() -> None:

@@ -16,14 +16,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from model.errors import InputError
-from model.files import atomic_file, write_bytes
+from model.files import atomic_file, read_json, write_bytes
 from model.run_log import step_errors
+from workflow.params import check_params, load_params, read_yaml
+from workflow.report.blocks import Table, to_markdown
+from workflow.report.records import check
 
-KEYS = {"stage", "always", "cost", "grids"}
 Combination = dict[str, Any]
+Values = Annotated[list[Any], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -36,26 +41,57 @@ class Point:
     cost: float
 
 
-def read_sweep(path: Path) -> dict[str, Any]:
-    """Read and check a sweep file; raises InputError."""
-    from ruamel.yaml import YAML
+class Sweep(BaseModel):
+    """A sweep file. Parameters are named `section.key`, as in params.yaml.
 
-    if not path.is_file():
-        raise InputError(f"{path}: no such file", "name a file like conf/sweep/ttt.yaml")
-    sweep = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    if not isinstance(sweep, dict) or set(sweep) != KEYS:
-        raise InputError(f"{path}: needs exactly the keys {', '.join(sorted(KEYS))}", "correct it")
-    return sweep
+    stage: the step to run; always: values of every combination; cost: the metric that is the cost,
+    in seconds; grids: each a list of values by parameter, of which all combinations are run.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    stage: Literal["train", "quantize", "ttt_eval"]  # those whose metrics have a loss
+    always: Combination
+    cost: str
+    grids: Annotated[list[dict[str, Values]], Field(min_length=1)]
 
 
-def combinations(sweep: dict[str, Any]) -> list[Combination]:
+def read_sweep(path: Path) -> Sweep:
+    """Read a sweep file; raises InputError that names file and key."""
+    repair = "correct it; conf/sweep/ttt.yaml is an example"
+    return check(Sweep, read_yaml(path, "name a file like conf/sweep/ttt.yaml"), path, repair)
+
+
+def combinations(sweep: Sweep) -> list[Combination]:
     """All combinations of all grids, each once, in the order of the file."""
     found: dict[str, Combination] = {}
-    for grid in sweep["grids"]:
+    for grid in sweep.grids:
         for values in itertools.product(*grid.values()):
-            combination = {**sweep["always"], **dict(zip(grid, values, strict=True))}
+            combination = {**sweep.always, **dict(zip(grid, values, strict=True))}
             found[json.dumps(combination, sort_keys=True)] = combination
     return list(found.values())
+
+
+def check_sweep(sweep: Sweep, path: Path) -> None:
+    """Refuse, before anything runs, what would fail in this directory; raises InputError.
+
+    Every combination is checked with the parameters in force. The cost is looked up in metrics of
+    the stage, if there are any yet.
+    """
+    params = load_params()
+    for combination in combinations(sweep):
+        values = params.model_dump()
+        for key, value in combination.items():
+            *sections, name = key.split(".")
+            place = values
+            for section in sections:
+                if not isinstance(place.get(section), dict):
+                    place[section] = {}  # the schema names what does not belong
+                place = place[section]
+            place[name] = value
+        check_params(values, str(path))
+    for metrics in Path("artifacts", sweep.stage).rglob("metrics.json"):
+        seconds_of(read_json(metrics), sweep.cost, str(path))
 
 
 def override(key: str, value: Any) -> str:
@@ -91,14 +127,17 @@ def collect(shown: str, named: dict[str, Combination], stage: str, cost: str) ->
     results = dict(_experiments(json.loads(shown)))
     points = []
     for name, combination in named.items():
-        metrics = [
-            file["data"]
+        metrics = {
+            path: file["data"]
             for path, file in results.get(name, {}).items()
             if f"/{stage}/" in f"/{path}" and file.get("data")
-        ]
+        }
         if metrics:
-            losses = [one["loss"] for one in metrics]
-            costs = [one.get("world_size", 1) * _nested(one, cost) for one in metrics]
+            losses = [one["loss"] for one in metrics.values()]
+            costs = [
+                one.get("world_size", 1) * seconds_of(one, cost, path)
+                for path, one in metrics.items()
+            ]
             mean_loss, mean_cost = (sum(values) / len(values) for values in (losses, costs))
             points.append(Point(name, combination, mean_loss, mean_cost))
     return points
@@ -113,10 +152,23 @@ def _experiments(shown: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, A
             yield newest.get("name") or experiment.get("name"), data.get("metrics") or {}
 
 
-def _nested(metrics: dict[str, Any], key: str) -> float:
-    for part in key.split("."):
-        metrics = metrics[part]
-    return float(metrics)  # type: ignore[arg-type]
+def seconds_of(metrics: dict[str, Any], cost: str, source: str) -> float:
+    """The metric named `cost`, e.g. `seconds.ttt`.
+
+    Raises InputError, which names `source`, if there is no such number.
+    """
+    found: Any = metrics
+    for part in cost.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    if not isinstance(found, int | float):
+        seconds = metrics.get("seconds")
+        parts = seconds if isinstance(seconds, dict) else {}
+        known = [f"seconds.{name}" for name in parts] or ["seconds"]
+        raise InputError(
+            f"{source}: cost: the stage has no metric {cost}",
+            f"choose a number, e.g. {', '.join(known)}",
+        )
+    return float(found)
 
 
 def pareto(points: list[Point]) -> list[Point]:
@@ -140,9 +192,7 @@ def write_results(directory: Path, points: list[Point], title: str) -> None:
         rows.append([point.name, *values, f"{point.loss:.4f}", f"{point.cost:.1f}", star])
     csv = "\n".join(",".join(row) for row in [header, *rows]) + "\n"
     write_bytes(directory / "sweep.csv", csv.encode())
-    marked = [header, ["---"] * len(header), *rows]
-    markdown = "\n".join("| " + " | ".join(row) + " |" for row in marked) + "\n"
-    write_bytes(directory / "sweep.md", markdown.encode())
+    write_bytes(directory / "sweep.md", to_markdown([Table(header, rows)]).encode())
     plot(directory / "sweep.svg", points, title)
 
 
@@ -177,13 +227,14 @@ def main() -> None:
     options = parser.parse_args()
     with step_errors():
         sweep = read_sweep(options.sweep)
-        named = enqueue(sweep["stage"], combinations(sweep))
+        check_sweep(sweep, options.sweep)
+        named = enqueue(sweep.stage, combinations(sweep))
         print(f"{len(named)} experiments queued", flush=True)
         dvc("exp", "run", "--run-all", "--jobs", "1")
-        points = collect(dvc("exp", "show", "--json"), named, sweep["stage"], sweep["cost"])
+        points = collect(dvc("exp", "show", "--json"), named, sweep.stage, sweep.cost)
         if not points:
             raise InputError("no experiment of the sweep succeeded", "see `dvc queue logs NAME`")
-        write_results(options.output, points, f"{sweep['stage']}: {options.sweep}")
+        write_results(options.output, points, f"{sweep.stage}: {options.sweep}")
         print((options.output / "sweep.md").read_text(), end="")
         if len(points) < len(named):
             missing = sorted(set(named) - {point.name for point in points})

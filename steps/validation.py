@@ -1,0 +1,27 @@
+"""The score of a model on validation documents, as the train and quantize steps report it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.tokenizer import Tokenizer
+from model.evaluation import Score, plain_losses, targets_of
+from model.gpt import GPT
+from steps.common import Step, progress
+
+
+def validate(
+    step: Step, model: GPT, documents: Sequence[np.ndarray], tokenizer: Tokenizer
+) -> Score | None:
+    """Score `model` in segments of its sequence_length, shared by the processes of the step.
+
+    documents: token ids, each (n,) with BOS first. Returns None in all but the main process.
+    Raises InputError as `plain_losses` does.
+    """
+    group, tokens = step.group, step.params.evaluate.tokens_per_batch
+    total = sum(document.size for document in documents)
+    with progress("validate: tokens", total, group.is_main) as bar:
+        losses = plain_losses(model, documents, tokens, group, bar.advance if bar else None)
+    if not group.is_main:
+        return None
+    return Score.of(losses, [tokenizer.sizes(targets_of(document)) for document in documents])
