@@ -7,8 +7,9 @@ are cached, up to the rounding of z: a token changes only if u falls within that
 border between two tokens.
 
 A token's work has shapes that depend only on the number of cache slots it looks at, which grows by
-blocks, and reads and writes memory that stays in place: so it can be recorded as a CUDA graph for
-every number of slots and replayed, as its some 800 kernels run faster than Python launches them.
+blocks, or is fixed where a kernel skips the empty ones; and it reads and writes memory that stays
+in place. So it can be recorded as a CUDA graph for every number of slots and replayed, as its some
+hundred kernels run faster than Python launches them.
 
 Each sequence is one document: BOS, then text. Control tokens are never drawn: in packed documents
 BOS begins the next document, so a sequence that contained one would be two, one of them empty of
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from model import ops
 from model.cache import SlidingCache
 from model.documents import Documents
 from model.gpt import GPT
@@ -71,8 +73,9 @@ class _Writer:
 
     def move_to(self, position: int) -> int:
         """Go to the token at `position`; returns how many slots of the cache it will look at."""
-        blocks = -(-position // SLOTS)
-        slots = min(blocks * SLOTS, self.tokens.shape[1])
+        slots = self.tokens.shape[1]
+        if not ops.reads_filled_slots(self.tokens.device):
+            slots = min(-(-position // SLOTS) * SLOTS, slots)
         self._cache.move_to(position, slots)
         self._position.fill_(position)
         return slots

@@ -1,20 +1,24 @@
 """Caches of keys and values, and the attention that reads them."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from model import ops
 from model.cache import SlidingCache
+from model.distributed import Group
 from model.documents import Documents
+from model.generate import generate, generate_uncached, sampling_noise
 from model.gpt import GPT
 from model.ops import varlen
-from model.ops.cached import cached_attention, grouped_attention
+from model.ops.cached import grouped_attention
+from model.replay import Replay
+from model.ttt import ttt_losses
 from tests.kernels import CUDA, recorder
-from tests.models import SMALL, random_documents, record_params, small_model
+from tests.models import SMALL, random_documents, record_params, small_model, ttt_params
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -100,12 +104,24 @@ def test_every_layer_keeps_its_own_keys_and_values_of_the_rows_that_go_on() -> N
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rings are read by the kernel, in Triton's interpreter where there is no GPU."""
     pytest.importorskip("triton")
-    from model.ops.chunk_attention import ring_attention
+    device = torch.device(DEVICE)
+    monkeypatch.setattr(ops, "_obstacle", lambda *_: None)
+    chosen = ops.configure("padded", device, mix="reference", mlp="reference")
+    assert chosen.ring == "triton"
+    assert ops.reads_filled_slots(device)
+    yield
+    monkeypatch.undo()
+    ops.configure("auto", device)
 
-    monkeypatch.setattr(ops, "cached_attention", partial(ring_attention, exclusive=False))
+
+def use_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rings be read as other caches are."""
+    monkeypatch.setattr(ops, "_obstacle", lambda _, name, __: None if name == "reference" else "no")
+    chosen = ops.configure("padded", torch.device(DEVICE), mix="reference", mlp="reference")
+    assert chosen.ring == "reference"
 
 
 def read(model: GPT, slots: Callable[[int], int]) -> list[torch.Tensor]:
@@ -140,8 +156,7 @@ def test_kernel_reads_the_ring_as_dense_attention_does(
 ) -> None:
     model = two_layers()
     mine = read(model, lambda start: 8 if start else 0)
-    monkeypatch.undo()
-    assert ops.cached_attention is cached_attention
+    use_dense_attention(monkeypatch)
     for a, b in zip(mine, read(model, lambda start: min(start, 8)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -156,5 +171,25 @@ def test_compiled_blocks_call_the_kernel_and_serve_every_length(kernel: None) ->
     for a, b in zip(read(model, lambda start: start), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert {f"pocketlm.chunk_attention{x}.default" for x in ("", "_backward")} <= names
-    # Two kinds of block, each recording and not; the embedding and the loss.
+    # Two kinds of block, each recording and not; the embedding; the loss.
     assert counters["stats"]["unique_graphs"] - before == 6
+
+
+def test_text_is_the_same_and_its_work_recorded_once(kernel: None) -> None:
+    model = two_layers()
+    noise, forbidden = sampling_noise(3, range(3), 20), torch.arange(64) < 4
+    replay = Replay(recorded=True)
+    found = generate(model, noise, 0.8, 1, forbidden, replay=replay)
+    assert torch.equal(found, generate_uncached(model, noise, 0.8, 1, forbidden))
+    assert len(replay._known) == 1
+
+
+def test_losses_of_adapting_documents_are_the_same(
+    kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents, ttt = random_documents([33, 20]), ttt_params(mode="cached", chunk=4, context=16)
+    alone = Group(0, 1, torch.device(DEVICE))
+    mine = ttt_losses(two_layers(), documents, ttt, alone)
+    use_dense_attention(monkeypatch)
+    for a, b in zip(mine, ttt_losses(two_layers(), documents, ttt, alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

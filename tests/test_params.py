@@ -272,6 +272,8 @@ def names_of_sections(module: ast.Module) -> dict[str, set[str]]:
         elif isinstance(node, ast.Assign):
             for target in node.targets:
                 both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                if both and any(isinstance(part, ast.Starred) for part in ast.walk(node.value)):
+                    continue
                 for one, value in (
                     zip(target.elts, node.value.elts, strict=True)  # type: ignore[attr-defined]
                     if both

@@ -24,7 +24,8 @@ def bf16(monkeypatch):
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=9))
 def test_tiles_cut_every_document_once(lengths):
     documents = Documents.from_lengths(lengths)
-    covered, sizes = [], []
+    covered: list[int] = []
+    sizes: list[int] = []
     for begin, first, end in documents.tiles.tolist():
         covered += range(first, min(first + TILE, end))
         if first < end:
@@ -94,7 +95,7 @@ def test_bf16_is_as_exact_as_the_unfused_path():
     )
     unfused = results(reference, 64, True, *operands(LENGTHS[2], SHAPES[2], torch.bfloat16))
     for a, b, truth in zip(ours, unfused, expected, strict=True):
-        allowed = max(1.2 * (b.float() - truth).norm(), 1e-2 * truth.norm())
+        allowed = max(1.2 * (b.float() - truth).norm(), 1.5e-2 * truth.norm())
         assert (a.float() - truth).norm() <= allowed
 
 
@@ -104,8 +105,10 @@ def test_separate_queries_keys_and_values_of_any_layout():
     wide = [torch.randn(documents.total, n, 16 + pad) for n, pad in ((4, 0), (2, 0), (2, 3))]
     mine = [x.clone().requires_grad_() for x in wide]
     theirs = [x.clone().requires_grad_() for x in wide]
-    y = triton_attention.triton_attention(*(x[..., :16] for x in mine), documents)
-    expected = varlen.reference(*(x[..., :16] for x in theirs), documents)
+    q, k, v = (x[..., :16] for x in mine)
+    y = triton_attention.triton_attention(q, k, v, documents)
+    q, k, v = (x[..., :16] for x in theirs)
+    expected = varlen.reference(q, k, v, documents)
     weight = torch.randn_like(y)
     torch.testing.assert_close(y, expected)
     found = torch.autograd.grad((y * weight).sum(), mine)
@@ -168,7 +171,7 @@ def test_gpu_is_as_exact_as_the_unfused_path(lengths, exclusive):
     ours = results(fused_attention.self_attention, 64, exclusive, *mine)
     unfused = results(reference, 64, exclusive, *operands(lengths, shape, torch.bfloat16, "cuda"))
     for a, b, truth in zip(ours, unfused, expected, strict=True):
-        allowed = max(1.2 * (b.float() - truth).norm(), 1e-2 * truth.norm())
+        allowed = max(1.2 * (b.float() - truth).norm(), 1.5e-2 * truth.norm())
         assert (a.float() - truth).norm() <= allowed
     again = results(fused_attention.self_attention, 64, exclusive, *mine)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))

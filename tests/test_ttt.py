@@ -16,6 +16,7 @@ from model.errors import InputError
 from model.evaluation import SharedProgress, plain_losses
 from model.gpt import GPT, Adapters
 from model.lora import BlockAdapters, low_rank, side_by_side, site_name
+from model.ops.plain import exclude_own_value
 from model.replay import Replay, rows_at
 from model.ttt import ttt_losses
 from model.ttt.adapters import HASH_TABLE, initial_parameters
@@ -166,14 +167,18 @@ class NaiveCached(Naive):
             self.pieces = [(past, frozen)] if past else []
         self.pieces.append((self.ttt.chunk, frozen))
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, exclusive: bool
+    ) -> Tensor:
+        own = v
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         at = torch.arange(self.begin, self.begin + len(q))
         oldest = at // self.ttt.chunk * self.ttt.chunk + self.ttt.chunk - self.ttt.context
         oldest[at < self.renewed] = 0
         hidden = (at > at[:, None]) | (at < oldest[:, None])
         scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
-        return torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+        y = torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+        return exclude_own_value(y, own) if exclusive else y
 
     def losses(self, start: int, end: int) -> Tensor:
         pieces = [*self.pieces[:-1], (end - start, self.weights)]

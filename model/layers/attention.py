@@ -54,7 +54,7 @@ class Attention(nn.Module):
         turns: tuple[Tensor, Tensor],
         values: Tensor | None,
     ) -> Tensor:
-        """From n (T, width) to (T, width) at once, where nothing is added to the products or cached."""
+        """From n (T, width) to (T, width), where nothing is added to the products or cached."""
         if self.working is None:
             projected = torch.cat(self._products(n, documents, None), 1)
         else:

@@ -159,6 +159,11 @@ def cached_attention(
     return plain.exclude_own_value(y, v) if exclusive else y
 
 
+def reads_filled_slots(device: torch.device) -> bool:
+    """Whether a ring's empty slots cost nothing, so that one shape serves every length."""
+    return _chosen(device).ring is not None
+
+
 def self_attention(
     projected: Tensor,
     documents: Documents,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model import ops
 from model.cache import SlidingCache
 from model.documents import Documents
 from model.gpt import GPT
@@ -74,7 +75,9 @@ class CachedReader:
         rows, end = self._tokens.shape[0], start + self._ttt.chunk
         self._chunk_tokens[:rows] = self._tokens[:, start:end]
         self._chunk_targets[:rows] = self._targets[:, start:end]
-        slots = slots_at(start, self._ttt.chunk, self._cache.capacity)
+        slots = self._cache.capacity
+        if not ops.reads_filled_slots(self._model.device):
+            slots = slots_at(start, self._ttt.chunk, slots)
         self._cache.move_to(start, slots)
         return (slots,)
 
