@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from model.documents import TILE, Documents
 from model.layers.rotary import rotation
-from model.ops import fused_attention, plain, triton_attention, varlen
+from model.ops import fused_attention, plain, query_key, triton_attention, varlen
 from tests.kernels import CUDA, SHARED_MEMORY, compile_for_hopper, round_bf16_as_hardware_does
 
 interpreted = pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
@@ -97,6 +97,18 @@ def test_bf16_is_as_exact_as_the_unfused_path():
     for a, b, truth in zip(ours, unfused, expected, strict=True):
         allowed = max(1.2 * (b.float() - truth).norm(), 1.5e-2 * truth.norm())
         assert (a.float() - truth).norm() <= allowed
+
+
+@interpreted
+@pytest.mark.parametrize("turning", [0, 8])
+def test_queries_and_keys_turn_as_in_the_reference(turning):
+    documents = Documents.from_lengths([70, 3])
+    turns = rotation(documents.positions, turning, 10_000.0)
+    projected = torch.randn(73, 8, 16)
+    gain = torch.rand(4)
+    for x, factor in ((projected[:, :4], gain), (projected[:, 4:6], None)):
+        expected = plain.turned(x, factor, turns)
+        torch.testing.assert_close(query_key.turned(x, factor, turns), expected)
 
 
 @interpreted

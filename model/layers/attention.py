@@ -94,7 +94,7 @@ class Attention(nn.Module):
             v = v + self.value_gain.to(v.dtype) * values
         q, k, v = (x.unflatten(-1, (-1, self.head_width)) for x in (q, k, v))
         cosines, sines = (last_tokens(x, documents, last) for x in turns)
-        return plain.turned(q, self.gain, (cosines, sines)), plain.turned(k, None, turns), v
+        return ops.turned(q, self.gain, (cosines, sines)), ops.turned(k, None, turns), v
 
     def _products(
         self, n: Tensor, documents: Documents, last: int | None

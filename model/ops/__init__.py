@@ -47,6 +47,7 @@ class _Bound:
 
     attention: varlen.Attention
     exclusive: Callable[..., Tensor] | None
+    turned: Callable[..., Tensor] | None
     self_attention: Callable[..., Tensor] | None
     ring: Callable[..., Tensor] | None
     mix: Callable[..., tuple[Tensor, Tensor]] | None
@@ -80,6 +81,7 @@ def configure(
     _bound[device.type] = _Bound(
         varlen.IMPLEMENTATIONS[names["attention"]],
         _kernel("triton_attention").triton_attention if own else None,
+        _kernel("query_key").turned if own else None,
         _kernel("fused_attention").self_attention if own else None,
         _kernel("chunk_attention").ring_attention if names["ring"] == "triton" else None,
         _kernel("fused_mix").mixed_norm if names["mix"] == "triton" else None,
@@ -162,6 +164,18 @@ def cached_attention(
 def reads_filled_slots(device: torch.device) -> bool:
     """Whether a ring's empty slots cost nothing, so that one shape serves every length."""
     return _chosen(device).ring is not None
+
+
+def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys x (T, heads, width) of the products with W_q or W_k, ready for attention.
+
+    Normed, multiplied by gain (fp32 (heads,)) unless that is None, and rotated by `turns`, of
+    `model.layers.rotary.rotation`. The kernel runs where no gradient is wanted.
+    """
+    fused = _chosen(x.device).turned
+    if fused is None or torch.is_grad_enabled() or x.dtype not in varlen.DTYPES:
+        return plain.turned(x, gain, turns)
+    return fused(x, gain, turns)
 
 
 def self_attention(

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from model.layers.norm import EPSILON
 
-ROWS = 2  # tokens of a program at a time
-PER_MULTIPROCESSOR = 4  # programs of the backward pass
+ROWS, WARPS = 1, 2  # tokens of a program at a time, and what works on them
+PER_MULTIPROCESSOR = 8  # programs of the backward pass
 LARGEST_WIDTH = 4096
 
 
@@ -135,7 +135,7 @@ def mixed_norm(
     if tokens := x.shape[0]:
         forward_kernel[(triton.cdiv(tokens, ROWS),)](
             x, x0, earlier, weight, mix, scale, u, n, tokens, **_sizes(x, earlier is not None),
-            num_warps=4,
+            num_warps=WARPS,
         )  # fmt: skip
     return u, n
 
@@ -172,7 +172,7 @@ def mixed_norm_backward(
     if programs:
         backward_kernel[(programs,)](
             du, dn, x, x0, earlier, weight, mix, scale, dx, dx0, dearlier, sums, x.shape[0],
-            **_sizes(x, earlier is not None), num_warps=4,
+            **_sizes(x, earlier is not None), num_warps=WARPS,
         )  # fmt: skip
     total = sums.sum(0)
     dweight = total.new_empty(0) if earlier is None else total[2].clone()

@@ -110,6 +110,15 @@ def prepare(
     return y
 
 
+def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """`model.ops.plain.turned` of x (T, heads, width) in one kernel, without gradients."""
+    cosines, sines = turns
+    if gain is None:
+        gain = cosines.new_empty(0)
+    y = prepare(x.flatten(1), gain, cosines, sines, gain.numel(), x.shape[2])
+    return y.view_as(x)
+
+
 def prepare_backward(
     dy: Tensor,
     x: Tensor,
