@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from model.ttt.batches import Batch
+from model.ttt.chunks import chunks
+from workflow.params import TTTParams
 
 
 @dataclass(frozen=True)
@@ -28,25 +30,25 @@ class QueueTimes:
 def simulate(
     lengths: Sequence[int],
     batches: Sequence[Batch],
-    chunk: int,
+    ttt: TTTParams,
     processes: int,
-    seconds: Callable[[int, int], float],
+    seconds: Callable[[int, int, int], float],
     rows_run: Callable[[int], int] = lambda rows: rows,
 ) -> QueueTimes:
     """Take batches from one queue with several processes.
 
-    seconds(rows, start): time of a chunk of so many rows that begins at `start`; rows_run: rows
-    that run for so many documents.
+    seconds(rows, start, end): time of a chunk of so many rows; rows_run: rows that run for so many
+    documents.
     """
     clocks = [0.0] * processes
     used = run = 0
     times = []
     for batch in batches:
         time = 0.0
-        for start in range(0, max(lengths[member] for member in batch.members), chunk):
+        for start, end in chunks(max(lengths[member] for member in batch.members), ttt):
             rows = sum(lengths[member] > start for member in batch.members)
             used, run = used + rows, run + rows_run(rows)
-            time += seconds(rows_run(rows), start)
+            time += seconds(rows_run(rows), start, end)
         times.append(time)
         heapq.heappush(clocks, heapq.heappop(clocks) + time)
     return QueueTimes(sum(times), max(clocks), max(times), 1 - used / run)

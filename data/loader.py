@@ -105,7 +105,7 @@ class TrainingBatches:
         padded with empty documents to a multiple of 64 entries. An exception of the thread is
         raised here; closing the iterator ends the thread.
         """
-        ready: queue.Queue[tuple[Tensor, Tensor] | Exception] = queue.Queue(maxsize=2)
+        ready: queue.Queue[tuple[Tensor, Documents] | Exception] = queue.Queue(maxsize=2)
         stop = threading.Event()
         thread = threading.Thread(
             target=self._prepare, args=(step, ready, stop), name="batches", daemon=True
@@ -116,8 +116,8 @@ class TrainingBatches:
                 item = ready.get()
                 if isinstance(item, Exception):
                     raise item
-                span, boundaries = (part.to(self.device, non_blocking=True) for part in item)
-                yield span[0], span[1], Documents(boundaries, self.length, self.sequence_length)
+                span, documents = item[0].to(self.device, non_blocking=True), item[1]
+                yield span[0], span[1], documents.to(self.device)
         finally:
             stop.set()
             while thread.is_alive():  # it may be waiting for room in the queue
@@ -132,20 +132,22 @@ class TrainingBatches:
             for index in self.indices(step):
                 item = self.host_batch(index)
                 if self.device.type == "cuda":
-                    item = (item[0].pin_memory(), item[1].pin_memory())
+                    item = item[0].pin_memory(), item[1]
                 ready.put(item)
                 if stop.is_set():
                     return
         except Exception as error:
             ready.put(error)
 
-    def host_batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return tokens and targets of a span, int64 (2, T), and padded boundaries, int32."""
+    def host_batch(self, index: int) -> tuple[Tensor, Documents]:
+        """Return tokens and targets of a span, int64 (2, T), and its documents, padded."""
         span = self.stream.span(index, self.length).astype(np.int64)
         lengths = pack_span(span[:-1], self.sequence_length)
         lengths += [0] * (-(len(lengths) + 1) % BOUNDARY_BUCKET)
         boundaries = Documents.from_lengths(lengths).boundaries
-        return torch.from_numpy(np.stack((span[:-1], span[1:]))), boundaries
+        documents = Documents(boundaries, self.length, self.sequence_length)
+        _ = documents.tiles  # some twenty operations that would be launched on the device
+        return torch.from_numpy(np.stack((span[:-1], span[1:]))), documents
 
 
 def _empty(items: queue.Queue) -> None:

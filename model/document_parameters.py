@@ -9,7 +9,7 @@ is a view of the leading rows. What changes from step to step comes from a table
     row t:  ηₜ,  1 − ηₜ·λ,  1/sqrt(1 − β₂ᵗ)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,13 +80,15 @@ class DocumentParameters(Mapping[str, Tensor]):
         rmsprop_step(values, second_moments, gradient, working, scalars, ttt.beta2, ttt.epsilon)
 
 
-def step_scalars(ttt: "TTTParams", chunks: int, device: torch.device) -> Tensor:
-    """Rates, shrinkages and corrections of every step of `chunks` chunks, fp32 (chunks·steps, 3).
+def step_scalars(ttt: "TTTParams", starts: Sequence[int], device: torch.device) -> Tensor:
+    """Rates, shrinkages and corrections of every step of the chunks that begin at `starts`.
+
+    fp32 (chunks·steps, 3).
 
     The rate falls with the tokens read: η / (1 + position / ttt.lr_decay_tokens).
     """
-    steps = torch.arange(chunks * ttt.steps, dtype=torch.float64)
-    position = (steps // ttt.steps) * ttt.chunk
+    steps = torch.arange(len(starts) * ttt.steps, dtype=torch.float64)
+    position = torch.tensor(starts, dtype=torch.float64).repeat_interleave(ttt.steps)
     decay = 1 + position / ttt.lr_decay_tokens if ttt.lr_decay_tokens else torch.ones_like(steps)
     rate = ttt.lr / decay
     correction = (1 - ttt.beta2 ** (steps + 1)).rsqrt()

@@ -12,7 +12,7 @@ A "document" here is what the model treats as one: a whole text, or one piece of
 cut at the sequence length. The first token of a document has no previous token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -49,6 +49,13 @@ class Documents:
         """Describe a flattened (rows, length) batch, each row a document."""
         boundaries = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
         return cls(boundaries, rows * length, length, length)
+
+    def to(self, device: torch.device) -> "Documents":
+        """The same documents on another device, with the tiles if they are known already."""
+        moved = replace(self, boundaries=self.boundaries.to(device, non_blocking=True))
+        if "tiles" in self.__dict__:
+            moved.__dict__["tiles"] = self.tiles.to(device, non_blocking=True)
+        return moved
 
     @property
     def count(self) -> int:

@@ -47,8 +47,10 @@ def test_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
     (tmp_path / "conf/miniature.yaml").write_text((ROOT / "tests/miniature.yaml").read_text())
     params = compose("miniature", ["processes=1"], tmp_path / "conf")
     (tmp_path / "params.yaml").write_text(render(params))
-    sizes = ["--tokens", "2000", "--repeats", "1", "--chunks", "16", "--batches", "2", "4"]
-    command = ["-m", "benchmarks.ttt", "--preset", "params.yaml", *sizes, "--json", "ttt.json"]
+    sizes = ["--tokens", "2000", "--repeats", "1", "--queue", "--json", "ttt.json"]
+    for text in ("mode=window,chunk=16", "mode=cached,chunk=16,lr=4e-4", "mode=cached,chunk=8"):
+        sizes += ["--reading", text]
+    command = ["-m", "benchmarks.ttt", "--preset", "params.yaml", *sizes]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -56,7 +58,7 @@ def test_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "ttt.json").read_text())
     assert set(found) >= KEYS
-    assert len(found["readings"]) == 4
-    assert found["best_nats"] == min(found["window_nats"], found["cached_nats"])
+    assert [reading["lr"] for reading in found["readings"]][1] == 4e-4
+    assert found["best_nats"] == min(reading["nats"] for reading in found["readings"])
     assert found["cached_tokens_per_s"] > 0 < found["window_tokens_per_s"]
     assert "Simulated queue" in done.stdout

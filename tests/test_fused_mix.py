@@ -54,6 +54,21 @@ def test_results_and_gradients_equal_the_reference(shape, skip):
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["first half", "second half"])
+def test_gradients_of_activations_alone(skip):
+    def leaves():
+        found = operands((7, 48), skip)
+        return [x.requires_grad_(i not in (2, 4)) for i, x in enumerate(found)]
+
+    def gradients(function):
+        mine = leaves()
+        outputs = function(*mine[:3], torch.tensor(0.5, device=DEVICE), *mine[3:])
+        return torch.autograd.grad(sum(x.sum() for x in outputs), [mine[0], mine[1], *mine[3:4]])
+
+    for a, b in zip(gradients(fused), gradients(reference), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["first half", "second half"])
 def test_bf16_is_as_exact_as_the_unfused_path(skip):
     shape = (3001, 512) if CUDA else (40, 64)
     leaves = operands(shape, skip, torch.bfloat16)

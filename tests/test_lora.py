@@ -139,7 +139,7 @@ def advance(
 ) -> None:
     """Step by the gradients of the documents that are left."""
     gradient = torch.cat([gradients[n].flatten(1) for n in parameters], 1)[: parameters.documents]
-    scalars = step_scalars(ttt, number + 1, torch.device("cpu"))
+    scalars = step_scalars(ttt, [ttt.chunk * n for n in range(number + 1)], torch.device("cpu"))
     parameters.step(gradient.to(parameters.leaf.dtype), scalars[number], ttt)
 
 
@@ -194,7 +194,9 @@ def test_dropping_documents_leaves_the_others_as_they_were() -> None:
 
 def test_rates_fall_with_the_tokens_read() -> None:
     ttt: Any = ttt_params(lr=0.1, lr_decay_tokens=16, steps=2, chunk=8, weight_decay=0.5, beta2=0.9)
-    rate, shrink, correction = step_scalars(ttt, 3, torch.device("cpu")).unbind(1)
+    rate, shrink, correction = step_scalars(
+        ttt, [ttt.chunk * n for n in range(3)], torch.device("cpu")
+    ).unbind(1)
     expected = torch.tensor([0.1, 0.1, 0.1 / 1.5, 0.1 / 1.5, 0.05, 0.05])
     torch.testing.assert_close(rate, expected)
     torch.testing.assert_close(shrink, 1 - 0.5 * expected)

@@ -138,7 +138,7 @@ def test_missing_key(values: dict[str, Any]) -> None:
         ({"train.cooldown_steps": 0}, "train.qat_threshold", "never reached"),
         ({"train.cooldown_steps": 6}, "train.qat_threshold", "1/cooldown_steps = 0.167"),
         ({"evaluate.sliding_stride": 257}, "evaluate.sliding_stride", "skipped"),
-        ({"ttt.context": 8}, "ttt.context", "shorter than chunk"),
+        ({"ttt.context": 8}, "ttt.context", "shorter than largest_chunk"),
         ({"ttt.context": 16, "ttt.refresh": 2}, "ttt.refresh", "none are kept"),
         ({"ttt.sites": []}, "ttt.sites", "nothing would adapt"),
         ({"data.source": "files"}, "data.files", "is empty"),

@@ -100,15 +100,23 @@ def test_bf16_is_as_exact_as_the_unfused_path():
 
 
 @interpreted
+@pytest.mark.parametrize("trained", [True, False], ids=["gains trained", "gains fixed"])
 @pytest.mark.parametrize("turning", [0, 8])
-def test_queries_and_keys_turn_as_in_the_reference(turning):
+def test_queries_and_keys_turn_as_in_the_reference(turning, trained):
     documents = Documents.from_lengths([70, 3])
     turns = rotation(documents.positions, turning, 10_000.0)
-    projected = torch.randn(73, 8, 16)
-    gain = torch.rand(4)
+    projected = torch.randn(73, 8, 16, requires_grad=True)
+    gain = torch.rand(4, requires_grad=trained)
+    weight = torch.randn(73, 4, 16)
     for x, factor in ((projected[:, :4], gain), (projected[:, 4:6], None)):
-        expected = plain.turned(x, factor, turns)
-        torch.testing.assert_close(query_key.turned(x, factor, turns), expected)
+        leaves = [projected, gain] if trained and factor is not None else [projected]
+        found, expected = query_key.turned(x, factor, turns), plain.turned(x, factor, turns)
+        torch.testing.assert_close(found, expected)
+        weighted = weight[:, : x.shape[1]]
+        mine = torch.autograd.grad((found * weighted).sum(), leaves)
+        theirs = torch.autograd.grad((expected * weighted).sum(), leaves)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @interpreted
@@ -136,6 +144,7 @@ def test_operations_keep_what_they_promise_the_compiler(exclusive):
     torch.library.opcheck(
         fused_attention.fused_attention, (projected, gain, *turns, tiles, 16, exclusive)
     )
+    torch.library.opcheck(query_key.turned_operation, (projected[:, :64], gain, *turns, 16))
     q, k, v = (torch.randn(8, n, 16, requires_grad=True) for n in (4, 2, 2))
     torch.library.opcheck(triton_attention.attention, (q, k, v, tiles, exclusive))
 

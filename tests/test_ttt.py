@@ -21,6 +21,7 @@ from model.replay import Replay, rows_at
 from model.ttt import ttt_losses
 from model.ttt.adapters import HASH_TABLE, initial_parameters
 from model.ttt.batches import Batch, document_batches
+from model.ttt.chunks import chunks
 from model.ttt.loop import Session
 from model.working_weights import fixed_weights
 from tests.models import random_documents, small_model, ttt_params
@@ -80,6 +81,7 @@ class Naive:
         self.model, self.ttt = model, ttt
         self.tokens = torch.tensor(document.tolist())
         self.targets = torch.tensor([*document[1:].tolist(), 1])
+        self.spans = list(chunks(len(self.tokens), ttt))
         initial = initial_parameters(model.params, ttt)
         self.weights = {name: torch.nn.Parameter(t.clone()) for name, t in initial.items()}
 
@@ -89,9 +91,9 @@ class Naive:
             self.weights.values(), ttt.lr, (0.0, ttt.beta2), ttt.epsilon, ttt.weight_decay
         )
         scores = []
-        for start in range(0, len(self.tokens), ttt.chunk):
-            end = min(start + ttt.chunk, len(self.tokens))
-            self.enter(start)
+        for number, (start, full_end) in enumerate(self.spans):
+            self.full_end, end = full_end, min(full_end, len(self.tokens))
+            self.enter(number, start, end)
             with torch.no_grad():
                 scores.append(self.losses(start, end))
             for group in optimizer.param_groups:
@@ -103,11 +105,11 @@ class Naive:
                 optimizer.step()
         return torch.cat(scores).numpy()
 
-    def enter(self, start: int) -> None:
+    def enter(self, number: int, start: int, end: int) -> None:
         pass
 
     def losses(self, start: int, end: int) -> Tensor:
-        begin = max(0, start + self.ttt.chunk - self.ttt.context)
+        begin = max(0, self.full_end - self.ttt.context)
         adapters = naive_adapters(self.weights, self.ttt.sites, self.model.params.layers)
         return self._read(begin, end, adapters)[start - begin :]
 
@@ -158,14 +160,13 @@ class NaiveCached(Naive):
         self.begin = self.renewed = 0  # where the text begins; what lies before was read at once
         self.pieces: list[tuple[int, Weights]] = []
 
-    def enter(self, start: int) -> None:
-        number = start // self.ttt.chunk
+    def enter(self, number: int, start: int, end: int) -> None:
         frozen = {name: weight.detach().clone() for name, weight in self.weights.items()}
         if number and self.ttt.refresh and number % self.ttt.refresh == 0:
-            past = min(start, self.ttt.context - self.ttt.chunk)
+            past = min(start, self.ttt.context - self.ttt.largest_chunk)
             self.begin, self.renewed = start - past, start
             self.pieces = [(past, frozen)] if past else []
-        self.pieces.append((self.ttt.chunk, frozen))
+        self.pieces.append((end - start, frozen))
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, exclusive: bool
@@ -173,7 +174,8 @@ class NaiveCached(Naive):
         own = v
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         at = torch.arange(self.begin, self.begin + len(q))
-        oldest = at // self.ttt.chunk * self.ttt.chunk + self.ttt.chunk - self.ttt.context
+        begins = torch.tensor([start for start, end in self.spans for _ in range(start, end)])
+        oldest = begins[at] - (self.ttt.context - self.ttt.largest_chunk)
         oldest[at < self.renewed] = 0
         hidden = (at > at[:, None]) | (at < oldest[:, None])
         scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
@@ -207,9 +209,14 @@ class NaiveCached(Naive):
         {"mode": "cached", "chunk": 8, "context": 8},
         {"mode": "cached", "chunk": 8, "context": 12, "lr_decay_tokens": 9},
         {"mode": "cached", "chunk": 8, "context": 29, "refresh": 2, "hash_buckets": 16},
+        {"chunk": 4, "largest_chunk": 16, "lr_decay_tokens": 9},
+        {"mode": "cached", "chunk": 4, "largest_chunk": 16, "context": 40, "refresh": 5},
     ],
 )
-def test_batched_loop_equals_the_naive_one(changes: dict[str, Any]) -> None:
+def test_batched_loop_equals_the_naive_one(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.ttt.chunks.TOKENS_BEFORE", 2)  # chunks grow within short texts
     model = small_model()
     ttt = ttt_params(**changes)
     documents = random_documents(LENGTHS)
@@ -218,6 +225,17 @@ def test_batched_loop_equals_the_naive_one(changes: dict[str, Any]) -> None:
     for document, loss in zip(documents, losses, strict=True):
         assert loss.dtype == np.float32
         np.testing.assert_allclose(loss, naive(model, document, ttt).run(), atol=3e-5)
+
+
+def test_chunks_grow_with_what_was_read_up_to_the_largest() -> None:
+    ttt = ttt_params(chunk=16, largest_chunk=64, context=64)
+    spans = list(chunks(6000, ttt))
+    assert [a for a, _ in spans[1:]] == [b for _, b in spans[:-1]]
+    sizes = {16: range(2048), 32: range(2048, 4096), 64: range(4096, 6000)}
+    assert all(start in sizes[end - start] for start, end in spans)
+    assert spans[-1][0] < 6000 <= spans[-1][1]
+    alike = ttt_params(chunk=16)
+    assert list(chunks(40, alike)) == [(0, 16), (16, 32), (32, 48)]
 
 
 MODES = pytest.mark.parametrize("mode", ["window", "cached"])
@@ -326,7 +344,7 @@ def test_several_processes_get_pieces_small_enough_to_keep_all_busy() -> None:
     def busy(processes: int, known: int) -> float:
         batches = document_batches(lengths, ttt, 64, known)
         assert sorted(n for batch in batches for n in batch.members) == list(range(400))
-        plan = simulate(lengths, batches, 8, processes, lambda rows, start: rows)
+        plan = simulate(lengths, batches, ttt, processes, lambda rows, start, end: rows)
         return plan.busy / processes / plan.makespan
 
     assert busy(4, 4) > 0.9 > busy(4, 1)
@@ -336,9 +354,10 @@ def test_simulation_of_a_queue_worked_out_by_hand() -> None:
     """Batches of 3 and 2, 1 and 2 chunks; a chunk of n rows takes n."""
     batches = [Batch([0, 1], True), Batch([2, 3], True), Batch([4], False)]
     lengths = [24, 10, 9, 7, 5]
-    alone = simulate(lengths, batches, 8, 1, lambda rows, start: rows)
+    ttt = ttt_params()
+    alone = simulate(lengths, batches, ttt, 1, lambda rows, start, end: rows)
     assert (alone.busy, alone.makespan, alone.longest, alone.wasted_rows) == (9, 9, 5, 0)
-    two = simulate(lengths, batches, 8, 2, lambda rows, start: rows, lambda rows: 2)
+    two = simulate(lengths, batches, ttt, 2, lambda rows, start, end: rows, lambda rows: 2)
     assert (two.busy, two.makespan, two.longest) == (12, 6, 6)
     assert two.wasted_rows == pytest.approx(3 / 12)
 

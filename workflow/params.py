@@ -239,6 +239,10 @@ class TTTParams(Section):
         "window: every chunk reads its context again; cached: keys and values of it are kept"
     )
     chunk: Count = about("tokens scored, then trained on, at a time", "tokens")
+    largest_chunk: Count = about(
+        "chunks grow up to this, by doubling, to a 64th of what was read; = chunk: all alike",
+        "tokens",
+    )
     context: Count = about("tokens a chunk's last token sees at most, chunk included", "tokens")
     refresh: Natural = about(
         "compute the kept context anew after so many chunks (mode cached); 0 = never", "chunks"
@@ -269,16 +273,22 @@ class TTTParams(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _require(
-            self.refresh == 0 or (self.mode == "cached" and self.context > self.chunk),
-            "refresh",
-            f"{self.refresh} asks to renew keys and values, but none are kept",
-            "set refresh to 0, or mode to cached and context above chunk",
+            self.largest_chunk >= self.chunk,
+            "largest_chunk",
+            f"{self.largest_chunk} is smaller than chunk ({self.chunk})",
+            "make it chunk, or larger",
         )
         _require(
-            self.context >= self.chunk,
+            self.refresh == 0 or (self.mode == "cached" and self.context > self.largest_chunk),
+            "refresh",
+            f"{self.refresh} asks to renew keys and values, but none are kept",
+            "set refresh to 0, or mode to cached and context above largest_chunk",
+        )
+        _require(
+            self.context >= self.largest_chunk,
             "context",
-            f"{self.context} is shorter than chunk ({self.chunk})",
-            "make context at least chunk",
+            f"{self.context} is shorter than largest_chunk ({self.largest_chunk})",
+            "make context at least largest_chunk",
         )
         _require(
             bool(self.sites) or self.hash_buckets > 0,

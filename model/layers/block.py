@@ -124,9 +124,10 @@ class Block(nn.Module):
     def _finish(
         self, x: Tensor, branch: Tensor, beside: Tensor | None, adapters: BlockAdapters
     ) -> Tensor:
-        # The negative is subtracted because the compiler makes one call of a product and a sum, for
-        # which x must be copied; so the sum becomes part of the norm that follows.
-        x = x - -_scaled(branch, beside, self.attention_scale, self.attention.output)
+        # Not a sum, of which and the product before it the compiler would make one call, for which
+        # x must be copied: so the addition becomes part of the norm that follows.
+        branch = _scaled(branch, beside, self.attention_scale, self.attention.output)
+        x = torch.sub(x, branch, alpha=-1)
         r = rms_norm(x) * self.depth_scale.to(x.dtype)
         deltas = {} if adapters.mlp is None else adapters.mlp.deltas(r)
         return x + _scaled(self.mlp(r), deltas.get("mlp"), self.mlp_scale, self.mlp.down)

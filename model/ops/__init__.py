@@ -170,10 +170,10 @@ def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tens
     """Queries or keys x (T, heads, width) of the products with W_q or W_k, ready for attention.
 
     Normed, multiplied by gain (fp32 (heads,)) unless that is None, and rotated by `turns`, of
-    `model.layers.rotary.rotation`. The kernel runs where no gradient is wanted.
+    `model.layers.rotary.rotation`.
     """
     fused = _chosen(x.device).turned
-    if fused is None or torch.is_grad_enabled() or x.dtype not in varlen.DTYPES:
+    if fused is None or x.dtype not in varlen.DTYPES:
         return plain.turned(x, gain, turns)
     return fused(x, gain, turns)
 
@@ -223,10 +223,9 @@ def mixed_norm(
 
     skip: an earlier block's output e (T, width) and weights w (width,), for x ← x + w⊙e; mix:
     fp32 (2, width), for x ← mix₀⊙x + mix₁⊙x0; scale: fp32, 0-dimensional factor of the norm.
-    The fused kernel runs where a gradient is wanted.
     """
     fused = _chosen(x.device).mix
-    if fused is None or mix is None or x.dtype not in varlen.DTYPES or not mix.requires_grad:
+    if fused is None or mix is None or x.dtype not in varlen.DTYPES:
         return plain.mixed_norm(x, x0, mix, scale, skip)
     return fused(x, x0, mix, scale, *(skip or (None, None)))
 

@@ -88,7 +88,7 @@ def fused_attention_backward(
     dgain = query_key.prepare_backward(
         dturned, projected[:, :turning], gain, cosines, sines, gradient[:, :turning], width
     )
-    return gradient, dgain
+    return gradient, dgain.sum(0)
 
 
 @fused_attention_backward.register_fake

@@ -71,9 +71,9 @@ def forward_kernel(
 def backward_kernel(
     du_ptr, dn_ptr, x_ptr, x0_ptr, earlier_ptr, weight_ptr, mix_ptr, scale_ptr, dx_ptr, dx0_ptr,
     dearlier_ptr, sums_ptr, T, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    EPSILON: tl.constexpr, SKIP: tl.constexpr,
+    EPSILON: tl.constexpr, SKIP: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of every so many tokens, and their share of dm₀, dm₁ and dw."""
+    """Gradients of every so many tokens; if SUMS also their share of dm₀, dm₁ and dw."""
     column = tl.arange(0, COLUMNS)
     here = column < WIDTH
     m0 = tl.load(mix_ptr + column, mask=here, other=0.0)[None, :]
@@ -96,17 +96,19 @@ def backward_kernel(
         along = tl.sum(u * dn, 1) / WIDTH
         d += (inverse * scale)[:, None] * (dn - u * along[:, None])
         dx = m0 * d
-        dm0 += d * x
-        dm1 += d * x0
+        if SUMS:
+            dm0 += d * x
+            dm1 += d * x0
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         tl.store(dx0_ptr + at, (m1 * d).to(dx0_ptr.dtype.element_ty), mask=mask)
         if SKIP:
-            dw += dx * e
+            if SUMS:
+                dw += dx * e
             tl.store(dearlier_ptr + at, (w * dx).to(dearlier_ptr.dtype.element_ty), mask=mask)
-    sums = sums_ptr + tl.program_id(0) * 3 * WIDTH + column
-    tl.store(sums, tl.sum(dm0, 0), mask=here)
-    tl.store(sums + WIDTH, tl.sum(dm1, 0), mask=here)
-    if SKIP:
+    if SUMS:
+        sums = sums_ptr + tl.program_id(0) * 3 * WIDTH + column
+        tl.store(sums, tl.sum(dm0, 0), mask=here)
+        tl.store(sums + WIDTH, tl.sum(dm1, 0), mask=here)
         tl.store(sums + 2 * WIDTH, tl.sum(dw, 0), mask=here)
 
 
@@ -162,21 +164,24 @@ def mixed_norm_backward(
     scale: Tensor,
     earlier: Tensor | None,
     weight: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, x0, mix, earlier and weight, the last two empty if there is no skip."""
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, x0 and earlier, and (3, width) those of mix and weight.
+
+    That of earlier is empty if there is no skip, the last one if not `sums`.
+    """
     du, dn, x, x0 = (t.contiguous() for t in (du, dn, x, x0))
     dx, dx0 = torch.empty_like(x), torch.empty_like(x0)
     dearlier = x.new_empty(0) if earlier is None else torch.empty_like(x)
-    programs = min(_programs(x.device), triton.cdiv(x.shape[0], ROWS))
-    sums = mix.new_zeros(max(1, programs), 3, x.shape[1])
+    tokens, width = x.shape
+    programs = min(_programs(x.device), triton.cdiv(tokens, ROWS))
+    shares = mix.new_empty(programs if sums else 0, 3, width)
     if programs:
         backward_kernel[(programs,)](
-            du, dn, x, x0, earlier, weight, mix, scale, dx, dx0, dearlier, sums, x.shape[0],
-            **_sizes(x, earlier is not None), num_warps=WARPS,
+            du, dn, x, x0, earlier, weight, mix, scale, dx, dx0, dearlier, shares, tokens,
+            **_sizes(x, earlier is not None), SUMS=sums, num_warps=WARPS,
         )  # fmt: skip
-    total = sums.sum(0)
-    dweight = total.new_empty(0) if earlier is None else total[2].clone()
-    return dx, dx0, total[:2].clone(), dearlier, dweight
+    return dx, dx0, dearlier, shares.sum(0) if sums else mix.new_empty(0)
 
 
 @mixed_norm_backward.register_fake
@@ -189,10 +194,11 @@ def _(
     scale: Tensor,
     earlier: Tensor | None,
     weight: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dearlier = x.new_empty(0) if earlier is None else x.new_empty(x.shape)
-    dweight = mix.new_empty(0) if earlier is None else mix.new_empty(x.shape[1])
-    return x.new_empty(x.shape), x.new_empty(x.shape), mix.new_empty(mix.shape), dearlier, dweight
+    total = mix.new_empty(3, x.shape[1]) if sums else mix.new_empty(0)
+    return x.new_empty(x.shape), x.new_empty(x.shape), dearlier, total
 
 
 def _programs(device: torch.device) -> int:
@@ -208,10 +214,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, du: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dx0, dmix, dearlier, dweight = mixed_norm_backward(du, dn, *ctx.saved_tensors)
-    if ctx.saved_tensors[4] is None:
-        return dx, dx0, dmix, None, None, None
-    return dx, dx0, dmix, None, dearlier, dweight
+    trained, skip = ctx.needs_input_grad[2], ctx.saved_tensors[4] is not None
+    dx, dx0, dearlier, sums = mixed_norm_backward(du, dn, *ctx.saved_tensors, trained)
+    dmix = sums[:2] if trained else None
+    return dx, dx0, dmix, None, dearlier if skip else None, sums[2] if trained and skip else None
 
 
 mixed_norm.register_autograd(_backward, setup_context=_save)

@@ -11,6 +11,9 @@ rotated and the other dimensions cost the compiler several passes over queries a
 over tokens leave each program as one value per head, and are added in a fixed order.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -110,15 +113,6 @@ def prepare(
     return y
 
 
-def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """`model.ops.plain.turned` of x (T, heads, width) in one kernel, without gradients."""
-    cosines, sines = turns
-    if gain is None:
-        gain = cosines.new_empty(0)
-    y = prepare(x.flatten(1), gain, cosines, sines, gain.numel(), x.shape[2])
-    return y.view_as(x)
-
-
 def prepare_backward(
     dy: Tensor,
     x: Tensor,
@@ -128,9 +122,10 @@ def prepare_backward(
     dx: Tensor,
     width: int,
 ) -> Tensor:
-    """Write the gradient of x into dx, any row distance; returns that of the gains, fp32 (heads,).
+    """Write the gradient of x into dx, any row distance.
 
-    dy: contiguous, shaped like x.
+    dy: contiguous, shaped like x. Returns shares of the gradient of the gains, fp32 (any number,
+    heads), to be added.
     """
     tokens, heads = x.shape[0], gain.numel()
     programs = triton.cdiv(tokens, TOKENS)
@@ -139,9 +134,56 @@ def prepare_backward(
         dy, x, gain, cosines, sines, dx, partial, tokens, x.stride(0), dx.stride(0),
         **_sizes(x, cosines, heads, width), num_warps=4,
     )  # fmt: skip
-    return partial.sum(0)
+    return partial
 
 
 def _sizes(x: Tensor, cosines: Tensor, heads: int, width: int) -> dict[str, float]:
     sizes = {"HEADS": heads, "ALL": x.shape[1] // width, "WIDTH": width, "HALF": cosines.shape[-1]}
     return {**sizes, "EPSILON": EPSILON, "TOKENS": TOKENS}
+
+
+@torch.library.custom_op("pocketlm::turned", mutates_args=())
+def turned_operation(x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, width: int) -> Tensor:
+    """`prepare` of x (T, heads·width), whose first columns have gains."""
+    return prepare(x, gain, cosines, sines, gain.numel(), width)
+
+
+@turned_operation.register_fake
+def _(x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, width: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("pocketlm::turned_backward", mutates_args=())
+def turned_backward(
+    dy: Tensor, x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x, contiguous, and shares of that of the gains."""
+    dx = x.new_empty(x.shape)
+    return dx, prepare_backward(dy.contiguous(), x, gain, cosines, sines, dx, width)
+
+
+@turned_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    programs = (x.shape[0] + TOKENS - 1) // TOKENS
+    return x.new_empty(x.shape), gain.new_empty(programs, gain.numel())
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.width = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx, shares = turned_backward(dy, *ctx.saved_tensors, ctx.width)
+    return dx, shares.sum(0) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+turned_operation.register_autograd(_backward, setup_context=_save)
+
+
+def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """`model.ops.plain.turned` of x (T, heads, width) in one kernel each way."""
+    gain = turns[0].new_empty(0) if gain is None else gain
+    return turned_operation(x.flatten(1), gain, *turns, x.shape[2]).view_as(x)

@@ -34,47 +34,45 @@ class CachedReader:
     work can be recorded for one chunk and replayed for others.
     """
 
-    RECORDED_ROWS = 128  # more documents take longer to run than to launch
+    RECORDED_ROWS = 512  # more documents take longer to run than to launch
 
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
         self._cache = SlidingCache(
-            model.params, rows, ttt.context - ttt.chunk, model.device, model.dtype
+            model.params, rows, ttt.context - ttt.largest_chunk, model.device, model.dtype
         )
-        shape = (rows, ttt.chunk)
-        self._chunk_tokens = torch.zeros(shape, dtype=torch.int64, device=model.device)
-        self._chunk_targets = torch.zeros_like(self._chunk_tokens)
-        self._documents: dict[int, Documents] = {}
+        buffers = torch.zeros(2, rows * ttt.largest_chunk, dtype=torch.int64, device=model.device)
+        self._chunk_tokens, self._chunk_targets = buffers
+        self._documents: dict[tuple[int, int], Documents] = {}
 
     def begin(self, tokens: Tensor, targets: Tensor) -> None:
         """Take up a batch: tokens and targets, int64 (documents, a multiple of chunk)."""
         self._tokens, self._targets = tokens, targets
         self._cache.reset(tokens.shape[0])
-        self._arrange()
 
     def keep_first(self, rows: int) -> None:
         """Continue only the first `rows` documents."""
         self._tokens, self._targets = self._tokens[:rows], self._targets[:rows]
         self._cache.keep_first(rows)
-        self._arrange()
 
-    def _arrange(self) -> None:
+    def _arrange(self, rows: int, size: int) -> Documents:
         """Describe the rows; what is derived from that stays in place, as recorded work needs."""
-        rows = self._tokens.shape[0]
-        if rows not in self._documents:
-            packed = Documents.from_rows(rows, self._ttt.chunk, self._model.device)
+        if (rows, size) not in self._documents:
+            packed = Documents.from_rows(rows, size, self._model.device)
             _ = packed.index, packed.positions, packed.first
-            self._documents[rows] = packed
-        self._packed = self._documents[rows]
+            self._documents[rows, size] = packed
+        return self._documents[rows, size]
 
-    def move_to(self, start: int) -> tuple[int, ...]:
-        """Go to the chunk that begins at `start`.
+    def move_to(self, start: int, end: int) -> tuple[int, ...]:
+        """Go to the chunk from `start` to `end`.
 
-        With the number of rows, the result determines all shapes; None: not worth recording.
+        With rows and size, the result determines all shapes; None: not worth recording.
         """
-        rows, end = self._tokens.shape[0], start + self._ttt.chunk
-        self._chunk_tokens[:rows] = self._tokens[:, start:end]
-        self._chunk_targets[:rows] = self._targets[:, start:end]
+        rows = self._tokens.shape[0]
+        self._packed = self._arrange(rows, end - start)
+        self._chunk = slice(rows * (end - start))
+        self._chunk_tokens[self._chunk].view(rows, -1).copy_(self._tokens[:, start:end])
+        self._chunk_targets[self._chunk].view(rows, -1).copy_(self._targets[:, start:end])
         slots = self._cache.capacity
         if not ops.reads_filled_slots(self._model.device):
             slots = slots_at(start, self._ttt.chunk, slots)
@@ -86,8 +84,8 @@ class CachedReader:
         rows = self._packed.count
         self._cache.open(record=first)
         losses = self._model.losses(
-            self._chunk_tokens[:rows].flatten(),
-            self._chunk_targets[:rows].flatten(),
+            self._chunk_tokens[self._chunk],
+            self._chunk_targets[self._chunk],
             self._packed,
             adapters=self._adapters.tensors,
             cache=self._cache,

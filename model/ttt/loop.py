@@ -24,6 +24,7 @@ from model.replay import CUDAReplay, Replay, rows_at
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.batches import document_batches, rows_that_fit
 from model.ttt.cached import CachedReader
+from model.ttt.chunks import chunks
 from model.ttt.window import WindowReader
 from model.working_weights import fixed_weights
 
@@ -122,14 +123,13 @@ class Session:
         rows = self._rows(len(documents))
         with self._compiled(), self._replay.stream():
             losses = self._begin(documents, rows)
-            for start in range(0, int(lengths[0]), self._ttt.chunk):
-                end = start + self._ttt.chunk
+            for number, (start, end) in enumerate(self._spans):
                 running = self._rows(int((lengths > start).sum()))
                 if running < rows:
                     rows = running
                     self._reader.keep_first(rows)
                     self._adapters.keep_first(rows)
-                losses[:rows, start:end] = self._chunk(start, rows, bool(end < lengths[0]))
+                losses[:rows, start:end] = self._chunk(number, rows)
                 progress.advance(int((lengths.clip(start, end) - start).sum()))
             found = losses.cpu().numpy()
         return [row[:n] for row, n in zip(found, lengths, strict=False)]
@@ -147,24 +147,26 @@ class Session:
 
     def _begin(self, documents: Sequence[np.ndarray], rows: int) -> Tensor:
         """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""
-        chunks = -(-documents[0].size // self._ttt.chunk)
-        length, device = chunks * self._ttt.chunk, self._model.device
+        self._spans = list(chunks(documents[0].size, self._ttt))
+        length, device = self._spans[-1][1], self._model.device
         tokens = _padded(documents, rows, length, device)
         targets = _padded([targets_of(d) for d in documents], rows, length, device)
         self._adapters.reset(rows)
         self._reader.begin(tokens, targets)
-        self._steps = step_scalars(self._ttt, chunks, device).view(chunks, self._ttt.steps, 3)
+        scalars = step_scalars(self._ttt, [start for start, _ in self._spans], device)
+        self._steps = scalars.view(-1, self._ttt.steps, 3)
         return torch.zeros(rows, length, device=device)
 
-    def _chunk(self, start: int, rows: int, trains: bool) -> Tensor:
-        """Score the chunk at `start` and train on it; losses (rows, chunk) before training."""
-        number = start // self._ttt.chunk
+    def _chunk(self, number: int, rows: int) -> Tensor:
+        """Score a chunk and train on it unless it is the last; losses (rows, size) before that."""
+        start, end = self._spans[number]
+        trains = number + 1 < len(self._spans)
         if self._ttt.refresh and number and number % self._ttt.refresh == 0:
             with torch.compiler.set_stance("force_eager"):  # rare, and of other shapes
                 self._reader.refresh(start)
-        shapes = self._reader.move_to(start)
+        shapes = self._reader.move_to(start, end)
         recorded = shapes is not None and rows <= self._reader.RECORDED_ROWS
-        key = (rows, trains, *(shapes or ())) if recorded else None
+        key = (rows, end - start, trains, *(shapes or ())) if recorded else None
         self._scalars.copy_(self._steps[number])
         return self._replay.run(key, lambda: self._score_and_step(trains))
 

@@ -28,8 +28,8 @@ class WindowReader:
 
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
-        tokens = torch.zeros(rows * (ttt.context + ttt.chunk), dtype=torch.int64)
-        buffers = tokens.to(model.device).split([rows * ttt.context, rows * ttt.chunk])
+        sizes = [rows * ttt.context, rows * ttt.largest_chunk]
+        buffers = torch.zeros(sum(sizes), dtype=torch.int64, device=model.device).split(sizes)
         self._window_tokens, self._chunk_targets = buffers
         self._full: dict[int, Documents] = {}
 
@@ -41,14 +41,14 @@ class WindowReader:
         """Continue only the first `rows` documents."""
         self._tokens, self._targets = self._tokens[:rows], self._targets[:rows]
 
-    def move_to(self, start: int) -> tuple[int, ...] | None:
-        """Go to the chunk that begins at `start`; see `CachedReader`."""
-        end = start + self._ttt.chunk
+    def move_to(self, start: int, end: int) -> tuple[int, ...] | None:
+        """Go to the chunk from `start` to `end`; see `CachedReader`."""
+        self._size = end - start
         window = self._tokens[:, max(0, end - self._ttt.context) : end]
         rows, length = window.shape
         self._window = self._window_tokens[: window.numel()]
         self._window.view_as(window).copy_(window)
-        self._chunk = self._chunk_targets[: rows * self._ttt.chunk]
+        self._chunk = self._chunk_targets[: rows * self._size]
         self._chunk.view(rows, -1).copy_(self._targets[:, start:end])
         if length < self._ttt.context:
             self._packed = Documents.from_rows(rows, length, window.device)
@@ -65,7 +65,7 @@ class WindowReader:
             self._chunk,
             self._packed,
             adapters=self._adapters.tensors,
-            last=self._ttt.chunk,
+            last=self._size,
         )
         return losses.view(self._packed.count, -1)
 

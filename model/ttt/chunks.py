@@ -1,0 +1,38 @@
+"""How a document is cut into chunks: all alike, or growing with what has been read.
+
+A chunk is one optimizer step, and the steps of a document follow one another, so that a long
+document takes its number of chunks in steps, however little work each of them is. The first tokens
+of a document teach the most, the later ones refine: with `largest_chunk` above `chunk`, a chunk
+doubles whenever the doubled one is still at most a 64th of the tokens before it,
+
+    size(t) = chunk·2^k,  the largest with size(t) ≤ max(chunk, min(largest_chunk, t / 64)),
+
+and a document of n tokens takes about 64·log₂(n / (64·chunk)) more chunks than its first 64 instead
+of n / chunk. Where a chunk begins depends on the position alone: never on the text, so that scores
+come first as before, and documents read side by side stay side by side.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workflow.params import TTTParams
+
+TOKENS_BEFORE = 64  # for each token of a chunk that has grown
+
+
+def chunk_size(start: int, ttt: "TTTParams") -> int:
+    """Tokens of the chunk that begins at `start`."""
+    size, limit = ttt.chunk, min(ttt.largest_chunk, start // TOKENS_BEFORE)
+    while 2 * size <= limit:
+        size *= 2
+    return size
+
+
+def chunks(length: int, ttt: "TTTParams") -> Iterator[tuple[int, int]]:
+    """Yield begin and end of every chunk of a document; the last may end beyond it."""
+    start = 0
+    while start < length:
+        end = start + chunk_size(start, ttt)
+        yield start, end
+        start = end
