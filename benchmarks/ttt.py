@@ -68,8 +68,9 @@ class Reading:
         """Cells of the table."""
         ttt, (products, copies) = self.ttt, self.floor
         return [
-            ttt.mode, ttt.chunk, ttt.largest_chunk, ttt.lr, self.nats, self.seconds, tokens / self.seconds,
-            read / self.seconds, products, copies, (products + copies) / self.seconds, self.memory,
+            ttt.mode, ttt.chunk, ttt.largest_chunk, ttt.lr, self.nats, self.seconds,
+            tokens / self.seconds, read / self.seconds, products, copies,
+            (products + copies) / self.seconds, self.memory,
         ]  # fmt: skip
 
 

@@ -280,13 +280,13 @@ class GPT(nn.Module):
     ) -> Tensor:
         x0, turns, values, _ = given
         # Views, as one object in two places would make compiled graphs of their own.
-        x = x0.view_as(x0)
+        x, *inputs = ops.fan_out(x0, 1 + len(self.blocks))
         if self._varying and not x0.requires_grad:
             x = x.detach().requires_grad_()  # as in the other blocks, which share the graph
-        self._vary((x0, *turns, values))
+        self._vary((*inputs, *turns, values))
         skips = () if self.skip_weights is None else self.skip_weights.unbind()
         earlier: list[Tensor] = []
-        for layer, block in enumerate(self.blocks):
+        for layer, (block, x0) in enumerate(zip(self.blocks, inputs, strict=True)):
             second_half = len(skips) <= layer < 2 * len(skips)
             self._vary((x,))
             x = block(

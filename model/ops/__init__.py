@@ -51,6 +51,7 @@ class _Bound:
     self_attention: Callable[..., Tensor] | None
     ring: Callable[..., Tensor] | None
     mix: Callable[..., tuple[Tensor, Tensor]] | None
+    fan_out: Callable[[Tensor, int], tuple[Tensor, ...]] | None
     mlp: Callable[[Tensor, Tensor, Tensor], Tensor] | None
 
 
@@ -85,6 +86,7 @@ def configure(
         _kernel("fused_attention").self_attention if own else None,
         _kernel("chunk_attention").ring_attention if names["ring"] == "triton" else None,
         _kernel("fused_mix").mixed_norm if names["mix"] == "triton" else None,
+        _kernel("gradient_sum").fan_out if names["mix"] == "triton" else None,
         _kernel("fused_mlp").fused_mlp if names["mlp"] == "triton" else None,
     )
     return Choice(**names, reasons={op: reason for op, (_, reason) in found.items()})
@@ -228,6 +230,14 @@ def mixed_norm(
     if fused is None or mix is None or x.dtype not in varlen.DTYPES:
         return plain.mixed_norm(x, x0, mix, scale, skip)
     return fused(x, x0, mix, scale, *(skip or (None, None)))
+
+
+def fan_out(x: Tensor, readers: int) -> tuple[Tensor, ...]:
+    """x for each of several readers, whose gradients are added at once if x is mixed by kernels."""
+    fused = _chosen(x.device).fan_out
+    if fused is None or x.dtype not in varlen.DTYPES or not x.requires_grad:
+        return tuple(x.view_as(x) for _ in range(readers))
+    return fused(x, readers)
 
 
 def mlp(r: Tensor, up: "Linear", down: "Linear") -> Tensor:
