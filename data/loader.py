@@ -132,7 +132,7 @@ class TrainingBatches:
             for index in self.indices(step):
                 item = self.host_batch(index)
                 if self.device.type == "cuda":
-                    item = item[0].pin_memory(), item[1]
+                    item = item[0].pin_memory(), item[1].pinned()
                 ready.put(item)
                 if stop.is_set():
                     return

@@ -75,9 +75,10 @@ class CUDAReplay(Replay):
 
 
 def rows_at(count: int, capacity: int) -> int:
-    """Rows to run for `count` documents: a power of two or three halves of one, or all.
+    """Rows to run for `count` documents: a power of two, above 64 also three halves of one, or all.
 
-    Few different numbers, so that few graphs are recorded.
+    Few different numbers, so that few graphs are recorded; few rows take as long as twice as many.
     """
     power = 1 << (count - 1).bit_length()
-    return min(capacity, power * 3 // 4 if count <= power * 3 // 4 else power)
+    between = power * 3 // 4
+    return min(capacity, between if count <= between and power > 64 else power)

@@ -209,21 +209,22 @@ from model.ops.chunk_attention import KEYS, STAGES, WARPS, backward_kernel, comb
 from model.ops.chunk_attention import forward_kernel, plan, sum_kernel
 
 names = ["q", "k", "v", "ring_k", "ring_v", "y", "z", "dz", "dq", "dk", "dv"]
-numbers = ["new", "q_stride", "k_stride", "v_stride", "ring_stride", "size"]
+numbers = ["parts", "new", "q_stride", "k_stride", "v_stride", "ring_stride", "size"]
 for rows, new in ((64, 1), (1, 32), (360, 64)):
     cut = plan(rows, new, group=2, kv_heads=4, capacity=2016, processors=132)
     types = {f"{name}_ptr": "*bf16" for name in names} | {"filled_ptr": "*i64"}
     types |= {"lse_ptr": "*fp32", "share_ptr": "*fp32"}
     types |= dict.fromkeys(numbers, "i32") | {"scale": "fp32"}
     constants = {"HEADS": 8, "GROUP": 2, "D": 64, "WIDTH": 64, "TILE": cut.tile, "KEYS": KEYS}
-    constants |= {"PARTS": cut.parts, "EXCLUSIVE": True}
-    for kernel in (forward_kernel, backward_kernel):
+    constants |= {"EXCLUSIVE": True}
+    own = {"WHOLE": cut.parts == 1}, {"NEW_KEYS": cut.new_keys}
+    for kernel, more in zip((forward_kernel, backward_kernel), own):
         present = {n: t for n, t in types.items() if n in kernel.arg_names}
-        more = {"NEW_KEYS": cut.new_keys} if kernel is backward_kernel else {}
         build(kernel, present, constants | more, num_warps=WARPS, num_stages=STAGES)
 types = dict.fromkeys(["x_ptr", "part_lse_ptr", "lse_ptr", "share_ptr"], "*fp32")
 types |= {"v_ptr": "*bf16", "y_ptr": "*bf16", "size": "i32", "v_stride": "i32"}
-constants = {"PARTS": 16, "PADDED": 16, "D": 64, "WIDTH": 64}
+types["parts"] = "i32"
+constants = {"PADDED": 16, "D": 64, "WIDTH": 64}
 own = {"HEADS": 8, "GROUP": 2, "EXCLUSIVE": True}
 for kernel, more in ((combine_kernel, own), (sum_kernel, {})):
     present = {n: t for n, t in types.items() if n in kernel.arg_names}

@@ -44,6 +44,8 @@ SMALLEST_PART = 128  # slots that are worth a program of their own
 PROGRAMS = 2  # wanted per multiprocessor
 INTERPRETED = 4  # multiprocessors that a CPU is taken for
 WARPS, STAGES = 4, 3
+# What differs between chunks and numbers of documents: one compiled kernel serves them all.
+ANY_VALUE = ["parts", "size"]
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -92,14 +94,12 @@ def _product(a, b):
 
 
 @triton.jit
-def _slots(filled, part, PARTS: tl.constexpr, KEYS: tl.constexpr):
+def _slots(filled, part, parts, KEYS: tl.constexpr):
     """First and last + 1 of the slots of a part; the last of several parts has none."""
-    first, end = filled * 0, filled
-    if PARTS > 1:
-        share = tl.cdiv(tl.cdiv(filled, KEYS), PARTS - 1) * KEYS
-        first = tl.minimum(part * share, filled)
-        end = tl.where(part == PARTS - 1, first, tl.minimum(first + share, filled))
-    return first, end
+    share = tl.cdiv(tl.cdiv(filled, KEYS), tl.maximum(parts - 1, 1)) * KEYS
+    first = tl.minimum(part * share, filled)
+    last = (part == parts - 1) & (parts > 1)
+    return first, tl.where(last, first, tl.minimum(first + share, filled))
 
 
 @triton.jit
@@ -112,12 +112,12 @@ def _absorb(q, k, v, seen, scale, largest, total, y):
     return largest, total * shrink + tl.sum(p, 1), y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, y_ptr, lse_ptr, share_ptr,
+    q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, y_ptr, lse_ptr, share_ptr, parts,
     new, q_stride, k_stride, v_stride, ring_stride, size, scale, HEADS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    KEYS: tl.constexpr, PARTS: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    KEYS: tl.constexpr, WHOLE: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys for a tile of queries of one document and key/value head."""
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -132,7 +132,7 @@ def forward_kernel(
     largest = tl.full((TILE,), float("-inf"), tl.float32)
     total, y = tl.zeros((TILE,), tl.float32), tl.zeros((TILE, WIDTH), tl.float32)
 
-    first, end = _slots(tl.load(filled_ptr).to(tl.int32), part, PARTS, KEYS)
+    first, end = _slots(tl.load(filled_ptr).to(tl.int32), part, parts, KEYS)
     ring = row * ring_stride + head * D
     for slot in tl.range(first, end, KEYS):
         k = _rows(ring_k_ptr + ring, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
@@ -141,7 +141,7 @@ def forward_kernel(
         largest, total, y = _absorb(q, k, v, seen, scale, largest, total, y)
     k_ptr += row * new * k_stride + head * D
     v_ptr += row * new * v_stride + head * D
-    if part == PARTS - 1:
+    if part == parts - 1:
         for key in tl.range(0, tl.minimum(new, tl.cdiv((tile + 1) * TILE, GROUP)), KEYS):
             k = _rows(k_ptr, key, new, k_stride, KEYS, D, WIDTH)
             v = _rows(v_ptr, key, new, v_stride, KEYS, D, WIDTH)
@@ -151,7 +151,7 @@ def forward_kernel(
     some = total > 0  # else this part has no key
     y = y / tl.where(some, total, 1)[:, None]
     lse = tl.where(some, largest + tl.log(tl.where(some, total, 1)), float("-inf"))
-    if PARTS == 1:  # else the parts are combined first
+    if WHOLE:  # else the parts are combined first
         share = tl.zeros((TILE,), tl.float32)
         if EXCLUSIVE:
             own = _own_values(v_ptr, token, inside, v_stride, D, WIDTH)
@@ -163,16 +163,16 @@ def forward_kernel(
     tl.store(lse_ptr + base + query, lse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def combine_kernel(
-    x_ptr, part_lse_ptr, v_ptr, y_ptr, lse_ptr, share_ptr, size, v_stride, HEADS: tl.constexpr,
-    GROUP: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
+    x_ptr, part_lse_ptr, v_ptr, y_ptr, lse_ptr, share_ptr, parts, size, v_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of one query's result by their lse."""
     query, part = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
-    x = _rows(x_ptr + query * D, 0, PARTS, size.to(tl.int64) * D, PADDED, D, WIDTH)
-    lse = tl.load(part_lse_ptr + part * size + query, mask=part < PARTS, other=float("-inf"))
+    x = _rows(x_ptr + query * D, 0, parts, size.to(tl.int64) * D, PADDED, D, WIDTH)
+    lse = tl.load(part_lse_ptr + part * size + query, mask=part < parts, other=float("-inf"))
     largest = tl.max(lse, 0)
     weight = tl.exp(lse - largest)
     total = tl.sum(weight, 0)
@@ -189,14 +189,13 @@ def combine_kernel(
     tl.store(share_ptr + query + one, share)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def sum_kernel(
-    x_ptr, y_ptr, size, PARTS: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr,
+    x_ptr, y_ptr, parts, size, PADDED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of one query's gradient."""
     query, one = tl.program_id(0).to(tl.int64), tl.arange(0, 1)
-    x = _rows(x_ptr + query * D, 0, PARTS, size.to(tl.int64) * D, PADDED, D, WIDTH)
+    x = _rows(x_ptr + query * D, 0, parts, size.to(tl.int64) * D, PADDED, D, WIDTH)
     _store(y_ptr + query * D, tl.sum(x, 0)[None, :], one, one < 1, D, WIDTH)
 
 
@@ -234,9 +233,9 @@ def _query_side(
 @triton.jit
 def _query_gradient(
     dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, z_ptr, lse_ptr, share_ptr,
-    dq_ptr, tile, part, new, q_stride, k_stride, v_stride, scale, HEADS: tl.constexpr,
+    dq_ptr, tile, part, parts, new, q_stride, k_stride, v_stride, scale, HEADS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    KEYS: tl.constexpr, PARTS: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    KEYS: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries from a part of the keys."""
     KV_HEADS: tl.constexpr = HEADS // GROUP
@@ -248,14 +247,14 @@ def _query_gradient(
         GROUP, D, WIDTH, EXCLUSIVE,
     )  # fmt: skip
     dq = tl.zeros((TILE, WIDTH), tl.float32)
-    first, end = _slots(tl.load(filled_ptr).to(tl.int32), part, PARTS, KEYS)
+    first, end = _slots(tl.load(filled_ptr).to(tl.int32), part, parts, KEYS)
     for slot in tl.range(first, end, KEYS):
         k = _rows(ring_k_ptr, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
         v = _rows(ring_v_ptr, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
         seen = (slot + tl.arange(0, KEYS) < end)[None, :]
         _p, ds = _slopes(q, k, v, dy, lse, delta, seen, scale)
         dq += _product(ds.to(k.dtype), k)
-    if part == PARTS - 1:
+    if part == parts - 1:
         for key in tl.range(0, tl.minimum(new, tl.cdiv((tile + 1) * TILE, GROUP)), KEYS):
             k = _rows(k_ptr, key, new, k_stride, KEYS, D, WIDTH)
             v = _rows(v_ptr, key, new, v_stride, KEYS, D, WIDTH)
@@ -296,13 +295,12 @@ def _key_gradient(
     _store(dv_ptr, dv, out, key < new, D, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE)
 def backward_kernel(
     dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, z_ptr, lse_ptr, share_ptr,
-    dq_ptr, dk_ptr, dv_ptr, new, q_stride, k_stride, v_stride, ring_stride, size, scale,
+    dq_ptr, dk_ptr, dv_ptr, parts, new, q_stride, k_stride, v_stride, ring_stride, size, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    TILE: tl.constexpr, KEYS: tl.constexpr, NEW_KEYS: tl.constexpr, PARTS: tl.constexpr,
-    EXCLUSIVE: tl.constexpr,
+    TILE: tl.constexpr, KEYS: tl.constexpr, NEW_KEYS: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """A part of dq for a tile of queries; the programs of one part more: dk and dv."""
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -316,12 +314,12 @@ def backward_kernel(
     share_ptr += base
     k_ptr += row * new * k_stride + head * D
     v_ptr += row * new * v_stride + head * D
-    if part < PARTS:
+    if part < parts:
         ring = row * ring_stride + head * D
         _query_gradient(
             dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr + ring, ring_v_ptr + ring, filled_ptr, z_ptr,
-            lse_ptr, share_ptr, dq_ptr + (part.to(tl.int64) * size + base) * D, tile, part, new,
-            q_stride, k_stride, v_stride, scale, HEADS, GROUP, D, WIDTH, TILE, KEYS, PARTS,
+            lse_ptr, share_ptr, dq_ptr + (part.to(tl.int64) * size + base) * D, tile, part, parts,
+            new, q_stride, k_stride, v_stride, scale, HEADS, GROUP, D, WIDTH, TILE, KEYS,
             EXCLUSIVE,
         )  # fmt: skip
     elif tile * NEW_KEYS < new:
@@ -383,17 +381,18 @@ def _launch(
     constants = {
         "HEADS": heads, "GROUP": group, "D": width,
         "WIDTH": max(SMALLEST_TILE, triton.next_power_of_2(width)), "TILE": cut.tile,
-        "KEYS": KEYS, "PARTS": cut.parts, "EXCLUSIVE": exclusive, "num_warps": WARPS,
+        "KEYS": KEYS, "EXCLUSIVE": exclusive, "num_warps": WARPS,
         "num_stages": STAGES,
     }  # fmt: skip
     strides = [*map(_stride, (q, k, v)), ring.stride(0)]
-    return cut, [new, *strides, size, scale], constants
+    return cut, [cut.parts, new, *strides, size, scale], constants
 
 
-def _joining(parts: int, width: int) -> dict[str, int]:
-    """The constants of the kernels that join parts."""
-    padded, width_padded = triton.next_power_of_2(parts), triton.next_power_of_2(width)
-    return {"PARTS": parts, "PADDED": padded, "D": width, "WIDTH": width_padded, "num_warps": 1}
+def _joining(ring: Tensor) -> dict[str, int]:
+    """The constants of the kernels that join parts, for any number that a ring is cut into."""
+    _, capacity, _, width = ring.shape
+    padded = triton.next_power_of_2(capacity // SMALLEST_PART + 1)
+    return {"PADDED": padded, "D": width, "WIDTH": triton.next_power_of_2(width), "num_warps": 1}
 
 
 @torch.library.custom_op("pocketlm::chunk_attention", mutates_args=())
@@ -417,14 +416,15 @@ def chunk_attention(
     grid = (cut.tiles, cut.parts, q.shape[0] * k.shape[2])
     operands = (q, k, v, ring_keys, ring_values, filled)
     if cut.parts == 1:
-        forward_kernel[grid](*operands, z, lse, share, *numbers, **constants)
+        forward_kernel[grid](*operands, z, lse, share, *numbers, WHOLE=True, **constants)
     else:
         part_y = lse.new_empty((cut.parts, *z.shape))
         part_lse = lse.new_empty((cut.parts, *lse.shape))
-        forward_kernel[grid](*operands, part_y, part_lse, share, *numbers, **constants)
+        outputs = (part_y, part_lse, share)
+        forward_kernel[grid](*operands, *outputs, *numbers, WHOLE=False, **constants)
         combine_kernel[(lse.numel(),)](
-            part_y, part_lse, v, z, lse, share, lse.numel(), _stride(v), HEADS=q.shape[2],
-            GROUP=constants["GROUP"], EXCLUSIVE=exclusive, **_joining(cut.parts, q.shape[3]),
+            part_y, part_lse, v, z, lse, share, cut.parts, lse.numel(), _stride(v),
+            HEADS=q.shape[2], GROUP=constants["GROUP"], EXCLUSIVE=exclusive, **_joining(ring_keys),
         )  # fmt: skip
     return z, lse, share
 
@@ -455,8 +455,9 @@ def chunk_attention_backward(
         NEW_KEYS=cut.new_keys, **constants,
     )  # fmt: skip
     if cut.parts > 1:
-        joining = _joining(cut.parts, q.shape[3])
-        sum_kernel[(lse.numel(),)](part_dq, dq, lse.numel(), **joining)
+        sum_kernel[(lse.numel(),)](
+            part_dq, dq, cut.parts, lse.numel(), **_joining(ring_keys)
+        )  # fmt: skip
     return dq, dk, dv
 
 
