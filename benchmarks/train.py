@@ -42,16 +42,7 @@ PARTS = ("part", "measured", "floor")
 # The category of a kernel is the first with one of these in its name, in lower case.
 KERNELS = {
     "communication": ("nccl",),
-    "attention": (
-        "flash",
-        "attention",
-        "attn",
-        "fmha",
-        "query_kernel",
-        "key_kernel",
-        "forward_kernel",
-        "prepare_kernel",
-    ),
+    "attention": ("flash", "attention", "attn", "fmha"),
     "products": ("gemm", "cutlass", "nvjet", "xmma", "product_kernel", "::mm", "addmm", "bmm"),
     "copies": ("memcpy", "memset"),
 }

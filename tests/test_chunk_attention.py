@@ -205,8 +205,7 @@ def test_operations_keep_what_they_promise_the_compiler(parts, monkeypatch):
 
 def test_kernels_compile_for_hopper(tmp_path):
     program = """
-from model.ops.chunk_attention import KEYS, STAGES, WARPS, backward_kernel, combine_kernel
-from model.ops.chunk_attention import forward_kernel, plan, sum_kernel
+from model.ops.chunk_attention import *
 
 names = ["q", "k", "v", "ring_k", "ring_v", "y", "z", "dz", "dq", "dk", "dv"]
 numbers = ["parts", "new", "q_stride", "k_stride", "v_stride", "ring_stride", "size"]
@@ -218,7 +217,7 @@ for rows, new in ((64, 1), (1, 32), (360, 64)):
     constants = {"HEADS": 8, "GROUP": 2, "D": 64, "WIDTH": 64, "TILE": cut.tile, "KEYS": KEYS}
     constants |= {"EXCLUSIVE": True}
     own = {"WHOLE": cut.parts == 1}, {"NEW_KEYS": cut.new_keys}
-    for kernel, more in zip((forward_kernel, backward_kernel), own):
+    for kernel, more in zip((ring_attention_kernel, ring_attention_backward_kernel), own):
         present = {n: t for n, t in types.items() if n in kernel.arg_names}
         build(kernel, present, constants | more, num_warps=WARPS, num_stages=STAGES)
 types = dict.fromkeys(["x_ptr", "part_lse_ptr", "lse_ptr", "share_ptr"], "*fp32")
@@ -226,7 +225,7 @@ types |= {"v_ptr": "*bf16", "y_ptr": "*bf16", "size": "i32", "v_stride": "i32"}
 types["parts"] = "i32"
 constants = {"PADDED": 16, "D": 64, "WIDTH": 64}
 own = {"HEADS": 8, "GROUP": 2, "EXCLUSIVE": True}
-for kernel, more in ((combine_kernel, own), (sum_kernel, {})):
+for kernel, more in ((ring_attention_combine_kernel, own), (ring_attention_sum_kernel, {})):
     present = {n: t for n, t in types.items() if n in kernel.arg_names}
     build(kernel, present, constants | more, num_warps=1)
 """

@@ -167,9 +167,9 @@ sizes = {"GROUP": 2, "WIDTH": 64, "TILE": TILE}
 exclusive = {"EXCLUSIVE": True}
 wide = types | dict.fromkeys(("q_desc", "dy_desc"), tile(STEP))
 for kernel, types, constants, launch in (
-    (forward_kernel, types, {"HEADS": 8} | exclusive, FORWARD),
-    (query_kernel, types, {}, QUERIES),
-    (key_kernel, wide, {"STEP": STEP} | exclusive, KEYS),
+    (attention_kernel, types, {"HEADS": 8} | exclusive, FORWARD),
+    (attention_query_kernel, types, {}, QUERIES),
+    (attention_key_kernel, wide, {"STEP": STEP} | exclusive, KEYS),
 ):
     options = {name: value for name, value in asdict(launch).items() if value is not None}
     ptx = build(kernel, types, sizes | constants, **options)

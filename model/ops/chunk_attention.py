@@ -113,7 +113,7 @@ def _absorb(q, k, v, seen, scale, largest, total, y):
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
-def forward_kernel(
+def ring_attention_kernel(
     q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, y_ptr, lse_ptr, share_ptr, parts,
     new, q_stride, k_stride, v_stride, ring_stride, size, scale, HEADS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
@@ -164,7 +164,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
-def combine_kernel(
+def ring_attention_combine_kernel(
     x_ptr, part_lse_ptr, v_ptr, y_ptr, lse_ptr, share_ptr, parts, size, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, EXCLUSIVE: tl.constexpr,
@@ -190,7 +190,7 @@ def combine_kernel(
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
-def sum_kernel(
+def ring_attention_sum_kernel(
     x_ptr, y_ptr, parts, size, PADDED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of one query's gradient."""
@@ -296,7 +296,7 @@ def _key_gradient(
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
-def backward_kernel(
+def ring_attention_backward_kernel(
     dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, z_ptr, lse_ptr, share_ptr,
     dq_ptr, dk_ptr, dv_ptr, parts, new, q_stride, k_stride, v_stride, ring_stride, size, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
@@ -416,13 +416,13 @@ def chunk_attention(
     grid = (cut.tiles, cut.parts, q.shape[0] * k.shape[2])
     operands = (q, k, v, ring_keys, ring_values, filled)
     if cut.parts == 1:
-        forward_kernel[grid](*operands, z, lse, share, *numbers, WHOLE=True, **constants)
+        ring_attention_kernel[grid](*operands, z, lse, share, *numbers, WHOLE=True, **constants)
     else:
         part_y = lse.new_empty((cut.parts, *z.shape))
         part_lse = lse.new_empty((cut.parts, *lse.shape))
         outputs = (part_y, part_lse, share)
-        forward_kernel[grid](*operands, *outputs, *numbers, WHOLE=False, **constants)
-        combine_kernel[(lse.numel(),)](
+        ring_attention_kernel[grid](*operands, *outputs, *numbers, WHOLE=False, **constants)
+        ring_attention_combine_kernel[(lse.numel(),)](
             part_y, part_lse, v, z, lse, share, cut.parts, lse.numel(), _stride(v),
             HEADS=q.shape[2], GROUP=constants["GROUP"], EXCLUSIVE=exclusive, **_joining(ring_keys),
         )  # fmt: skip
@@ -450,12 +450,12 @@ def chunk_attention_backward(
         return dq, dk, dv
     cut, numbers, constants = _launch(q, k, v, ring_keys, exclusive)
     part_dq = dq if cut.parts == 1 else lse.new_empty((cut.parts, *dq.shape))
-    backward_kernel[cut.tiles, cut.parts + 1, q.shape[0] * k.shape[2]](
+    ring_attention_backward_kernel[cut.tiles, cut.parts + 1, q.shape[0] * k.shape[2]](
         dz, q, k, v, ring_keys, ring_values, filled, z, lse, share, part_dq, dk, dv, *numbers,
         NEW_KEYS=cut.new_keys, **constants,
     )  # fmt: skip
     if cut.parts > 1:
-        sum_kernel[(lse.numel(),)](
+        ring_attention_sum_kernel[(lse.numel(),)](
             part_dq, dq, cut.parts, lse.numel(), **_joining(ring_keys)
         )  # fmt: skip
     return dq, dk, dv

@@ -44,7 +44,7 @@ def _mixed(
 
 
 @triton.jit
-def forward_kernel(
+def mix_kernel(
     x_ptr, x0_ptr, earlier_ptr, weight_ptr, mix_ptr, scale_ptr, u_ptr, n_ptr, T,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, EPSILON: tl.constexpr,
     SKIP: tl.constexpr,
@@ -68,7 +68,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def mix_backward_kernel(
     du_ptr, dn_ptr, x_ptr, x0_ptr, earlier_ptr, weight_ptr, mix_ptr, scale_ptr, dx_ptr, dx0_ptr,
     dearlier_ptr, sums_ptr, T, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     EPSILON: tl.constexpr, SKIP: tl.constexpr, SUMS: tl.constexpr,
@@ -135,7 +135,7 @@ def mixed_norm(
     x, x0 = x.contiguous(), x0.contiguous()
     u, n = torch.empty_like(x), torch.empty_like(x)
     if tokens := x.shape[0]:
-        forward_kernel[(triton.cdiv(tokens, ROWS),)](
+        mix_kernel[(triton.cdiv(tokens, ROWS),)](
             x, x0, earlier, weight, mix, scale, u, n, tokens, **_sizes(x, earlier is not None),
             num_warps=WARPS,
         )  # fmt: skip
@@ -177,7 +177,7 @@ def mixed_norm_backward(
     programs = min(_programs(x.device), triton.cdiv(tokens, ROWS))
     shares = mix.new_empty(programs if sums else 0, 3, width)
     if programs:
-        backward_kernel[(programs,)](
+        mix_backward_kernel[(programs,)](
             du, dn, x, x0, earlier, weight, mix, scale, dx, dx0, dearlier, shares, tokens,
             **_sizes(x, earlier is not None), SUMS=sums, num_warps=WARPS,
         )  # fmt: skip

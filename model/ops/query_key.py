@@ -41,7 +41,7 @@ def _partner(column, HALF: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def turn_kernel(
     x_ptr, gain_ptr, cosine_ptr, sine_ptr, y_ptr, T, x_stride, HEADS: tl.constexpr,
     ALL: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, EPSILON: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -66,7 +66,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def turn_backward_kernel(
     dy_ptr, x_ptr, gain_ptr, cosine_ptr, sine_ptr, dx_ptr, dgain_ptr, T, x_stride, dx_stride,
     HEADS: tl.constexpr, ALL: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
     EPSILON: tl.constexpr, TOKENS: tl.constexpr,
@@ -106,7 +106,7 @@ def prepare(
     """
     tokens, columns = x.shape
     y = x.new_empty(tokens, columns)
-    forward_kernel[(triton.cdiv(tokens, TOKENS),)](
+    turn_kernel[(triton.cdiv(tokens, TOKENS),)](
         x, gain, cosines, sines, y, tokens, x.stride(0), **_sizes(x, cosines, heads, width),
         num_warps=4,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def prepare_backward(
     tokens, heads = x.shape[0], gain.numel()
     programs = triton.cdiv(tokens, TOKENS)
     partial = gain.new_empty(programs, heads)
-    backward_kernel[(programs,)](
+    turn_backward_kernel[(programs,)](
         dy, x, gain, cosines, sines, dx, partial, tokens, x.stride(0), dx.stride(0),
         **_sizes(x, cosines, heads, width), num_warps=4,
     )  # fmt: skip

@@ -87,7 +87,7 @@ def _attend(q, k, v, largest, total, y, scale, DIAGONAL: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def attention_kernel(
     q_desc, k_desc, v_desc, z_ptr, lse_ptr, share_ptr, tiles_ptr, T, scale, HEADS: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +122,7 @@ def forward_kernel(
 
 
 @triton.jit
-def prepare_kernel(
+def attention_prepare_kernel(
     dz_ptr, z_ptr, v_ptr, share_ptr, dy_ptr, delta_ptr, dv_ptr, T, v_stride, dv_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
     EXCLUSIVE: tl.constexpr,
@@ -168,7 +168,7 @@ def _query_gradient(q, dy, k, v, lse, delta, dq, scale, DIAGONAL: tl.constexpr):
 
 
 @triton.jit
-def query_kernel(
+def attention_query_kernel(
     q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, dq_ptr, tiles_ptr, T, dq_stride, scale,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -217,7 +217,7 @@ def _key_gradients(
 
 
 @triton.jit
-def key_kernel(
+def attention_key_kernel(
     q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, T, dk_stride,
     dv_stride, scale, GROUP: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, EXCLUSIVE: tl.constexpr,
@@ -280,7 +280,7 @@ def attention_forward(
     lse = q.new_empty(heads, tokens, dtype=torch.float32)
     share = torch.empty_like(lse) if exclusive else lse.new_empty(0)
     if tokens:
-        forward_kernel[(len(tiles), heads)](
+        attention_kernel[(len(tiles), heads)](
             _tiles(q), _tiles(k), _tiles(v), z, lse, share, tiles, tokens, 8 * _scale(width),
             HEADS=heads, **_sizes(q, k), TILE=TILE, EXCLUSIVE=exclusive, **asdict(FORWARD),
         )  # fmt: skip
@@ -308,15 +308,15 @@ def attention_backward(
     dy = torch.empty_like(dz) if exclusive else dz
     delta = torch.empty_like(lse)
     sizes, scale = _sizes(q, k), _scale(width)
-    prepare_kernel[(triton.cdiv(tokens, PREPARED), groups)](
+    attention_prepare_kernel[(triton.cdiv(tokens, PREPARED), groups)](
         dz, z, v, share, dy, delta, dv, tokens, v.stride(0), dv.stride(0), HEADS=heads, **sizes,
         TOKENS=PREPARED, EXCLUSIVE=exclusive, num_warps=4,
     )  # fmt: skip
-    query_kernel[(len(tiles), heads)](
+    attention_query_kernel[(len(tiles), heads)](
         _tiles(q), _tiles(k), _tiles(v), _tiles(dy), lse, delta, dq, tiles, tokens, dq.stride(0),
         8 * scale, **sizes, TILE=TILE, **asdict(QUERIES),
     )  # fmt: skip
-    key_kernel[(len(tiles), groups)](
+    attention_key_kernel[(len(tiles), groups)](
         _tiles(q, STEP), _tiles(k), _tiles(v), _tiles(dy, STEP), lse, delta, dk, dv, tiles, tokens,
         dk.stride(0), dv.stride(0), scale, **sizes, TILE=TILE, STEP=STEP, EXCLUSIVE=exclusive,
         **asdict(KEYS),
