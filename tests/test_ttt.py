@@ -98,7 +98,7 @@ class Naive:
                 scores.append(self.losses(start, end))
             for group in optimizer.param_groups:
                 decay = 1 + start / ttt.lr_decay_tokens if ttt.lr_decay_tokens else 1
-                group["lr"] = ttt.lr / decay
+                group["lr"] = ttt.lr * ((full_end - start) / ttt.chunk) ** 0.5 / decay
             for _ in range(ttt.steps if end < len(self.tokens) else 0):
                 optimizer.zero_grad()
                 self.losses(start, end).mean().backward()

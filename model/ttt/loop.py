@@ -153,7 +153,7 @@ class Session:
         targets = _padded([targets_of(d) for d in documents], rows, length, device)
         self._adapters.reset(rows)
         self._reader.begin(tokens, targets)
-        scalars = step_scalars(self._ttt, [start for start, _ in self._spans], device)
+        scalars = step_scalars(self._ttt, self._spans, device)
         self._steps = scalars.view(-1, self._ttt.steps, 3)
         return torch.zeros(rows, length, device=device)
 
