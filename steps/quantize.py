@@ -31,6 +31,7 @@ from model.hessian import collect_hessians
 from model.quantizer import CODE_BITS
 from model.replay import CUDAReplay
 from model.sensitivity import sensitivities
+from model.start_up import use_compile_cache
 from model.storage import (
     probe_steps,
     quantize_weights,
@@ -40,7 +41,7 @@ from model.storage import (
     solved_modules,
     store_model,
 )
-from steps.common import TOKENS, Step, progress, run
+from steps.common import COMPILE_CACHE, TOKENS, Step, progress, run
 from steps.validation import validate
 
 Made = tuple[Packed, Mapping[str, Stored]]  # an artifact and what it holds
@@ -157,6 +158,7 @@ class Quantization:
 
 def main(step: Step) -> None:
     """Calibrate, quantise, pack, read back, score, publish."""
+    use_compile_cache(COMPILE_CACHE)
     job = Quantization(step)
     choice = ops.configure(device=step.group.device, **step.params.ops.model_dump())
     step.open_log(SECTIONS)
