@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from model import ops
 from model.documents import TILE, Documents
 from model.layers.rotary import rotation
 from model.ops import fused_attention, plain, query_key, triton_attention, varlen
@@ -74,6 +75,28 @@ def test_result_and_gradients_equal_the_reference(lengths, shape, exclusive):
     expected = results(reference, shape[2], exclusive, *theirs)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("exclusive", [False, True], ids=["plain", "exclusive"])
+@pytest.mark.parametrize("width", [64, 24])
+def test_heads_of_other_widths_take_another_way(monkeypatch, width, exclusive):
+    monkeypatch.setattr(ops, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(varlen, "obstacle", lambda *_: None)
+    monkeypatch.setattr(varlen, "torch_varlen", varlen.reference)
+    ops.configure("triton", torch.device("cpu"))
+    shape = (4, 2, width, 8)
+    leaves, documents, turns, weight = operands([5, 70], shape, torch.bfloat16)
+    found = results(ops_attention, width, exclusive, leaves, documents, turns, weight)
+    expected = results(reference, width, exclusive, leaves, documents, turns, weight)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 2e-2 * b.norm()
+    monkeypatch.undo()
+    ops.configure("auto", torch.device("cpu"))
+
+
+def ops_attention(projected, documents, gain, turns, width, exclusive):
+    return ops.self_attention(projected, documents, gain, turns, width, exclusive)
 
 
 @interpreted

@@ -142,7 +142,8 @@ def varlen_attention(
     token's own value is removed from its result.
     """
     bound = _chosen(q.device)
-    if exclusive and bound.exclusive is not None and q.dtype in varlen.DTYPES:
+    own = q.dtype in varlen.DTYPES and q.shape[2] in varlen.TRITON_WIDTHS
+    if exclusive and bound.exclusive is not None and own:
         return bound.exclusive(q, k, v, documents, True)
     y = bound.attention(q, k, v, documents)
     return plain.exclude_own_value(y, v) if exclusive else y
@@ -175,7 +176,7 @@ def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tens
     `model.layers.rotary.rotation`.
     """
     fused = _chosen(x.device).turned
-    if fused is None or x.dtype not in varlen.DTYPES:
+    if fused is None or x.dtype not in varlen.DTYPES or x.shape[2] not in varlen.TRITON_WIDTHS:
         return plain.turned(x, gain, turns)
     return fused(x, gain, turns)
 
@@ -195,7 +196,8 @@ def self_attention(
     token's own value is removed from its result. Returns (T, heads·width).
     """
     fused = _chosen(projected.device).self_attention
-    if fused is not None and projected.dtype in varlen.DTYPES:
+    own = projected.dtype in varlen.DTYPES and width in varlen.TRITON_WIDTHS
+    if fused is not None and own:
         return fused(projected, documents, gain, turns, width, exclusive)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from model.layers.norm import EPSILON
 
 ROWS, WARPS = 1, 2  # tokens of a program at a time, and what works on them
 PER_MULTIPROCESSOR = 8  # programs of the backward pass
-LARGEST_WIDTH = 4096
 
 
 @triton.jit

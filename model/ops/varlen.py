@@ -104,8 +104,13 @@ def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tenso
     return y[0] if isinstance(y, tuple) else y  # older versions return lse as well
 
 
+TRITON_WIDTHS = (16, 32, 64, 128)
+
+
 def triton(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Our own kernels."""
+    """Our own kernels; for heads of other widths than they take, torch's."""
+    if q.shape[2] not in TRITON_WIDTHS:
+        return torch_varlen(q, k, v, documents)
     return _function("model.ops.triton_attention", "triton_attention")(q, k, v, documents)
 
 
