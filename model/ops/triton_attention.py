@@ -57,6 +57,13 @@ PREPARED = 16  # tokens of a program that prepares the backward pass
 
 
 @triton.jit
+def _tile(tiles_ptr):
+    """This program's tile: where its document begins, where it begins, where its document ends."""
+    at = tiles_ptr + tl.program_id(0) * 3
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
+@triton.jit
 def _computed(x):
     """x / 8, which is exact and keeps x in registers for the products of a loop.
 
@@ -92,9 +99,7 @@ def attention_kernel(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """The queries of one tile and head."""
-    begin = tl.load(tiles_ptr + tl.program_id(0) * 3)
-    first = tl.load(tiles_ptr + tl.program_id(0) * 3 + 1)
-    end = tl.load(tiles_ptr + tl.program_id(0) * 3 + 2)
+    begin, first, end = _tile(tiles_ptr)
     if first >= end:
         return
     head = tl.program_id(1)
@@ -173,9 +178,7 @@ def attention_query_kernel(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile and head."""
-    begin = tl.load(tiles_ptr + tl.program_id(0) * 3)
-    first = tl.load(tiles_ptr + tl.program_id(0) * 3 + 1)
-    end = tl.load(tiles_ptr + tl.program_id(0) * 3 + 2)
+    begin, first, end = _tile(tiles_ptr)
     if first >= end:
         return
     head = tl.program_id(1)
@@ -223,8 +226,7 @@ def attention_key_kernel(
     STEP: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile and group; dv is added to what is there if exclusive."""
-    first = tl.load(tiles_ptr + tl.program_id(0) * 3 + 1)
-    end = tl.load(tiles_ptr + tl.program_id(0) * 3 + 2)
+    _begin, first, end = _tile(tiles_ptr)
     if first >= end:
         return
     group = tl.program_id(1)
