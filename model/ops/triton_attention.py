@@ -108,17 +108,19 @@ def attention_kernel(
     largest = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     y = tl.zeros((TILE, WIDTH), tl.float32)
+    # The tile on the diagonal comes first: after the loop, its products would keep the compiler
+    # from running those of the loop without waiting for each.
+    k, v = k_desc.load([first, column]), v_desc.load([first, column])
+    largest, total, y = _attend(q, k, v, largest, total, y, scale, True)
     for start in tl.range(begin, first, TILE):
         k, v = k_desc.load([start, column]), v_desc.load([start, column])
         largest, total, y = _attend(q, k, v, largest, total, y, scale, False)
-    k, v = k_desc.load([first, column]), v_desc.load([first, column])
-    largest, total, y = _attend(q, k, v, largest, total, y, scale, True)
     y = y / total[:, None]
     query = first + tl.arange(0, TILE)
     inside, scalar = query < end, head * T + query
     tl.store(lse_ptr + scalar, largest * scale + tl.log2(total), mask=inside)
     if EXCLUSIVE:
-        v = v.to(tl.float32)
+        v = v_desc.load([first, column]).to(tl.float32)
         share = tl.sum(y * v, 1) / tl.maximum(tl.sum(v * v, 1), TINY)
         tl.store(share_ptr + scalar, share, mask=inside)
         y -= share[:, None] * v
@@ -190,11 +192,11 @@ def attention_query_kernel(
     lse = tl.load(lse_ptr + head * T + query, mask=inside, other=0.0)
     delta = tl.load(delta_ptr + head * T + query, mask=inside, other=0.0)
     dq = tl.zeros((TILE, WIDTH), tl.float32)
+    k, v = k_desc.load([first, column]), v_desc.load([first, column])
+    dq = _query_gradient(q, dy, k, v, lse, delta, dq, scale, True)
     for start in tl.range(begin, first, TILE):
         k, v = k_desc.load([start, column]), v_desc.load([start, column])
         dq = _query_gradient(q, dy, k, v, lse, delta, dq, scale, False)
-    k, v = k_desc.load([first, column]), v_desc.load([first, column])
-    dq = _query_gradient(q, dy, k, v, lse, delta, dq, scale, True)
     at = query.to(tl.int64)[:, None] * dq_stride + head * WIDTH + tl.arange(0, WIDTH)[None, :]
     dq *= scale / (EIGHT * LOG2E)
     tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
