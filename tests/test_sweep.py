@@ -121,7 +121,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("ttt.lr", "tt.lr", ("tt: unknown key", "did you mean ttt?")),
         ("ttt.lr", "ttt.lr.x", ("ttt.lr: input should be a valid number",)),
         ("[0.01]", "[0.01, fast]", ("ttt.lr: input should be a valid number", "'fast'")),
-        ("[8, 16]", "[8, 512]", ("ttt.context: 256 is shorter than chunk (512)",)),
+        ("[8, 16]", "[8, 512]", ("ttt.largest_chunk: 16 is smaller than chunk (512)",)),
         ("seconds.ttt", "seconds.tt", ("cost: the stage has no metric seconds.tt", "seconds.ttt")),
         ("seconds.ttt", "seconds", ("cost: the stage has no metric seconds", "seconds.ttt")),
     ],
