@@ -316,11 +316,12 @@ def main() -> None:
                 show(run, chosen.repeats)
             with stage("start-up, cold and warm", 2 * chosen.limit):
                 run.found |= start_up(chosen.preset, chosen.limit)
+        if group.is_main:
+            report(run, chosen.json)
+        if alone:  # what takes longest comes last, when the figures are written
             with stage("attention", 6 * chosen.limit):
                 names = [name for name in ops.varlen.IMPLEMENTATIONS if name != "reference"]
                 compare_attention(chosen.preset, chosen.limit, names)
-        if group.is_main:
-            report(run, chosen.json)
 
 
 if __name__ == "__main__":
