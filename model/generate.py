@@ -16,8 +16,7 @@ BOS begins the next document, so a sequence that contained one would be two, one
 context; every token of the calibration text is thus one that training has shown inside a document.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -92,27 +91,6 @@ class _Writer:
         return drawn
 
 
-@contextmanager
-def _prepared(model: GPT) -> Iterator[None]:
-    """Make once, for the block, what the blocks make of their weights at every token.
-
-    They multiply with working copies of the matrices, and hold their other tensors, which they use
-    in the activations' dtype alone, in that dtype.
-    """
-    tensors = [*model.blocks.parameters(), *model.blocks.buffers()]
-    if model.skip_weights is not None:
-        tensors.append(model.skip_weights)
-    masters = [tensor.data for tensor in tensors]
-    with fixed_weights(model):
-        for tensor in tensors:
-            tensor.data = tensor.data.to(model.dtype)
-        try:
-            yield
-        finally:
-            for tensor, master in zip(tensors, masters, strict=True):
-                tensor.data = master
-
-
 @torch.no_grad()
 def generate(
     model: GPT,
@@ -130,7 +108,7 @@ def generate(
     is. Returns int64 (rows, length), BOS first, on the model's device.
     """
     replay = replay or Replay(recorded=False)
-    with _prepared(model), replay.stream():
+    with fixed_weights(model), replay.stream():
         writer = _Writer(model, noise, temperature, bos, forbidden)
         for position in range(noise.shape[1] if len(noise) else 0):
             replay.run(writer.move_to(position), writer.write)

@@ -92,20 +92,29 @@ class WorkingWeights:
 
 @contextmanager
 def fixed_weights(model: GPT) -> Iterator[None]:
-    """Let the model multiply with working copies of weights that do not change inside the block.
+    """Make once, for the block, what the blocks make of their weights at every use.
 
-    No weight gets a gradient there.
+    They multiply with working copies of the matrices, and hold their other tensors, which they use
+    in the activations' dtype alone, in that dtype. No weight gets a gradient there.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     chosen = model_products(model)
     with torch.no_grad():
         copies = [tensor.detach().to(model.dtype) for tensor in _effective(chosen, None)]
+    held = [*model.blocks.parameters(), *model.blocks.buffers()]
+    if model.skip_weights is not None:
+        held.append(model.skip_weights)
+    masters = [tensor.data for tensor in held]
     for parameter in trained:
         parameter.requires_grad_(False)
+    for tensor in held:
+        tensor.data = tensor.data.to(model.dtype)
     try:
         with _in_place(chosen, copies):
             yield
     finally:
+        for tensor, master in zip(held, masters, strict=True):
+            tensor.data = master
         for parameter in trained:
             parameter.requires_grad_(True)
 
