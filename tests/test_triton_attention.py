@@ -181,21 +181,21 @@ from model.ops.triton_attention import *
 def tile(rows):
     return f"tensordesc<bf16[{rows},64]>"
 
-types = dict.fromkeys(("q_desc", "k_desc", "v_desc", "dy_desc"), tile(TILE))
-types |= dict.fromkeys(("z_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*bf16")
-types |= dict.fromkeys(("lse_ptr", "share_ptr", "delta_ptr"), "*fp32")
+types = dict.fromkeys(("q_desc", "k_desc", "v_desc", "dy_desc", "dz_desc", "z_desc"), tile(TILE))
+types |= dict.fromkeys(("z_ptr", "dy_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*bf16")
+types |= dict.fromkeys(("lse_ptr", "share_ptr", "delta_ptr", "along_ptr"), "*fp32")
 types |= dict.fromkeys(("T", "dq_stride", "dk_stride", "dv_stride"), "i32")
 types |= {"tiles_ptr": "*i32", "scale": "fp32"}
-sizes = {"GROUP": 2, "WIDTH": 64, "TILE": TILE}
-exclusive = {"EXCLUSIVE": True}
+sizes = {"GROUP": 2, "WIDTH": 64, "TILE": TILE, "EXCLUSIVE": True}
 wide = types | dict.fromkeys(("q_desc", "dy_desc"), tile(STEP))
-for kernel, types, constants, launch in (
-    (attention_kernel, types, {"HEADS": 8} | exclusive, FORWARD),
-    (attention_query_kernel, types, {}, QUERIES),
-    (attention_key_kernel, wide, {"STEP": STEP} | exclusive, KEYS),
+for kernel, known, more, launch in (
+    (attention_kernel, types, {"HEADS": 8}, FORWARD),
+    (attention_query_kernel, types, {"HEADS": 8}, QUERIES),
+    (attention_key_kernel, wide, {"STEP": STEP}, KEYS),
 ):
+    present = {n: t for n, t in known.items() if n in kernel.arg_names}
     options = {name: value for name, value in asdict(launch).items() if value is not None}
-    ptx = build(kernel, types, sizes | constants, **options)
+    ptx = build(kernel, present, sizes | more, **options)
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
 """
     sizes = compile_for_hopper(program, tmp_path)

@@ -17,8 +17,9 @@ so z and the scalars w are kept instead of y. With p = exp(s − lse), δ = Σ_c
 
     ds = p ⊙ (dy vᵀ − δ),   dq = ds k / sqrt(d),   dk = dsᵀ q / sqrt(d),   dv += pᵀ dy
 
-One kernel makes dq and another dk and dv, both from p computed again: two products more than with
-atomic additions to dq, but the result does not depend on the order of execution. Sums are fp32,
+One kernel makes dq, and dy, t and δ on the way, another dk and dv, both from p computed again: two
+products more than with atomic additions to dq, but the result does not depend on the order of
+execution. Sums are fp32,
 products bf16 (or the dtype of the inputs). The tensor memory accelerator (TMA) copies tiles; where
 a tile reaches into the next document, what it reads there is finite and masked.
 """
@@ -53,7 +54,6 @@ FORWARD = Launch(num_stages=3, num_warps=4)
 QUERIES = Launch(num_stages=3, num_warps=4)
 KEYS = Launch(num_stages=2, num_warps=4)
 STEP = 128  # queries that a tile of keys meets at a time: wide products read less shared memory
-PREPARED = 16  # tokens of a program that prepares the backward pass
 
 
 @triton.jit
@@ -129,75 +129,51 @@ def attention_kernel(
 
 
 @triton.jit
-def attention_prepare_kernel(
-    dz_ptr, z_ptr, v_ptr, share_ptr, dy_ptr, delta_ptr, dv_ptr, T, v_stride, dv_stride,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
-    EXCLUSIVE: tl.constexpr,
-):  # fmt: skip
-    """δ of some tokens of a group; if exclusive also dy, and what dv gets from the exclusion."""
-    group, column = tl.program_id(1), tl.arange(0, WIDTH)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    inside = token < T
-    at_v = token.to(tl.int64)[:, None] * v_stride + group * WIDTH + column[None, :]
-    if EXCLUSIVE:
-        v = tl.load(v_ptr + at_v, mask=inside[:, None], other=0.0).to(tl.float32)
-        inverse = 1 / tl.maximum(tl.sum(v * v, 1), TINY)
-        dv = tl.zeros((TOKENS, WIDTH), tl.float32)
-    for number in tl.static_range(GROUP):
-        head = group * GROUP + number
-        at = (token.to(tl.int64) * HEADS + head)[:, None] * WIDTH + column[None, :]
-        dz = tl.load(dz_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        if EXCLUSIVE:
-            share = tl.load(share_ptr + head * T + token, mask=inside, other=0.0)
-            along = tl.sum(dz * v, 1) * inverse
-            dy = dz - along[:, None] * v
-            dv -= along[:, None] * z + share[:, None] * dy
-            delta = tl.sum(dy * (z + share[:, None] * v), 1)
-            tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=inside[:, None])
-        else:
-            delta = tl.sum(dz * z, 1)
-        tl.store(delta_ptr + head * T + token, delta, mask=inside)
-    if EXCLUSIVE:
-        at_dv = token.to(tl.int64)[:, None] * dv_stride + group * WIDTH + column[None, :]
-        tl.store(dv_ptr + at_dv, dv.to(dv_ptr.dtype.element_ty), mask=inside[:, None])
-
-
-@triton.jit
 def _query_gradient(q, dy, k, v, lse, delta, dq, scale, DIAGONAL: tl.constexpr):
     """Add to dq what it gets from a tile of keys."""
     s = tl.dot(q, k.T)
     if DIAGONAL:
         s += _causal(s.shape[0])
     p = tl.exp2(s * scale - lse[:, None])
-    ds = p * (tl.dot(dy, v.T) * EIGHT - delta[:, None])
+    ds = p * (tl.dot(dy, v.T) - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq)
 
 
 @triton.jit
 def attention_query_kernel(
-    q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, dq_ptr, tiles_ptr, T, dq_stride, scale,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    q_desc, k_desc, v_desc, dz_desc, z_desc, lse_ptr, share_ptr, dy_ptr, delta_ptr, along_ptr,
+    dq_ptr, tiles_ptr, T, dq_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile and head."""
+    """dq of one tile and head, and δ; if exclusive also t and dy."""
     begin, first, end = _tile(tiles_ptr)
     if first >= end:
         return
     head = tl.program_id(1)
     column = head // GROUP * WIDTH
-    q = _computed(q_desc.load([first, head * WIDTH]))
-    dy = _computed(dy_desc.load([first, head * WIDTH]))
-    query = first + tl.arange(0, TILE)
-    inside = query < end
-    lse = tl.load(lse_ptr + head * T + query, mask=inside, other=0.0)
-    delta = tl.load(delta_ptr + head * T + query, mask=inside, other=0.0)
+    query, inner = first + tl.arange(0, TILE), tl.arange(0, WIDTH)[None, :]
+    inside, scalar = query < end, head * T + query
+    z = z_desc.load([first, head * WIDTH]).to(tl.float32)
+    dy = dz_desc.load([first, head * WIDTH]).to(tl.float32)
+    if EXCLUSIVE:
+        own = v_desc.load([first, column]).to(tl.float32)
+        along = tl.sum(dy * own, 1) / tl.maximum(tl.sum(own * own, 1), TINY)
+        dy -= along[:, None] * own
+        z += tl.load(share_ptr + scalar, mask=inside, other=0.0)[:, None] * own
+        at = (query.to(tl.int64) * HEADS + head)[:, None] * WIDTH + inner
+        tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=inside[:, None])
+        tl.store(along_ptr + scalar, along, mask=inside)
+    delta = tl.sum(dy * z, 1)
+    tl.store(delta_ptr + scalar, delta, mask=inside)
+    q, dy = _computed(q_desc.load([first, head * WIDTH])), dy.to(z_desc.dtype)
+    lse = tl.load(lse_ptr + scalar, mask=inside, other=0.0)
     dq = tl.zeros((TILE, WIDTH), tl.float32)
     k, v = k_desc.load([first, column]), v_desc.load([first, column])
     dq = _query_gradient(q, dy, k, v, lse, delta, dq, scale, True)
     for start in tl.range(begin, first, TILE):
         k, v = k_desc.load([start, column]), v_desc.load([start, column])
         dq = _query_gradient(q, dy, k, v, lse, delta, dq, scale, False)
-    at = query.to(tl.int64)[:, None] * dq_stride + head * WIDTH + tl.arange(0, WIDTH)[None, :]
+    at = query.to(tl.int64)[:, None] * dq_stride + head * WIDTH + inner
     dq *= scale / (EIGHT * LOG2E)
     tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
 
@@ -223,11 +199,11 @@ def _key_gradients(
 
 @triton.jit
 def attention_key_kernel(
-    q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, T, dk_stride,
-    dv_stride, scale, GROUP: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    STEP: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    q_desc, k_desc, v_desc, dy_desc, dy_ptr, z_ptr, lse_ptr, share_ptr, delta_ptr, along_ptr,
+    dk_ptr, dv_ptr, tiles_ptr, T, dk_stride, dv_stride, scale, GROUP: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile and group; dv is added to what is there if exclusive."""
+    """dk and dv of one tile and group."""
     _begin, first, end = _tile(tiles_ptr)
     if first >= end:
         return
@@ -246,11 +222,18 @@ def attention_key_kernel(
             group * GROUP + number % GROUP, end, T, dk, dv, scale, WIDTH, STEP,
             False,
         )  # fmt: skip
-    key = first + tl.arange(0, TILE)
-    inside, wide = (key < end)[:, None], key.to(tl.int64)[:, None]
-    here = group * WIDTH + tl.arange(0, WIDTH)[None, :]
+    key, inner = first + tl.arange(0, TILE), tl.arange(0, WIDTH)[None, :]
+    inside, wide = key < end, key.to(tl.int64)[:, None]
     if EXCLUSIVE:
-        dv += tl.load(dv_ptr + wide * dv_stride + here, mask=inside, other=0.0).to(tl.float32)
+        for head in tl.static_range(GROUP):
+            scalar = (group * GROUP + head) * T + key
+            at = (wide * (tl.num_programs(1) * GROUP) + group * GROUP + head) * WIDTH + inner
+            z = tl.load(z_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+            along = tl.load(along_ptr + scalar, mask=inside, other=0.0)
+            share = tl.load(share_ptr + scalar, mask=inside, other=0.0)
+            dv -= along[:, None] * z + share[:, None] * dy
+    here, inside = group * WIDTH + inner, inside[:, None]
     dk *= scale / LOG2E
     tl.store(dk_ptr + wide * dk_stride + here, dk.to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + wide * dv_stride + here, dv.to(dv_ptr.dtype.element_ty), mask=inside)
@@ -310,19 +293,15 @@ def attention_backward(
     exclusive = share.numel() > 0
     dz = dz.contiguous()
     dy = torch.empty_like(dz) if exclusive else dz
-    delta = torch.empty_like(lse)
-    sizes, scale = _sizes(q, k), _scale(width)
-    attention_prepare_kernel[(triton.cdiv(tokens, PREPARED), groups)](
-        dz, z, v, share, dy, delta, dv, tokens, v.stride(0), dv.stride(0), HEADS=heads, **sizes,
-        TOKENS=PREPARED, EXCLUSIVE=exclusive, num_warps=4,
-    )  # fmt: skip
+    delta, along = torch.empty_like(lse), torch.empty_like(share)
+    sizes = {**_sizes(q, k), "TILE": TILE, "EXCLUSIVE": exclusive}
     attention_query_kernel[(len(tiles), heads)](
-        _tiles(q), _tiles(k), _tiles(v), _tiles(dy), lse, delta, dq, tiles, tokens, dq.stride(0),
-        8 * scale, **sizes, TILE=TILE, **asdict(QUERIES),
+        _tiles(q), _tiles(k), _tiles(v), _tiles(dz), _tiles(z), lse, share, dy, delta, along, dq,
+        tiles, tokens, dq.stride(0), 8 * _scale(width), HEADS=heads, **sizes, **asdict(QUERIES),
     )  # fmt: skip
     attention_key_kernel[(len(tiles), groups)](
-        _tiles(q, STEP), _tiles(k), _tiles(v), _tiles(dy, STEP), lse, delta, dk, dv, tiles, tokens,
-        dk.stride(0), dv.stride(0), scale, **sizes, TILE=TILE, STEP=STEP, EXCLUSIVE=exclusive,
+        _tiles(q, STEP), _tiles(k), _tiles(v), _tiles(dy, STEP), dy, z, lse, share, delta, along,
+        dk, dv, tiles, tokens, dk.stride(0), dv.stride(0), _scale(width), STEP=STEP, **sizes,
         **asdict(KEYS),
     )  # fmt: skip
 
