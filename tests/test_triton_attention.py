@@ -194,8 +194,7 @@ for kernel, known, more, launch in (
     (attention_key_kernel, wide, {"STEP": STEP}, KEYS),
 ):
     present = {n: t for n, t in known.items() if n in kernel.arg_names}
-    options = {name: value for name, value in asdict(launch).items() if value is not None}
-    ptx = build(kernel, present, sizes | more, **options)
+    ptx = build(kernel, present, sizes | more, **asdict(launch))
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
 """
     sizes = compile_for_hopper(program, tmp_path)

@@ -19,9 +19,9 @@ so z and the scalars w are kept instead of y. With p = exp(s − lse), δ = Σ_c
 
 One kernel makes dq, and dy, t and δ on the way, another dk and dv, both from p computed again: two
 products more than with atomic additions to dq, but the result does not depend on the order of
-execution. Sums are fp32,
-products bf16 (or the dtype of the inputs). The tensor memory accelerator (TMA) copies tiles; where
-a tile reaches into the next document, what it reads there is finite and masked.
+execution. Sums are fp32, products bf16 (or the dtype of the inputs). The tensor memory accelerator
+(TMA) copies tiles; where a tile reaches into the next document, what it reads there is finite and
+masked.
 """
 
 import math
@@ -43,11 +43,10 @@ TINY = tl.constexpr(1.1754944e-38)  # smallest normal fp32
 
 @dataclass(frozen=True)
 class Launch:
-    """What runs a program: tiles under way at a time, warps, registers."""
+    """What runs a program: tiles under way at a time, and warps."""
 
     num_stages: int
     num_warps: int
-    maxnreg: int | None = None  # registers of a thread, where the compiler would take too many
 
 
 FORWARD = Launch(num_stages=3, num_warps=4)
@@ -219,8 +218,7 @@ def attention_key_kernel(
     for number in tl.range(GROUP, tl.cdiv(end - first, STEP) * GROUP):
         dk, dv = _key_gradients(
             k, v, q_desc, dy_desc, lse_ptr, delta_ptr, first + number // GROUP * STEP,
-            group * GROUP + number % GROUP, end, T, dk, dv, scale, WIDTH, STEP,
-            False,
+            group * GROUP + number % GROUP, end, T, dk, dv, scale, WIDTH, STEP, False,
         )  # fmt: skip
     key, inner = first + tl.arange(0, TILE), tl.arange(0, WIDTH)[None, :]
     inside, wide = key < end, key.to(tl.int64)[:, None]
