@@ -34,10 +34,9 @@ from model.memory import peak_memory_mib
 from model.run_log import environment
 from model.start_up import compile_statistics, seconds_since_start, use_compile_cache
 from model.training import Batches, Trainer
-from steps.common import TOKENS
+from steps.common import COMPILE_CACHE, TOKENS
 from workflow.params import Params
 
-CACHE = Path(".work/compile-cache")
 PARTS = ("part", "measured", "floor")
 # The category of a kernel is the first with one of these in its name, in lower case.
 KERNELS = {
@@ -66,7 +65,7 @@ class Run:
     @classmethod
     def start(cls, params: Params, group: Group) -> "Run":
         """Build the trainer and compile, as the train step does."""
-        use_compile_cache(CACHE)
+        use_compile_cache(COMPILE_CACHE)
         choice = ops.configure(device=group.device, **params.ops.model_dump())
         torch.manual_seed(0)
         model = GPT(params.model).to(group.device)

@@ -130,15 +130,15 @@ def measure(
     ]
     warm_up(wanted[-1], model, documents, alone)
     start_up = seconds_since_start(group.device)
-    plain = mean_loss(plain_losses(model, documents, params.evaluate.tokens_per_batch, alone))
-    readings = read_all(wanted, options, model, documents, alone) if group.size == 1 else []
-    speed_up = measured_speed_up(wanted[-1], model, documents, group)
-    if not group.is_main:
-        return {}
     if group.size > 1:
+        speed_up = measured_speed_up(wanted[-1], model, documents, group)
+        if not group.is_main:
+            return {}
         say(f"{group.size} processes: {speed_up:.2f} times one, start-up {start_up:.1f} s")
         known = read_json(options.json) if options.json and options.json.exists() else {}
         return known | {"two_gpu_speedup": speed_up if group.size == 2 else None}
+    plain = mean_loss(plain_losses(model, documents, params.evaluate.tokens_per_batch, alone))
+    readings = read_all(wanted, options, model, documents, alone)
     lengths = [document.size for document in documents]
     tokens = sum(lengths)
     rows = [r.row(tokens, read_tokens(lengths, r.ttt)) for r in readings]
@@ -204,7 +204,6 @@ def read_all(
     for ttt in wanted:
         named = f"{ttt.mode}, chunk {ttt.chunk} to {ttt.largest_chunk}, lr {ttt.lr}"
         with common.stage(named, options.limit):
-            warm_up(ttt, model, documents, group)
             found = reading(ttt, model, documents, group, rates)
             say(f"{found.nats:.4f} nats, {found.seconds:.2f} s, {found.memory:.0f} MiB")
             readings.append(found)
@@ -275,12 +274,9 @@ def floor_work(model: GPT, ttt: TTTParams, lengths: Sequence[int]) -> tuple[floa
 
 def measured_speed_up(
     ttt: TTTParams, model: GPT, documents: list[np.ndarray], group: Group
-) -> float | None:
-    """Time of the main process alone over the time of all together; None for one process."""
-    if group.size == 1:
-        return None
+) -> float:
+    """Time of the main process alone over the time of all together, which are warm already."""
     times = []
-    warm_up(ttt, model, documents, Group(0, 1, group.device))
     for members in (Group(0, 1, group.device), group):
         group.barrier()
         began = time.perf_counter()

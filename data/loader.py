@@ -132,6 +132,7 @@ class TrainingBatches:
             for index in self.indices(step):
                 item = self.host_batch(index)
                 if self.device.type == "cuda":
+                    _ = item[1].tiles  # some twenty operations, which the device is spared
                     item = item[0].pin_memory(), item[1].pinned()
                 ready.put(item)
                 if stop.is_set():
@@ -146,7 +147,6 @@ class TrainingBatches:
         lengths += [0] * (-(len(lengths) + 1) % BOUNDARY_BUCKET)
         boundaries = Documents.from_lengths(lengths).boundaries
         documents = Documents(boundaries, self.length, self.sequence_length)
-        _ = documents.tiles  # some twenty operations that would be launched on the device
         return torch.from_numpy(np.stack((span[:-1], span[1:]))), documents
 
 

@@ -55,9 +55,10 @@ def operands(lengths, shape, dtype=torch.float32, device="cpu"):
 
 def reference(projected, documents, gain, turns, width, exclusive):
     def attention(q, k, v):
-        return varlen.reference(q, k, v, documents)
+        y = varlen.reference(q, k, v, documents)
+        return plain.exclude_own_value(y, v) if exclusive else y
 
-    return plain.attend(projected, gain, turns, width, exclusive, attention)
+    return plain.attend(projected, gain, turns, width, attention)
 
 
 def results(function, width, exclusive, leaves, documents, turns, weight):

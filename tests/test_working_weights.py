@@ -7,6 +7,7 @@ from torch import Tensor
 from model import ops
 from model.documents import Documents
 from model.gpt import GPT
+from model.ops.plain import exclude_own_value
 from model.qat import StraightThrough
 from model.working_weights import WorkingWeights
 from tests.models import small_model
@@ -95,15 +96,19 @@ def test_an_error_leaves_the_model_as_it_was():
     assert not gradients(model)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, exclusive: bool
+) -> Tensor:
     """Packed attention as one graph without a value that the host must know."""
     positions = torch.arange(documents.total, dtype=torch.int32)
     index = torch.searchsorted(documents.boundaries[1:], positions, right=True)
     visible = (index[:, None] == index) & (positions[:, None] >= positions)
+    own = v
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    return torch.einsum("hij,jhd->ihd", weights, v)
+    y = torch.einsum("hij,jhd->ihd", weights, v)
+    return exclude_own_value(y, own) if exclusive else y
 
 
 def padded_documents(lengths: list[int], empty: int) -> Documents:

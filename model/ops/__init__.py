@@ -133,6 +133,11 @@ def _chosen(device: torch.device) -> _Bound:
     return _bound[device.type]
 
 
+def _taken(x: Tensor, width: int) -> bool:
+    """Whether our attention kernels take heads of this width, in the dtype of x."""
+    return x.dtype in varlen.DTYPES and width in varlen.TRITON_WIDTHS
+
+
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, documents: Documents, exclusive: bool = False
 ) -> Tensor:
@@ -142,8 +147,7 @@ def varlen_attention(
     token's own value is removed from its result.
     """
     bound = _chosen(q.device)
-    own = q.dtype in varlen.DTYPES and q.shape[2] in varlen.TRITON_WIDTHS
-    if exclusive and bound.exclusive is not None and own:
+    if exclusive and bound.exclusive is not None and _taken(q, q.shape[2]):
         return bound.exclusive(q, k, v, documents, True)
     y = bound.attention(q, k, v, documents)
     return plain.exclude_own_value(y, v) if exclusive else y
@@ -176,7 +180,7 @@ def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tens
     `model.layers.rotary.rotation`.
     """
     fused = _chosen(x.device).turned
-    if fused is None or x.dtype not in varlen.DTYPES or x.shape[2] not in varlen.TRITON_WIDTHS:
+    if fused is None or not _taken(x, x.shape[2]):
         return plain.turned(x, gain, turns)
     return fused(x, gain, turns)
 
@@ -196,14 +200,13 @@ def self_attention(
     token's own value is removed from its result. Returns (T, heads·width).
     """
     fused = _chosen(projected.device).self_attention
-    own = projected.dtype in varlen.DTYPES and width in varlen.TRITON_WIDTHS
-    if fused is not None and own:
+    if fused is not None and _taken(projected, width):
         return fused(projected, documents, gain, turns, width, exclusive)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return varlen_attention(q, k, v, documents)
+        return varlen_attention(q, k, v, documents, exclusive)
 
-    return plain.attend(projected, gain, turns, width, exclusive, attention)
+    return plain.attend(projected, gain, turns, width, attention)
 
 
 def find_pieces(documents: Documents, device: torch.device) -> None:

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from model.cache import SlidingLayer
 from model.documents import Documents
+from model.ops.hopper import multiprocessors, portion
 
 KEYS = 64  # keys in a tile
 LARGEST_TILE = 64  # queries in a tile, those of a group's heads counted singly
@@ -46,7 +47,6 @@ INTERPRETED = 4  # multiprocessors that a CPU is taken for
 WARPS, STAGES = 4, 3
 # What differs between chunks and numbers of documents: one compiled kernel serves them all.
 ANY_VALUE = ["parts", "size"]
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
@@ -70,12 +70,6 @@ def _store(ptr, x, rows, inside, D: tl.constexpr, WIDTH: tl.constexpr):
     columns = tl.arange(0, WIDTH)
     mask = inside[:, None] & (columns < D)[None, :]
     tl.store(ptr + rows[:, None] * D + columns[None, :], x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _along(x, v):
-    """(x·v)/(v·v) of each row, in fp32."""
-    return tl.sum(x * v, 1) / tl.maximum(tl.sum(v * v, 1), TINY)
 
 
 @triton.jit
@@ -155,7 +149,7 @@ def ring_attention_kernel(
         share = tl.zeros((TILE,), tl.float32)
         if EXCLUSIVE:
             own = _own_values(v_ptr, token, inside, v_stride, D, WIDTH)
-            share = _along(y, own)
+            share = portion(y, own)
             y -= share[:, None] * own
         tl.store(share_ptr + base + query, share, mask=inside)
     base += part.to(tl.int64) * size
@@ -182,7 +176,7 @@ def ring_attention_combine_kernel(
     if EXCLUSIVE:
         v_ptr += query // HEADS * v_stride + query % HEADS // GROUP * D
         own = _rows(v_ptr, 0, 1, D, 1, D, WIDTH).to(tl.float32)
-        share = _along(y, own)
+        share = portion(y, own)
         y -= share[:, None] * own
     _store(y_ptr + query * D, y, one, one < 1, D, WIDTH)
     tl.store(lse_ptr + query, largest + tl.log(total))
@@ -222,7 +216,7 @@ def _query_side(
     if EXCLUSIVE:
         own = _own_values(v_ptr, token, inside, v_stride, D, WIDTH)
         share = tl.load(share_ptr + query, mask=inside, other=0)[:, None]
-        along = _along(dz, own)[:, None]
+        along = portion(dz, own)[:, None]
         y, dy = z + share * own, dz - along * own
         excluded = -share * dz - along * (z - share * own)
     # dy rounded as the products take it: so dp = rowsum for a token that sees itself alone.
@@ -351,12 +345,6 @@ def plan(rows: int, new: int, group: int, kv_heads: int, capacity: int, processo
     return Plan(tile, new_keys, tiles, parts + 1 if parts > 1 else 1)
 
 
-def _processors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return INTERPRETED
-
-
 def _stride(x: Tensor) -> int:
     """From token to token of x (rows, new, heads, d)."""
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
@@ -376,7 +364,7 @@ def _launch(
     rows, new, heads, width = q.shape
     _, capacity, kv_heads, _ = ring.shape
     group = heads // kv_heads
-    cut = plan(rows, new, group, kv_heads, capacity, _processors(q.device))
+    cut = plan(rows, new, group, kv_heads, capacity, multiprocessors(q.device, INTERPRETED))
     size, scale = rows * new * heads, width**-0.5
     constants = {
         "HEADS": heads, "GROUP": group, "D": width,
@@ -430,10 +418,7 @@ def chunk_attention(
 
 
 @chunk_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, ring_keys: Tensor, ring_values: Tensor, filled: Tensor,
-    exclusive: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(q: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse, share = (q.new_empty(q.shape[:-1], dtype=torch.float32) for _ in range(2))
     return q.new_empty(q.shape), lse, share
 
@@ -462,10 +447,7 @@ def chunk_attention_backward(
 
 
 @chunk_attention_backward.register_fake
-def _(
-    dz: Tensor, q: Tensor, k: Tensor, v: Tensor, ring_keys: Tensor, ring_values: Tensor,
-    filled: Tensor, z: Tensor, lse: Tensor, share: Tensor, exclusive: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(dz: Tensor, q: Tensor, k: Tensor, v: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -25,6 +25,11 @@ def _split(x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
     return whole[:, :heads], whole[:, heads:]
 
 
+def _turning(projected: Tensor, heads: int, width: int) -> int:
+    """Columns of queries and keys, which come before the values."""
+    return (projected.shape[1] // width + heads) // 2 * width
+
+
 @torch.library.custom_op("pocketlm::fused_attention", mutates_args=())
 def fused_attention(
     projected: Tensor,
@@ -38,7 +43,7 @@ def fused_attention(
     """z (T, heads, width), turned q and k (T, (heads + kv_heads)·width), lse and w (heads, T)."""
     heads = gain.numel()
     projected = projected.contiguous()
-    turning = (projected.shape[1] // width + heads) // 2 * width
+    turning = _turning(projected, heads, width)
     turned = query_key.prepare(projected[:, :turning], gain, cosines, sines, heads, width)
     q, k = _split(turned, heads, width)
     v = projected[:, turning:].unflatten(1, (-1, width))
@@ -57,7 +62,7 @@ def _(
     exclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, heads = projected.shape[0], gain.numel()
-    turning = (projected.shape[1] // width + heads) // 2 * width
+    turning = _turning(projected, heads, width)
     z = projected.new_empty(tokens, heads, width)
     lse = projected.new_empty(heads, tokens, dtype=torch.float32)
     share = torch.empty_like(lse) if exclusive else lse.new_empty(0)
@@ -92,18 +97,7 @@ def fused_attention_backward(
 
 
 @fused_attention_backward.register_fake
-def _(
-    dz: Tensor,
-    projected: Tensor,
-    gain: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
-    tiles: Tensor,
-    z: Tensor,
-    turned: Tensor,
-    lse: Tensor,
-    share: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _(dz: Tensor, projected: Tensor, gain: Tensor, *_others: Tensor) -> tuple[Tensor, Tensor]:
     return projected.new_empty(projected.shape), torch.empty_like(gain)
 
 

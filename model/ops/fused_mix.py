@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.layers.norm import EPSILON
+from model.ops.hopper import multiprocessors
 
 ROWS, WARPS = 1, 2  # tokens of a program at a time, and what works on them
 PER_MULTIPROCESSOR = 8  # programs of the backward pass
@@ -142,14 +143,7 @@ def mixed_norm(
 
 
 @mixed_norm.register_fake
-def _(
-    x: Tensor,
-    x0: Tensor,
-    mix: Tensor,
-    scale: Tensor,
-    earlier: Tensor | None,
-    weight: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_others: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -173,7 +167,8 @@ def mixed_norm_backward(
     dx, dx0 = torch.empty_like(x), torch.empty_like(x0)
     dearlier = x.new_empty(0) if earlier is None else torch.empty_like(x)
     tokens, width = x.shape
-    programs = min(_programs(x.device), triton.cdiv(tokens, ROWS))
+    most = PER_MULTIPROCESSOR * multiprocessors(x.device, 1)
+    programs = min(most, triton.cdiv(tokens, ROWS))
     shares = mix.new_empty(programs if sums else 0, 3, width)
     if programs:
         mix_backward_kernel[(programs,)](
@@ -198,14 +193,6 @@ def _(
     dearlier = x.new_empty(0) if earlier is None else x.new_empty(x.shape)
     total = mix.new_empty(3, x.shape[1]) if sums else mix.new_empty(0)
     return x.new_empty(x.shape), x.new_empty(x.shape), dearlier, total
-
-
-def _programs(device: torch.device) -> int:
-    """As many as run at once; the interpreter on a CPU runs any number one after the other."""
-    if device.type == "cuda":
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-        return PER_MULTIPROCESSOR * count
-    return 3
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

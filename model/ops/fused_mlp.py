@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-TMA_BYTES = 16  # alignment of addresses and rows
+from model.ops.hopper import TMA_BYTES, multiprocessors
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,6 @@ def product_kernel(
         _epilogue(right, h_desc, out_desc, row, column + COLUMNS // 2, BACKWARD)
 
 
-def _programs(device: torch.device) -> int:
-    """One per multiprocessor; the interpreter on a CPU runs any number one after the other."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 3
-
-
 def _aligned(x: Tensor) -> Tensor:
     x = x.contiguous()
     return x if x.data_ptr() % TMA_BYTES == 0 else x.clone()
@@ -114,7 +107,7 @@ def _product(x: Tensor, w: Tensor, h: Tensor, backward: bool) -> Tensor:
 
     w_tiles = (t.depth, t.columns) if backward else (t.columns, t.depth)
     half = (t.rows, t.columns // 2)
-    programs = _programs(x.device)
+    programs = multiprocessors(x.device, 3)
     sizes = {"ROWS": t.rows, "COLUMNS": t.columns, "DEPTH": t.depth, "GROUP": t.group}
     product_kernel[(programs,)](
         tiles(x, t.rows, t.depth), tiles(w, *w_tiles), tiles(h, *half), tiles(result, *half),

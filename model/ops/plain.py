@@ -56,15 +56,13 @@ def attend(
     gain: Tensor,
     turns: tuple[Tensor, Tensor],
     width: int,
-    exclusive: bool,
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """`model.ops.self_attention` with the given function of q, k and v, (T, …, width) each."""
     heads = projected.unflatten(1, (-1, width))
     kv_heads = (heads.shape[1] - gain.numel()) // 2
     q, k, v = heads.split([gain.numel(), kv_heads, kv_heads], dim=1)
-    y = attention(turned(q, gain, turns), turned(k, None, turns), v)
-    return (exclude_own_value(y, v) if exclusive else y).flatten(1)
+    return attention(turned(q, gain, turns), turned(k, None, turns), v).flatten(1)
 
 
 def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tensor:

@@ -149,7 +149,7 @@ def turned_operation(x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, wi
 
 
 @turned_operation.register_fake
-def _(x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, width: int) -> Tensor:
+def _(x: Tensor, *_others: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -163,9 +163,7 @@ def turned_backward(
 
 
 @turned_backward.register_fake
-def _(
-    dy: Tensor, x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, gain: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     programs = (x.shape[0] + TOKENS - 1) // TOKENS
     return x.new_empty(x.shape), gain.new_empty(programs, gain.numel())
 

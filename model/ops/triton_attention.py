@@ -35,10 +35,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.documents import TILE, Documents
+from model.ops.hopper import TMA_BYTES, portion
 
 LOG2E = tl.constexpr(1.4426950408889634)
 EIGHT = tl.constexpr(8.0)
-TINY = tl.constexpr(1.1754944e-38)  # smallest normal fp32
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def attention_kernel(
     tl.store(lse_ptr + scalar, largest * scale + tl.log2(total), mask=inside)
     if EXCLUSIVE:
         v = v_desc.load([first, column]).to(tl.float32)
-        share = tl.sum(y * v, 1) / tl.maximum(tl.sum(v * v, 1), TINY)
+        share = portion(y, v)
         tl.store(share_ptr + scalar, share, mask=inside)
         y -= share[:, None] * v
     at = (query.to(tl.int64) * HEADS + head)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -156,7 +156,7 @@ def attention_query_kernel(
     dy = dz_desc.load([first, head * WIDTH]).to(tl.float32)
     if EXCLUSIVE:
         own = v_desc.load([first, column]).to(tl.float32)
-        along = tl.sum(dy * own, 1) / tl.maximum(tl.sum(own * own, 1), TINY)
+        along = portion(dy, own)
         dy -= along[:, None] * own
         z += tl.load(share_ptr + scalar, mask=inside, other=0.0)[:, None] * own
         at = (query.to(tl.int64) * HEADS + head)[:, None] * WIDTH + inner
@@ -338,14 +338,7 @@ def _backward_operation(
 
 @_backward_operation.register_fake
 def _(
-    dz: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    z: Tensor,
-    lse: Tensor,
-    share: Tensor,
-    tiles: Tensor,
+    dz: Tensor, q: Tensor, k: Tensor, v: Tensor, *_others: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -353,7 +346,7 @@ def _(
 def _aligned(x: Tensor) -> Tensor:
     """x, copied if the tensor memory accelerator could not read it in place."""
     size, width = x.element_size(), x.shape[-1]
-    fits = x.stride()[1:] == (width, 1) and not (x.stride(0) * size | x.data_ptr()) % 16
+    fits = x.stride()[1:] == (width, 1) and not (x.stride(0) * size | x.data_ptr()) % TMA_BYTES
     return x if fits else x.contiguous()
 
 

@@ -1,0 +1,21 @@
+"""What the kernels share: facts of the device, and a piece of exclusive attention (Triton)."""
+
+import torch
+import triton
+import triton.language as tl
+
+TMA_BYTES = 16  # alignment of addresses and rows that the tensor memory accelerator wants
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+def multiprocessors(device: torch.device, interpreted: int) -> int:
+    """Multiprocessors of a GPU; on a CPU `interpreted`: there programs run one after the other."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return interpreted
+
+
+@triton.jit
+def portion(x, v):
+    """(x·v)/(v·v) of each row, in fp32."""
+    return tl.sum(x * v, 1) / tl.maximum(tl.sum(v * v, 1), TINY)
