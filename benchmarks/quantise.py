@@ -4,7 +4,8 @@
 
 It reads what the quantize step left in artifacts/quantize/seed<n>, codes the codes of the artifact
 again, and by the general-purpose compressors for comparison. Coding is timed with all streams side
-by side, as the step does it; decoding is reading the artifact.
+by side, as the step does it; decoding is reading the artifact. Both may happen on another machine
+than the step, whose device, versions and commit are those of the record.
 
     python -m benchmarks.quantise --text h100
 
@@ -67,7 +68,10 @@ def measure(directory: Path, compressors: list[str]) -> tuple[list[list[Any]], d
         others = [general_bytes(stream, other) for other in compressors]
         rows.append([name, values, size, entropy_bytes(stream), *others])
     total = ["all codes", *(sum(column) for column in list(zip(*rows, strict=True))[1:])]
+    step, here = read_json(directory / "provenance.json"), environment()
     figures = {
+        **{key: step[key] for key in ("device", "versions", "commit")},
+        "coded_on": f"{here['device']}, {here['cpu_threads']} threads",
         "quantise_s": metrics["seconds"]["total"],
         "calibration_s": metrics["seconds"]["calibration"],
         "coded_over_entropy": total[2] / total[3],
@@ -93,7 +97,7 @@ def show(rows: list[list[Any]], figures: dict[str, Any], compressors: list[str])
     table(
         "In all",
         ["figure", "value"],
-        [[name, value] for name, value in figures.items() if name != "seconds"],
+        [[name, value] for name, value in figures.items() if not isinstance(value, dict)],
     )
 
 
@@ -153,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows, figures = measure(directory, options.compressors)
         show(rows, figures, options.compressors)
         if options.json:
-            write_json(RECORD, {**environment(), **figures})
+            write_json(RECORD, figures)
 
 
 if __name__ == "__main__":
