@@ -81,6 +81,20 @@ def test_bf16_is_as_exact_as_the_unfused_path(skip):
         assert (a.double() - truth).norm() <= 1.2 * (b.double() - truth).norm()
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sum_of_a_branch_and_what_is_added_to_it_equals_the_reference(shape):
+    def outcome(function):
+        x, branch, _, delta, weight = operands(shape, skip=True)
+        scale = torch.tensor(0.5, device=DEVICE)
+        outputs = function(x, branch, delta, weight.detach(), scale)
+        seeds = [torch.linspace(-1, 1, y.numel()).view_as(y).to(y) for y in outputs]
+        return *outputs, *torch.autograd.grad(outputs, [x, branch, delta], seeds)
+
+    pairs = zip(outcome(fused_mix.summed_norm), outcome(plain.summed_norm), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("skip", [False, True], ids=["first half", "second half"])
 def test_operation_keeps_what_it_promises_the_compiler(skip):

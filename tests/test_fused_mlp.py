@@ -185,7 +185,24 @@ def test_working_copies_are_what_the_operation_multiplies_with(fused):
     assert all(gradient.any() for gradient in torch.autograd.grad(y.sum(), copies))
 
 
-@pytest.mark.parametrize("reason", ["no gradients", "frozen weights", "fp32"])
+def test_frozen_weights_give_the_gradient_of_the_input_and_keep_only_what_it_needs(fused):
+    layer, r = small_mlp("cuda" if CUDA else "cpu")
+    (expected,) = torch.autograd.grad(layer(r).float().square().mean(), [r])
+    layer.requires_grad_(False)
+    kept: list[tuple[int, ...]] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        y = layer(r)
+    assert sorted(kept) == [(16, 48), (40, 48), (48, 16)]
+    (found,) = torch.autograd.grad(y.float().square().mean(), [r])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("reason", ["no gradients", "nothing to train", "fp32"])
 def test_hooks_see_the_inputs_where_the_operation_is_not_used(fused, reason):
     layer, r = small_mlp("cuda" if CUDA else "cpu")
     seen = []
@@ -193,8 +210,9 @@ def test_hooks_see_the_inputs_where_the_operation_is_not_used(fused, reason):
         linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     layer(r)
     assert not seen  # the operation was used
-    if reason == "frozen weights":
+    if reason == "nothing to train":
         layer.requires_grad_(False)
+        r = r.detach()
     with torch.set_grad_enabled(reason != "no gradients"):
         layer(r.float() if reason == "fp32" else r)
     assert len(seen) == 2

@@ -25,7 +25,6 @@ from model.documents import Documents
 from model.layers.attention import Attention, last_tokens
 from model.layers.linear import Linear
 from model.layers.mlp import MLP
-from model.layers.norm import rms_norm
 from model.lora import BlockAdapters
 
 if TYPE_CHECKING:
@@ -124,13 +123,13 @@ class Block(nn.Module):
     def _finish(
         self, x: Tensor, branch: Tensor, beside: Tensor | None, adapters: BlockAdapters
     ) -> Tensor:
-        # Not a sum, of which and the product before it the compiler would make one call, for which
-        # x must be copied: so the addition becomes part of the norm that follows.
-        branch = _scaled(branch, beside, self.attention_scale, self.attention.output)
-        x = torch.sub(x, branch, alpha=-1)
-        r = rms_norm(x) * self.depth_scale.to(x.dtype)
+        branch = _scaled(branch, self.attention_scale, self.attention.output)
+        x, r = ops.summed_norm(x, branch, beside, self.attention_scale, self.depth_scale)
+        y = _scaled(self.mlp(r), self.mlp_scale, self.mlp.down)
         deltas = {} if adapters.mlp is None else adapters.mlp.deltas(r)
-        return x + _scaled(self.mlp(r), deltas.get("mlp"), self.mlp_scale, self.mlp.down)
+        if "mlp" in deltas:
+            x = _added(x, deltas["mlp"], self.mlp_scale)
+        return x + y
 
 
 def mark_varying(tensors: Iterable[Tensor | int | None]) -> None:
@@ -140,12 +139,13 @@ def mark_varying(tensors: Iterable[Tensor | int | None]) -> None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def _scaled(branch: Tensor, delta: Tensor | None, scale: Tensor | None, output: Linear) -> Tensor:
-    """The branch and what adapters add to it, times the scale."""
-    if scale is not None:
-        scale = scale.to(branch.dtype)
-        if output.working is None:  # a working copy is scaled already
-            branch = branch * scale
-        if delta is not None:
-            delta = delta * scale
-    return branch if delta is None else branch + delta
+def _scaled(branch: Tensor, scale: Tensor | None, output: Linear) -> Tensor:
+    """The branch times its scale, which is part of a working copy of `output` already."""
+    if scale is None or output.working is not None:
+        return branch
+    return branch * scale.to(branch.dtype)
+
+
+def _added(x: Tensor, delta: Tensor, scale: Tensor | None) -> Tensor:
+    """x and what adapters add to it, times the branch's scale."""
+    return x + delta if scale is None else torch.addcmul(x, delta, scale.to(x.dtype))

@@ -51,6 +51,7 @@ class _Bound:
     self_attention: Callable[..., Tensor] | None
     ring: Callable[..., Tensor] | None
     mix: Callable[..., tuple[Tensor, Tensor]] | None
+    summed_norm: Callable[..., tuple[Tensor, Tensor]] | None
     fan_out: Callable[[Tensor, int], tuple[Tensor, ...]] | None
     mlp: Callable[[Tensor, Tensor, Tensor], Tensor] | None
 
@@ -86,6 +87,7 @@ def configure(
         _kernel("fused_attention").self_attention if own else None,
         _kernel("chunk_attention").ring_attention if names["ring"] == "triton" else None,
         _kernel("fused_mix").mixed_norm if names["mix"] == "triton" else None,
+        _kernel("fused_mix").summed_norm if names["mix"] == "triton" else None,
         _kernel("gradient_sum").fan_out if names["mix"] == "triton" else None,
         _kernel("fused_mlp").fused_mlp if names["mlp"] == "triton" else None,
     )
@@ -237,6 +239,21 @@ def mixed_norm(
     return fused(x, x0, mix, scale, *(skip or (None, None)))
 
 
+def summed_norm(
+    x: Tensor, branch: Tensor, delta: Tensor | None, weight: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The residual stream x (T, width) after a branch, and its norm times scale (0-dimensional).
+
+    delta: what an adapter adds to the branch, times weight (width,), or None. The kernel runs where
+    there is one, as passes with adapters are made of many small operations; where not, the
+    compiler makes one of the sum and the norm.
+    """
+    fused = _chosen(x.device).summed_norm
+    if fused is None or delta is None or weight is None or x.dtype not in varlen.DTYPES:
+        return plain.summed_norm(x, branch, delta, weight, scale)
+    return fused(x, branch, delta, weight, scale)
+
+
 def fan_out(x: Tensor, readers: int) -> tuple[Tensor, ...]:
     """x for each of several readers, whose gradients are added at once if x is mixed by kernels."""
     fused = _chosen(x.device).fan_out
@@ -248,13 +265,14 @@ def fan_out(x: Tensor, readers: int) -> tuple[Tensor, ...]:
 def mlp(r: Tensor, up: "Linear", down: "Linear") -> Tensor:
     """W_down (LeakyReLU_½(W_up r))²: r (T, width) → (T, width).
 
-    The fused kernel trains bf16 weights. Everywhere else the modules are called, so that hooks on
-    them see their inputs, and nothing is kept for a gradient that no one wants.
+    The fused kernel serves passes in bf16 that have a gradient, also of frozen weights. Everywhere
+    else the modules are called, so that hooks on them see their inputs, and nothing is kept for a
+    gradient that no one wants.
     """
     fused = _chosen(r.device).mlp
     if fused is None or r.dtype != torch.bfloat16 or not torch.is_grad_enabled():
         return plain.mlp(r, up, down)
     matrices = up.matrix(r.dtype), down.matrix(r.dtype)
-    if not all(matrix.requires_grad for matrix in matrices):
+    if not any(x.requires_grad for x in (r, *matrices)):
         return plain.mlp(r, up, down)
     return fused(r, *matrices)

@@ -454,6 +454,7 @@ def _(dz: Tensor, q: Tensor, k: Tensor, v: Tensor, *_others: Any) -> tuple[Tenso
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.exclusive = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # of what only the backward pass reads
 
 
 def _backward(ctx: Any, dz: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

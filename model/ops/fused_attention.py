@@ -104,6 +104,7 @@ def _(dz: Tensor, projected: Tensor, gain: Tensor, *_others: Tensor) -> tuple[Te
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     projected, gain, cosines, sines, tiles, *_ = inputs
     ctx.save_for_backward(projected, gain, cosines, sines, tiles, *output)
+    ctx.set_materialize_grads(False)  # of what only the backward pass reads
 
 
 def _backward(ctx: Any, dz: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

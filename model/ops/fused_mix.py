@@ -11,8 +11,13 @@ Backward, with r = 1/rms(u), û = r u, and the gradients du (of the residual str
 The sums run over all tokens. A compiler makes further passes over d, x and x0 for them; here each
 program keeps its share of them in registers while it walks over the tokens, and the shares are
 added in a fixed order. u is computed again, so that nothing is kept but what others keep anyway.
+
+Between its two branches a block sums and norms, too: with m = 1 and the branch in the place of x0,
+
+    u = x + branch + w ⊙ δ,  n = s·u/rms(u)          δ what an adapter adds to the branch
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -207,3 +212,15 @@ def _backward(ctx: Any, du: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
 
 
 mixed_norm.register_autograd(_backward, setup_context=_save)
+
+
+@cache
+def _ones(width: int, device: torch.device) -> Tensor:
+    return torch.ones(2, width, device=device)
+
+
+def summed_norm(
+    x: Tensor, branch: Tensor, delta: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """u = x + branch + weight⊙delta and its norm; shapes and dtypes as for `mixed_norm`."""
+    return mixed_norm(x, branch, _ones(x.shape[1], x.device), scale, delta, weight)

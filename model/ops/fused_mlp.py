@@ -157,13 +157,16 @@ def _(r: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     r, up, down = inputs
     _, h, a = output
-    ctx.save_for_backward(r, h, a, up, down)
+    # Frozen weights need neither r nor a.
+    wanted = (r if up.requires_grad else None), (a if down.requires_grad else None)
+    ctx.save_for_backward(*wanted, h, up, down)
+    ctx.set_materialize_grads(False)  # of what only the backward pass reads
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r, h, a, up, down = ctx.saved_tensors
+def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    r, a, h, up, down = ctx.saved_tensors
     dh = mlp_hidden_backward(dy, down, h)
-    return dh @ up, dh.T @ r, dy.T @ a
+    return dh @ up, None if r is None else dh.T @ r, None if a is None else dy.T @ a
 
 
 mlp.register_autograd(_backward, setup_context=_save)

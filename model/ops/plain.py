@@ -51,6 +51,18 @@ def mixed_norm(
     return x, rms_norm(x) * scale.to(x.dtype)
 
 
+def summed_norm(
+    x: Tensor, branch: Tensor, delta: Tensor | None, weight: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `model.ops.summed_norm`."""
+    if delta is not None:
+        branch = branch + (delta if weight is None else delta * weight.to(x.dtype))
+    # Not a sum, of which and the product before it the compiler would make one call, for which x
+    # must be copied: so the addition becomes part of the norm.
+    x = torch.sub(x, branch, alpha=-1)
+    return x, rms_norm(x) * scale.to(x.dtype)
+
+
 def attend(
     projected: Tensor,
     gain: Tensor,

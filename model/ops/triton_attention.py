@@ -353,6 +353,7 @@ def _aligned(x: Tensor) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, tiles, _ = inputs
     ctx.save_for_backward(q, k, v, *output, tiles)
+    ctx.set_materialize_grads(False)  # of what only the backward pass reads
 
 
 def _backward(ctx: Any, dz: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
