@@ -1,5 +1,6 @@
 """The loop over chunks, the same for both modes and every number of processes."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from model.working_weights import fixed_weights
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
+
+RECORDING = 2  # chunks that are run by Python before those of their shape are replayed
 
 READERS: dict[str, type[WindowReader] | type[CachedReader]] = {
     "window": WindowReader,
@@ -120,13 +123,12 @@ class Session:
     def losses(self, documents: Sequence[np.ndarray], progress: SharedProgress) -> list[np.ndarray]:
         """Losses of documents, the longest first, that start from fresh adapters."""
         lengths = np.array([document.size for document in documents])
-        rows = self._rows(len(documents))
         with self._compiled(), self._replay.stream():
-            losses = self._begin(documents, rows)
+            losses = self._begin(documents, lengths)
+            rows = self._running[0]
             for number, (start, end) in enumerate(self._spans):
-                running = self._rows(int((lengths > start).sum()))
-                if running < rows:
-                    rows = running
+                if self._running[number] < rows:
+                    rows = self._running[number]
                     self._reader.keep_first(rows)
                     self._adapters.keep_first(rows)
                 losses[:rows, start:end] = self._chunk(number, rows)
@@ -145,10 +147,13 @@ class Session:
         recorded = self._replay.recorded and documents <= most
         return max(rows_at(documents, most) if recorded else documents, self._fewest)
 
-    def _begin(self, documents: Sequence[np.ndarray], rows: int) -> Tensor:
+    def _begin(self, documents: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
         """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""
         self._spans = list(chunks(documents[0].size, self._ttt))
-        length, device = self._spans[-1][1], self._model.device
+        self._running = [self._rows(int((lengths > start).sum())) for start, _ in self._spans]
+        sizes = (end - start for start, end in self._spans)
+        self._alike = Counter(zip(self._running, sizes, strict=True))
+        rows, length, device = self._running[0], self._spans[-1][1], self._model.device
         tokens = _padded(documents, rows, length, device)
         targets = _padded([targets_of(d) for d in documents], rows, length, device)
         self._adapters.reset(rows)
@@ -165,8 +170,8 @@ class Session:
             with torch.compiler.set_stance("force_eager"):  # rare, and of other shapes
                 self._reader.refresh(start)
         shapes = self._reader.move_to(start, end)
-        recorded = shapes is not None and rows <= self._reader.RECORDED_ROWS
-        key = (rows, end - start, trains, *(shapes or ())) if recorded else None
+        worth = rows <= self._reader.RECORDED_ROWS and self._alike[rows, end - start] > RECORDING
+        key = (rows, end - start, trains, *shapes) if worth and shapes is not None else None
         self._scalars.copy_(self._steps[number])
         return self._replay.run(key, lambda: self._score_and_step(trains))
 
