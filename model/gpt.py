@@ -245,7 +245,7 @@ class GPT(nn.Module):
             x = x[select]
         x = rms_norm(x)
         logits = self.head(x, self.embedding)
-        return logits if adapter is None else logits + adapter.deltas(x)["head"]
+        return logits if adapter is None else adapter.added(x, logits)
 
     def hidden(
         self,

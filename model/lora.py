@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from model import ops
+
 if TYPE_CHECKING:
     from workflow.params import ModelParams
 
@@ -41,14 +43,25 @@ class LowRank(NamedTuple):
     a: Tensor
     b: tuple[Tensor, ...]
 
+    def _inner(self, x: Tensor) -> Tensor:
+        """Ax of the sites side by side, (documents, n, sites·rank)."""
+        return torch.bmm(x.unflatten(0, (self.a.shape[0], -1)), self.a)
+
+    def added(self, x: Tensor, base: Tensor, scale: Tensor | None = None) -> Tensor:
+        """base + scale ⊙ B(Ax), the sites side by side: (documents·n, outputs of all sites).
+
+        x (documents·n, inputs): every document has the same n tokens; base (documents·n, outputs
+        of the first sites), the others begin at zero; scale (outputs of all sites,) or None.
+        """
+        return ops.low_rank_sum(self._inner(x), self.b, base, scale)
+
     def deltas(self, x: Tensor, last: int | None = None) -> dict[str, Tensor]:
         """B(Ax) by site: x (documents·n, inputs) → (documents·n, outputs) in the dtype of x.
 
         Every document has the same n tokens. last: only so many of each document are wanted, but
         for keys and values.
         """
-        rows = x.unflatten(0, (self.a.shape[0], -1))
-        inner = torch.bmm(rows, self.a).chunk(len(self.sites), -1)
+        inner = self._inner(x).chunk(len(self.sites), -1)
         found = {}
         for site, part, b in zip(self.sites, inner, self.b, strict=True):
             if last is not None and site not in ("key", "value"):

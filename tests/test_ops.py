@@ -69,8 +69,8 @@ def test_auto_says_why_it_did_not_take_the_faster_ones():
 
 
 def test_an_implementation_that_is_named_is_taken_as_asked():
-    choice = ops.configure("reference", torch.device("cpu"), *["reference"] * 3)
-    chosen = [f"{op}: reference (as asked)" for op in ("attention", "ring", "mix", "mlp")]
+    choice = ops.configure("reference", torch.device("cpu"), *["reference"] * 4)
+    chosen = [f"{op}: reference (as asked)" for op in ("attention", *ops.FUSED)]
     assert str(choice) == ", ".join(chosen)
     ops.configure("auto", torch.device("cpu"))
 

@@ -332,7 +332,10 @@ class OpsParams(Section):
         "skip, mix and norm of a block's input in training; triton: one kernel (Hopper)"
     )
     mlp: Literal["auto", "reference", "triton"] = about(
-        "MLP of a training pass; triton: up-projection and activation in one kernel (Hopper)"
+        "MLP of a pass with gradients; triton: up-projection and activation in one kernel (Hopper)"
+    )
+    adapters: Literal["auto", "reference", "triton"] = about(
+        "second products of the adapters in TTT; triton: those of one input in one kernel (Hopper)"
     )
 
 

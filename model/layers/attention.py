@@ -11,7 +11,6 @@ three matrices (`model.working_weights`); everywhere else they are three, so tha
 whose input hooks see.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,13 +21,12 @@ from model import ops
 from model.cache import LayerCache
 from model.documents import Documents
 from model.layers.linear import Linear
+from model.lora import PROJECTIONS, LowRank
 from model.ops import plain
 from model.ops.cached import grouped_attention
 
 if TYPE_CHECKING:
     from workflow.params import ModelParams
-
-Deltas = Mapping[str, Tensor]  # what adapters add, by site (`model.lora`)
 
 
 class Attention(nn.Module):
@@ -74,27 +72,60 @@ class Attention(nn.Module):
         documents: Documents,
         turns: tuple[Tensor, Tensor],
         values: Tensor | None,
-        deltas: Deltas,
+        adapters: LowRank | None,
         last: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries (T, heads, d), keys and values (T, kv_heads, d) of n (T, width).
 
-        turns: cosines and sines of `rotation`; values: embeddings (T, kv_heads·d) or None;
-        deltas: additions to `query`, `key` and `value`. last: only the queries of so many last
-        tokens of each document are wanted (the query's delta is that of these alone).
+        Also what adapters add beside the attention, (T, width) or None. turns: cosines and sines of
+        `rotation`; values: embeddings (T, kv_heads·d) or None; adapters: of the sites that read n.
+        last: only the queries, and what is added beside, of so many last tokens of each document
+        are wanted.
         """
+        all_adapt = adapters is None or adapters.sites[: len(PROJECTIONS)] == PROJECTIONS
+        if self.working is not None and last is None and all_adapt:
+            return self._project_at_once(n, self.working, turns, values, adapters)
         q, k, v = self._products(n, documents, last)
+        deltas = {} if adapters is None else adapters.deltas(n, last)
         if "query" in deltas:
             q = q + deltas["query"]
         if "key" in deltas:
             k = k + deltas["key"]
         if "value" in deltas:
             v = v + deltas["value"]
-        if self.value_gain is not None and values is not None:
-            v = v + self.value_gain.to(v.dtype) * values
-        q, k, v = (x.unflatten(-1, (-1, self.head_width)) for x in (q, k, v))
+        q, k, v = (self._heads(x) for x in (q, k, self._with_embeddings(v, values)))
         cosines, sines = (last_tokens(x, documents, last) for x in turns)
-        return ops.turned(q, self.gain, (cosines, sines)), ops.turned(k, None, turns), v
+        q, k = ops.turned(q, self.gain, (cosines, sines)), ops.turned(k, None, turns)
+        return q, k, v, deltas.get("attention")
+
+    def _project_at_once(
+        self,
+        n: Tensor,
+        working: Tensor,
+        turns: tuple[Tensor, Tensor],
+        values: Tensor | None,
+        adapters: LowRank | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`project`, one tensor holding all until it is cut: in few operations."""
+        whole = F.linear(n, working)
+        if adapters is not None:
+            whole = adapters.added(n, whole)
+        query, key, value = (x.weight.shape[0] for x in (self.query, self.key, self.value))
+        both, v, beside = whole.split(
+            [query + key, value, whole.shape[1] - query - key - value], dim=1
+        )
+        turned = ops.turned(self._heads(both), self.gain, turns)
+        q, k = turned.split([query // self.head_width, key // self.head_width], dim=1)
+        v = self._heads(self._with_embeddings(v, values))
+        return q, k, v, beside if beside.shape[1] else None
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_width))
+
+    def _with_embeddings(self, v: Tensor, values: Tensor | None) -> Tensor:
+        if self.value_gain is None or values is None:
+            return v
+        return v + self.value_gain.to(v.dtype) * values
 
     def _products(
         self, n: Tensor, documents: Documents, last: int | None

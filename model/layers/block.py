@@ -110,9 +110,10 @@ class Block(nn.Module):
     ) -> tuple[Any, ...]:
         """The residual stream, what adapters add beside the attention, and its q, k and v."""
         x, n = ops.mixed_norm(x, x0, self.mix, self.depth_scale, skip)
-        deltas = {} if adapters.attention is None else adapters.attention.deltas(n, last)
-        q, k, v = self.attention.project(n, documents, turns, values, deltas, last)
-        return last_tokens(x, documents, last), deltas.get("attention"), q, k, v
+        q, k, v, beside = self.attention.project(
+            n, documents, turns, values, adapters.attention, last
+        )
+        return last_tokens(x, documents, last), beside, q, k, v
 
     def _leave(
         self, x: Tensor, beside: Tensor | None, y: Tensor, adapters: BlockAdapters
@@ -125,11 +126,8 @@ class Block(nn.Module):
     ) -> Tensor:
         branch = _scaled(branch, self.attention_scale, self.attention.output)
         x, r = ops.summed_norm(x, branch, beside, self.attention_scale, self.depth_scale)
-        y = _scaled(self.mlp(r), self.mlp_scale, self.mlp.down)
-        deltas = {} if adapters.mlp is None else adapters.mlp.deltas(r)
-        if "mlp" in deltas:
-            x = _added(x, deltas["mlp"], self.mlp_scale)
-        return x + y
+        x = x + _scaled(self.mlp(r), self.mlp_scale, self.mlp.down)
+        return x if adapters.mlp is None else adapters.mlp.added(r, x, self.mlp_scale)
 
 
 def mark_varying(tensors: Iterable[Tensor | int | None]) -> None:
@@ -144,8 +142,3 @@ def _scaled(branch: Tensor, scale: Tensor | None, output: Linear) -> Tensor:
     if scale is None or output.working is not None:
         return branch
     return branch * scale.to(branch.dtype)
-
-
-def _added(x: Tensor, delta: Tensor, scale: Tensor | None) -> Tensor:
-    """x and what adapters add to it, times the branch's scale."""
-    return x + delta if scale is None else torch.addcmul(x, delta, scale.to(x.dtype))

@@ -6,7 +6,7 @@ and the plain formulas otherwise. Optional packages are
 imported in this folder, on demand, and nowhere else.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from model.ops.plain import softcapped_loss as softcapped_loss
 if TYPE_CHECKING:
     from model.layers.linear import Linear
 
+FUSED = ("ring", "mix", "mlp", "adapters")
 FUSED_ORDER = ("triton", "reference")
 
 
@@ -35,6 +36,7 @@ class Choice:
     ring: str
     mix: str
     mlp: str
+    adapters: str
     reasons: Mapping[str, str]
 
     def __str__(self) -> str:
@@ -54,6 +56,7 @@ class _Bound:
     summed_norm: Callable[..., tuple[Tensor, Tensor]] | None
     fan_out: Callable[[Tensor, int], tuple[Tensor, ...]] | None
     mlp: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    low_rank_sum: Callable[..., Tensor] | None
 
 
 _bound: dict[str, _Bound] = {}
@@ -65,17 +68,20 @@ def configure(
     ring: str = "auto",
     mix: str = "auto",
     mlp: str = "auto",
+    adapters: str = "auto",
 ) -> Choice:
     """Choose the implementations for `device` and return them with the reasons.
 
     attention: "auto" for the fastest that works here, or a name of `varlen.IMPLEMENTATIONS`;
-    ring, mix, mlp: "auto", "triton" or "reference". Raises InputError if a named one cannot be had.
+    ring, mix, mlp, adapters: "auto", "triton" or "reference". Raises InputError if a named one
+    cannot be had.
     """
     wanted: dict[str, tuple[str, Iterable[str], Callable[[str], str | None]]] = {
         "attention": (attention, varlen.AUTO_ORDER, lambda name: varlen.obstacle(name, device)),
         "ring": (ring, FUSED_ORDER, lambda name: _obstacle("chunk_attention", name, device)),
         "mix": (mix, FUSED_ORDER, lambda name: _obstacle("fused_mix", name, device)),
         "mlp": (mlp, FUSED_ORDER, lambda name: _obstacle("fused_mlp", name, device)),
+        "adapters": (adapters, FUSED_ORDER, lambda name: _obstacle("low_rank", name, device)),
     }
     found = {op: _choose(op, *which) for op, which in wanted.items()}
     names = {op: name for op, (name, _) in found.items()}
@@ -90,6 +96,7 @@ def configure(
         _kernel("fused_mix").summed_norm if names["mix"] == "triton" else None,
         _kernel("gradient_sum").fan_out if names["mix"] == "triton" else None,
         _kernel("fused_mlp").fused_mlp if names["mlp"] == "triton" else None,
+        _kernel("low_rank").low_rank_sum if names["adapters"] == "triton" else None,
     )
     return Choice(**names, reasons={op: reason for op, (_, reason) in found.items()})
 
@@ -131,7 +138,7 @@ def _obstacle(module: str, name: str, device: torch.device) -> str | None:
 
 def _chosen(device: torch.device) -> _Bound:
     if device.type not in _bound:
-        configure("auto", device, ring="reference", mix="reference", mlp="reference")
+        configure("auto", device, **dict.fromkeys(FUSED, "reference"))
     return _bound[device.type]
 
 
@@ -178,8 +185,8 @@ def reads_filled_slots(device: torch.device) -> bool:
 def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys x (T, heads, width) of the products with W_q or W_k, ready for attention.
 
-    Normed, multiplied by gain (fp32 (heads,)) unless that is None, and rotated by `turns`, of
-    `model.layers.rotary.rotation`.
+    Normed, the first heads multiplied by gain ((up to heads,), None: no gain), and rotated by
+    `turns`, of `model.layers.rotary.rotation`.
     """
     fused = _chosen(x.device).turned
     if fused is None or not _taken(x, x.shape[2]):
@@ -260,6 +267,22 @@ def fan_out(x: Tensor, readers: int) -> tuple[Tensor, ...]:
     if fused is None or x.dtype not in varlen.DTYPES or not x.requires_grad:
         return tuple(x.view_as(x) for _ in range(readers))
     return fused(x, readers)
+
+
+def low_rank_sum(
+    inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
+) -> Tensor:
+    """What adapters of several sites add to `base`, (documents·n, outputs of all sites).
+
+    inner (documents, n, sites·rank): Ax of the sites side by side; factors: Bᵀ of each site,
+    (documents, rank, outputs); base (documents·n, outputs of the first sites), the others begin at
+    zero; scale (outputs of all sites,) or None: a constant factor of what is added, without a
+    gradient in the kernel.
+    """
+    fused = _chosen(inner.device).low_rank_sum
+    if fused is None or inner.dtype not in varlen.DTYPES:
+        return plain.low_rank_sum(inner, factors, base, scale)
+    return fused(inner, factors, base, scale)
 
 
 def mlp(r: Tensor, up: "Linear", down: "Linear") -> Tensor:

@@ -34,15 +34,15 @@ PER_MULTIPROCESSOR = 8  # programs of the backward pass
 
 @triton.jit
 def _mixed(
-    x_ptr, x0_ptr, earlier_ptr, at, mask, m0, m1, w, WIDTH: tl.constexpr, EPSILON: tl.constexpr,
-    SKIP: tl.constexpr,
+    x_ptr, x0_ptr, earlier_ptr, at, there, mask, m0, m1, w, WIDTH: tl.constexpr,
+    EPSILON: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """e, x′, x0, u and 1/rms(u) of some tokens."""
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     x0 = tl.load(x0_ptr + at, mask=mask, other=0.0).to(tl.float32)
     e = x0
     if SKIP:
-        e = tl.load(earlier_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        e = tl.load(earlier_ptr + there, mask=mask, other=0.0).to(tl.float32)
         x += w * e
     u = m0 * x + m1 * x0
     return e, x, x0, u, tl.rsqrt(tl.sum(u * u, 1) / WIDTH + EPSILON)
@@ -50,7 +50,7 @@ def _mixed(
 
 @triton.jit
 def mix_kernel(
-    x_ptr, x0_ptr, earlier_ptr, weight_ptr, mix_ptr, scale_ptr, u_ptr, n_ptr, T,
+    x_ptr, x0_ptr, earlier_ptr, weight_ptr, mix_ptr, scale_ptr, u_ptr, n_ptr, T, earlier_stride,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, EPSILON: tl.constexpr,
     SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -64,8 +64,9 @@ def mix_kernel(
         w = tl.load(weight_ptr + column, mask=here, other=0.0)[None, :]
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     at, mask = token[:, None] * WIDTH + column[None, :], (token < T)[:, None] & here[None, :]
+    there = token[:, None] * earlier_stride + column[None, :]
     _, _, _, u, inverse = _mixed(
-        x_ptr, x0_ptr, earlier_ptr, at, mask, m0, m1, w, WIDTH, EPSILON, SKIP
+        x_ptr, x0_ptr, earlier_ptr, at, there, mask, m0, m1, w, WIDTH, EPSILON, SKIP
     )
     n = u * (inverse * tl.load(scale_ptr))[:, None]
     tl.store(u_ptr + at, u.to(u_ptr.dtype.element_ty), mask=mask)
@@ -75,8 +76,8 @@ def mix_kernel(
 @triton.jit
 def mix_backward_kernel(
     du_ptr, dn_ptr, x_ptr, x0_ptr, earlier_ptr, weight_ptr, mix_ptr, scale_ptr, dx_ptr, dx0_ptr,
-    dearlier_ptr, sums_ptr, T, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    EPSILON: tl.constexpr, SKIP: tl.constexpr, SUMS: tl.constexpr,
+    dearlier_ptr, sums_ptr, T, earlier_stride, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, EPSILON: tl.constexpr, SKIP: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of every so many tokens; if SUMS also their share of dm₀, dm₁ and dw."""
     column = tl.arange(0, COLUMNS)
@@ -92,8 +93,9 @@ def mix_backward_kernel(
     for block in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0)):
         token = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
         at, mask = token[:, None] * WIDTH + column[None, :], (token < T)[:, None] & here[None, :]
+        there = token[:, None] * earlier_stride + column[None, :]
         e, x, x0, u, inverse = _mixed(
-            x_ptr, x0_ptr, earlier_ptr, at, mask, m0, m1, w, WIDTH, EPSILON, SKIP
+            x_ptr, x0_ptr, earlier_ptr, at, there, mask, m0, m1, w, WIDTH, EPSILON, SKIP
         )
         u *= inverse[:, None]
         dn = tl.load(dn_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -117,6 +119,14 @@ def mix_backward_kernel(
         tl.store(sums + 2 * WIDTH, tl.sum(dw, 0), mask=here)
 
 
+def _rows(earlier: Tensor | None) -> tuple[Tensor | None, int]:
+    """The earlier output, copied unless rows are whole, and the distance of its rows."""
+    if earlier is None:
+        return None, 0
+    earlier = earlier if earlier.stride(1) == 1 else earlier.contiguous()
+    return earlier, earlier.stride(0)
+
+
 def _sizes(x: Tensor, skip: bool) -> dict[str, Any]:
     width = x.shape[1]
     sizes = {"WIDTH": width, "COLUMNS": triton.next_power_of_2(width), "ROWS": ROWS}
@@ -134,15 +144,16 @@ def mixed_norm(
 ) -> tuple[Tensor, Tensor]:
     """u and n, both (T, width) in the dtype of x.
 
-    x, x0, earlier: (T, width); mix: fp32 (2, width); scale: fp32, 0-dimensional; weight: fp32
-    (width,), given if earlier is.
+    x, x0, earlier: (T, width), the last one's rows any distance apart; mix: fp32 (2, width); scale:
+    fp32, 0-dimensional; weight: fp32 (width,), given if earlier is.
     """
     x, x0 = x.contiguous(), x0.contiguous()
+    earlier, stride = _rows(earlier)
     u, n = torch.empty_like(x), torch.empty_like(x)
     if tokens := x.shape[0]:
         mix_kernel[(triton.cdiv(tokens, ROWS),)](
-            x, x0, earlier, weight, mix, scale, u, n, tokens, **_sizes(x, earlier is not None),
-            num_warps=WARPS,
+            x, x0, earlier, weight, mix, scale, u, n, tokens, stride,
+            **_sizes(x, earlier is not None), num_warps=WARPS,
         )  # fmt: skip
     return u, n
 
@@ -169,6 +180,7 @@ def mixed_norm_backward(
     That of earlier is empty if there is no skip, the last one if not `sums`.
     """
     du, dn, x, x0 = (t.contiguous() for t in (du, dn, x, x0))
+    earlier, stride = _rows(earlier)
     dx, dx0 = torch.empty_like(x), torch.empty_like(x0)
     dearlier = x.new_empty(0) if earlier is None else torch.empty_like(x)
     tokens, width = x.shape
@@ -177,7 +189,7 @@ def mixed_norm_backward(
     shares = mix.new_empty(programs if sums else 0, 3, width)
     if programs:
         mix_backward_kernel[(programs,)](
-            du, dn, x, x0, earlier, weight, mix, scale, dx, dx0, dearlier, shares, tokens,
+            du, dn, x, x0, earlier, weight, mix, scale, dx, dx0, dearlier, shares, tokens, stride,
             **_sizes(x, earlier is not None), SUMS=sums, num_warps=WARPS,
         )  # fmt: skip
     return dx, dx0, dearlier, shares.sum(0) if sums else mix.new_empty(0)

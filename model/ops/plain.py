@@ -1,6 +1,6 @@
 """Plain formulas of the accelerated operations: what runs without kernels; the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +63,22 @@ def summed_norm(
     return x, rms_norm(x) * scale.to(x.dtype)
 
 
+def low_rank_sum(
+    inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
+) -> Tensor:
+    """See `model.ops.low_rank_sum`."""
+    outputs, column = [], 0
+    for h, b in zip(inner.chunk(len(factors), -1), factors, strict=True):
+        y, columns = torch.bmm(h, b).flatten(0, 1), slice(column, column + b.shape[2])
+        if scale is not None:
+            y = y * scale[columns].to(y.dtype)
+        if column < base.shape[1]:
+            y = base[:, columns] + y
+        outputs.append(y)
+        column += b.shape[2]
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+
+
 def attend(
     projected: Tensor,
     gain: Tensor,
@@ -78,11 +94,15 @@ def attend(
 
 
 def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys (T, heads, width), normed, multiplied by a gain per head, and rotated."""
+    """Queries or keys (T, heads, width), normed, the first times a gain each, and rotated."""
     # The gain, though it commutes with the rotation, comes first: its gradient needs the normed x,
     # which follows from the product kept anyway; the rotated one would be kept for it alone.
     x = rms_norm(x)
-    return rotate(x if gain is None else x * gain.to(x.dtype)[:, None], *turns)
+    if gain is not None:
+        without = x.shape[1] - gain.numel()
+        gain = F.pad(gain, (0, without), value=1.0) if without else gain
+        x = x * gain.to(x.dtype)[:, None]
+    return rotate(x, *turns)
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:

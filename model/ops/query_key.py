@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.layers.norm import EPSILON
 
-TOKENS = 32  # of a program
+TOKENS = 16  # of a program
 
 
 @triton.jit

@@ -49,7 +49,7 @@ class Launch:
     num_warps: int
 
 
-FORWARD = Launch(num_stages=3, num_warps=4)
+FORWARD = Launch(num_stages=2, num_warps=4)
 QUERIES = Launch(num_stages=3, num_warps=4)
 KEYS = Launch(num_stages=2, num_warps=4)
 STEP = 128  # queries that a tile of keys meets at a time: wide products read less shared memory
