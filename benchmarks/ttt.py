@@ -233,9 +233,13 @@ def reading(
 
 
 def warm_up(ttt: TTTParams, model: GPT, documents: Sequence[np.ndarray], group: Group) -> None:
-    """Compile the passes and load their kernels, by two documents of a few chunks."""
-    text = np.concatenate(documents[:2])[: 4 * ttt.chunk]
-    ttt_losses(model, [text, text], ttt, group)
+    """Compile the passes and load their kernels, by two chunks of every size, of few and of all."""
+    longest = max(document.size for document in documents)
+    for size in sorted({end - start for start, end in chunks(longest, ttt)}):
+        alike = ttt.model_copy(update={"chunk": size})
+        text = [document[: 2 * size] for document in documents]
+        for part in (sorted(text, key=len)[-2:], text):
+            ttt_losses(model, part, alike, group)
 
 
 def mean_loss(losses: Sequence[np.ndarray]) -> float:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model import ops
 from model.gpt import GPT
 from model.layers.attention import Attention
 from model.layers.block import Block
@@ -85,7 +86,7 @@ class WorkingWeights:
         """Take in the gradients of one backward pass."""
         pairs = zip(self.sums, self.copies, strict=True)
         used = [(total, copy.grad) for total, copy in pairs if copy.grad is not None]
-        torch._foreach_add_([total for total, _ in used], [gradient for _, gradient in used])
+        ops.accumulate([total for total, _ in used], [gradient for _, gradient in used])
         for copy in self.copies:
             copy.grad = None
 

@@ -329,7 +329,7 @@ class OpsParams(Section):
         "attention to cached keys and values in TTT and generation; triton: no copies (Hopper)"
     )
     mix: Literal["auto", "reference", "triton"] = about(
-        "skip, mix and norm of a block's input in training; triton: one kernel (Hopper)"
+        "skip, mix and norm of a block's input, sums of gradients; triton: one kernel each (Hopper)"
     )
     mlp: Literal["auto", "reference", "triton"] = about(
         "MLP of a pass with gradients; triton: up-projection and activation in one kernel (Hopper)"

@@ -55,6 +55,7 @@ class _Bound:
     mix: Callable[..., tuple[Tensor, Tensor]] | None
     summed_norm: Callable[..., tuple[Tensor, Tensor]] | None
     fan_out: Callable[[Tensor, int], tuple[Tensor, ...]] | None
+    accumulate: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None
     mlp: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     low_rank_sum: Callable[..., Tensor] | None
 
@@ -95,6 +96,7 @@ def configure(
         _kernel("fused_mix").mixed_norm if names["mix"] == "triton" else None,
         _kernel("fused_mix").summed_norm if names["mix"] == "triton" else None,
         _kernel("gradient_sum").fan_out if names["mix"] == "triton" else None,
+        _kernel("accumulation").accumulate if names["mix"] == "triton" else None,
         _kernel("fused_mlp").fused_mlp if names["mlp"] == "triton" else None,
         _kernel("low_rank").low_rank_sum if names["adapters"] == "triton" else None,
     )
@@ -267,6 +269,17 @@ def fan_out(x: Tensor, readers: int) -> tuple[Tensor, ...]:
     if fused is None or x.dtype not in varlen.DTYPES or not x.requires_grad:
         return tuple(x.view_as(x) for _ in range(readers))
     return fused(x, readers)
+
+
+def accumulate(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Add gradients, in the compute dtype, to fp32 sums: in few kernels where there are any."""
+    if not sums:
+        return
+    fused = _chosen(sums[0].device).accumulate
+    if fused is None:
+        torch._foreach_add_(list(sums), list(gradients))
+    else:
+        fused(sums, gradients)
 
 
 def low_rank_sum(

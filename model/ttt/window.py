@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class WindowReader:
     """Losses of chunks by recomputed windows; see `CachedReader` for the order of the calls."""
 
-    RECORDED_ROWS = 4  # more documents take longer to run than to launch
+    RECORDED_ROWS = 32  # more documents take longer to run than to launch
 
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
