@@ -18,7 +18,7 @@ side by side, both measured.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,13 @@ def measure(
 ) -> dict[str, Any]:
     """Print the tables; returns the figures of --json."""
     alone = Group(0, 1, group.device)
-    wanted = [
-        varied(params.ttt, text) for text in options.reading or ["mode=window", "mode=cached"]
-    ]
-    warm_up(wanted[-1], model, documents, alone)
+    named = options.reading or ["mode=window", "mode=cached"]
+    wanted = {text: varied(params.ttt, text) for text in named}
+    last = wanted[named[-1]]
+    warm_up(last, model, documents, alone)
     start_up = seconds_since_start(group.device)
     if group.size > 1:
-        speed_up = measured_speed_up(wanted[-1], model, documents, group)
+        speed_up = measured_speed_up(last, model, documents, group)
         if not group.is_main:
             return {}
         say(f"{group.size} processes: {speed_up:.2f} times one, start-up {start_up:.1f} s")
@@ -144,7 +144,7 @@ def measure(
     rows = [r.row(tokens, read_tokens(lengths, r.ttt)) for r in readings]
     table(f"{tokens:,} tokens, plain {plain:.4f} nats, start-up {start_up:.1f} s", COLUMNS, rows)
     if options.queue:
-        simulated(wanted, model, lengths)
+        simulated(list(wanted.values()), model, lengths)
     return {
         **environment(),
         **summary(readings, lengths),
@@ -152,7 +152,10 @@ def measure(
         "startup_s": start_up,
         "two_gpu_speedup": None,
         "tokens": tokens,
-        "readings": [dict(zip(COLUMNS, row, strict=True)) for row in rows],
+        "readings": [
+            {**dict(zip(COLUMNS, row, strict=True)), "ttt": reading.ttt.model_dump()}
+            for reading, row in zip(readings, rows, strict=True)
+        ],
     }
 
 
@@ -189,7 +192,7 @@ def summary(readings: Sequence["Reading"], lengths: Sequence[int]) -> dict[str, 
 
 
 def read_all(
-    wanted: Sequence[TTTParams],
+    wanted: Mapping[str, TTTParams],
     options: Any,
     model: GPT,
     documents: list[np.ndarray],
@@ -201,9 +204,8 @@ def read_all(
         common.copy_rate(group.device, options.repeats),
     )
     readings = []
-    for ttt in wanted:
-        named = f"{ttt.mode}, chunk {ttt.chunk} to {ttt.largest_chunk}, lr {ttt.lr}"
-        with common.stage(named, options.limit):
+    for text, ttt in wanted.items():
+        with common.stage(text, options.limit):
             found = reading(ttt, model, documents, group, rates)
             say(f"{found.nats:.4f} nats, {found.seconds:.2f} s, {found.memory:.0f} MiB")
             readings.append(found)
