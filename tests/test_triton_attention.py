@@ -175,14 +175,16 @@ def test_operations_keep_what_they_promise_the_compiler(exclusive):
 
 def test_kernels_compile_for_hopper_and_fit_its_shared_memory(tmp_path):
     program = """
-from dataclasses import asdict
-
 from model.ops.triton_attention import *
 
 def tile(rows):
     return f"tensordesc<bf16[{rows},64]>"
 
-types = dict.fromkeys(("q_desc", "k_desc", "v_desc", "dy_desc", "dz_desc", "z_desc"), tile(TILE))
+def heads(launch):
+    tiles = f"tensordesc<bf16[{launch.most_heads},{TILE},64]>"
+    return types | dict.fromkeys(("q_desc", "dz_desc", "z_desc"), tiles)
+
+types = dict.fromkeys(("k_desc", "v_desc"), tile(TILE))
 types |= dict.fromkeys(("z_ptr", "dy_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), "*bf16")
 types |= dict.fromkeys(("lse_ptr", "share_ptr", "delta_ptr", "along_ptr"), "*fp32")
 types |= dict.fromkeys(("T", "dq_stride", "dk_stride", "dv_stride"), "i32")
@@ -190,12 +192,12 @@ types |= {"tiles_ptr": "*i32", "scale": "fp32"}
 sizes = {"GROUP": 2, "WIDTH": 64, "TILE": TILE, "EXCLUSIVE": True}
 wide = types | dict.fromkeys(("q_desc", "dy_desc"), tile(STEP))
 for kernel, known, more, launch in (
-    (attention_kernel, types, {"HEADS": 8}, FORWARD),
-    (attention_query_kernel, types, {"HEADS": 8}, QUERIES),
+    (attention_kernel, heads(FORWARD), {"HEADS": 8, "SHARING": FORWARD.most_heads}, FORWARD),
+    (attention_query_kernel, heads(QUERIES), {"HEADS": 8, "SHARING": QUERIES.most_heads}, QUERIES),
     (attention_key_kernel, wide, {"STEP": STEP}, KEYS),
 ):
     present = {n: t for n, t in known.items() if n in kernel.arg_names}
-    ptx = build(kernel, present, sizes | more, **asdict(launch))
+    ptx = build(kernel, present, sizes | more, **launch.options(launch.most_heads))
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
 """
     sizes = compile_for_hopper(program, tmp_path)

@@ -25,7 +25,7 @@ masked.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,15 +43,27 @@ EIGHT = tl.constexpr(8.0)
 
 @dataclass(frozen=True)
 class Launch:
-    """What runs a program: tiles under way at a time, and warps."""
+    """What runs a program: tiles under way at a time, four warps for each head it takes at most.
+
+    Heads of a group share the keys they read, so that fewer bytes come from the L2 cache, which the
+    forward pass keeps busy; where a head needs many registers, two leave room for no other program.
+    """
 
     num_stages: int
-    num_warps: int
+    most_heads: int = 1
+
+    def heads(self, q: Tensor, k: Tensor) -> int:
+        """How many heads of q (T, heads, d) that share keys of k a program takes."""
+        return math.gcd(q.shape[1] // k.shape[1], self.most_heads)
+
+    def options(self, heads: int = 1) -> dict[str, int]:
+        """What the compiler is told."""
+        return {"num_stages": self.num_stages, "num_warps": 4 * heads}
 
 
-FORWARD = Launch(num_stages=2, num_warps=4)
-QUERIES = Launch(num_stages=3, num_warps=4)
-KEYS = Launch(num_stages=2, num_warps=4)
+FORWARD = Launch(num_stages=2, most_heads=2)
+QUERIES = Launch(num_stages=3)
+KEYS = Launch(num_stages=2)
 STEP = 128  # queries that a tile of keys meets at a time: wide products read less shared memory
 
 
@@ -73,10 +85,23 @@ def _computed(x):
 
 
 @triton.jit
-def _causal(TILE: tl.constexpr):
-    """0 where a query of a tile may look at the same tile's key, else -inf."""
-    row = tl.arange(0, TILE)
-    return tl.where(row[:, None] >= row[None, :], 0.0, float("-inf"))
+def _heads(desc, head, first, HEADS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile of some heads, one below the other, (HEADS·TILE, WIDTH)."""
+    return desc.load([head, first, 0]).reshape(HEADS * TILE, WIDTH)
+
+
+@triton.jit
+def _own(v_desc, first, column, HEADS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """The values of a tile's tokens, fp32, for each of the heads that share them."""
+    v = v_desc.load([first, column]).to(tl.float32)[None, :, :]
+    return v.broadcast_to(HEADS, TILE, WIDTH).reshape(HEADS * TILE, WIDTH)
+
+
+@triton.jit
+def _causal(QUERIES: tl.constexpr, TILE: tl.constexpr):
+    """0 where a query of a tile, of any head, may look at the same tile's key, else -inf."""
+    query, key = tl.arange(0, QUERIES) % TILE, tl.arange(0, TILE)
+    return tl.where(query[:, None] >= key[None, :], 0.0, float("-inf"))
 
 
 @triton.jit
@@ -84,7 +109,7 @@ def _attend(q, k, v, largest, total, y, scale, DIAGONAL: tl.constexpr):
     """Take in a tile of keys; DIAGONAL: it stands at the tokens of the queries."""
     s = tl.dot(q, k.T)
     if DIAGONAL:
-        s += _causal(s.shape[0])
+        s += _causal(s.shape[0], s.shape[1])
     highest = tl.maximum(largest, tl.max(s, 1))
     p = tl.exp2(s * scale - (highest * scale)[:, None])
     shrink = tl.exp2((largest - highest) * scale)
@@ -95,18 +120,20 @@ def _attend(q, k, v, largest, total, y, scale, DIAGONAL: tl.constexpr):
 @triton.jit
 def attention_kernel(
     q_desc, k_desc, v_desc, z_ptr, lse_ptr, share_ptr, tiles_ptr, T, scale, HEADS: tl.constexpr,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    GROUP: tl.constexpr, SHARING: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one tile and head."""
+    """The queries of one tile, of SHARING heads."""
     begin, first, end = _tile(tiles_ptr)
     if first >= end:
         return
-    head = tl.program_id(1)
+    QUERIES: tl.constexpr = SHARING * TILE
+    head = tl.program_id(1) * SHARING
     column = head // GROUP * WIDTH
-    q = _computed(q_desc.load([first, head * WIDTH]))
-    largest = tl.full((TILE,), float("-inf"), tl.float32)
-    total = tl.zeros((TILE,), tl.float32)
-    y = tl.zeros((TILE, WIDTH), tl.float32)
+    q = _computed(_heads(q_desc, head, first, SHARING, TILE, WIDTH))
+    largest = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    y = tl.zeros((QUERIES, WIDTH), tl.float32)
     # The tile on the diagonal comes first: after the loop, its products would keep the compiler
     # from running those of the loop without waiting for each.
     k, v = k_desc.load([first, column]), v_desc.load([first, column])
@@ -115,14 +142,15 @@ def attention_kernel(
         k, v = k_desc.load([start, column]), v_desc.load([start, column])
         largest, total, y = _attend(q, k, v, largest, total, y, scale, False)
     y = y / total[:, None]
-    query = first + tl.arange(0, TILE)
+    row = tl.arange(0, QUERIES)
+    query, head = first + row % TILE, head + row // TILE
     inside, scalar = query < end, head * T + query
     tl.store(lse_ptr + scalar, largest * scale + tl.log2(total), mask=inside)
     if EXCLUSIVE:
-        v = v_desc.load([first, column]).to(tl.float32)
-        share = portion(y, v)
+        own = _own(v_desc, first, column, SHARING, TILE, WIDTH)
+        share = portion(y, own)
         tl.store(share_ptr + scalar, share, mask=inside)
-        y -= share[:, None] * v
+        y -= share[:, None] * own
     at = (query.to(tl.int64) * HEADS + head)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(z_ptr + at, y.to(z_ptr.dtype.element_ty), mask=inside[:, None])
 
@@ -132,7 +160,7 @@ def _query_gradient(q, dy, k, v, lse, delta, dq, scale, DIAGONAL: tl.constexpr):
     """Add to dq what it gets from a tile of keys."""
     s = tl.dot(q, k.T)
     if DIAGONAL:
-        s += _causal(s.shape[0])
+        s += _causal(s.shape[0], s.shape[1])
     p = tl.exp2(s * scale - lse[:, None])
     ds = p * (tl.dot(dy, v.T) - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq)
@@ -142,20 +170,22 @@ def _query_gradient(q, dy, k, v, lse, delta, dq, scale, DIAGONAL: tl.constexpr):
 def attention_query_kernel(
     q_desc, k_desc, v_desc, dz_desc, z_desc, lse_ptr, share_ptr, dy_ptr, delta_ptr, along_ptr,
     dq_ptr, tiles_ptr, T, dq_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, EXCLUSIVE: tl.constexpr,
+    SHARING: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile and head, and δ; if exclusive also t and dy."""
+    """dq of one tile and SHARING heads, and δ; if exclusive also t and dy."""
     begin, first, end = _tile(tiles_ptr)
     if first >= end:
         return
-    head = tl.program_id(1)
-    column = head // GROUP * WIDTH
-    query, inner = first + tl.arange(0, TILE), tl.arange(0, WIDTH)[None, :]
+    QUERIES: tl.constexpr = SHARING * TILE
+    row, inner = tl.arange(0, QUERIES), tl.arange(0, WIDTH)[None, :]
+    lead = tl.program_id(1) * SHARING
+    column = lead // GROUP * WIDTH
+    query, head = first + row % TILE, lead + row // TILE
     inside, scalar = query < end, head * T + query
-    z = z_desc.load([first, head * WIDTH]).to(tl.float32)
-    dy = dz_desc.load([first, head * WIDTH]).to(tl.float32)
+    z = _heads(z_desc, lead, first, SHARING, TILE, WIDTH).to(tl.float32)
+    dy = _heads(dz_desc, lead, first, SHARING, TILE, WIDTH).to(tl.float32)
     if EXCLUSIVE:
-        own = v_desc.load([first, column]).to(tl.float32)
+        own = _own(v_desc, first, column, SHARING, TILE, WIDTH)
         along = portion(dy, own)
         dy -= along[:, None] * own
         z += tl.load(share_ptr + scalar, mask=inside, other=0.0)[:, None] * own
@@ -164,15 +194,15 @@ def attention_query_kernel(
         tl.store(along_ptr + scalar, along, mask=inside)
     delta = tl.sum(dy * z, 1)
     tl.store(delta_ptr + scalar, delta, mask=inside)
-    q, dy = _computed(q_desc.load([first, head * WIDTH])), dy.to(z_desc.dtype)
+    q, dy = _computed(_heads(q_desc, lead, first, SHARING, TILE, WIDTH)), dy.to(z_desc.dtype)
     lse = tl.load(lse_ptr + scalar, mask=inside, other=0.0)
-    dq = tl.zeros((TILE, WIDTH), tl.float32)
+    dq = tl.zeros((QUERIES, WIDTH), tl.float32)
     k, v = k_desc.load([first, column]), v_desc.load([first, column])
     dq = _query_gradient(q, dy, k, v, lse, delta, dq, scale, True)
     for start in tl.range(begin, first, TILE):
         k, v = k_desc.load([start, column]), v_desc.load([start, column])
         dq = _query_gradient(q, dy, k, v, lse, delta, dq, scale, False)
-    at = query.to(tl.int64)[:, None] * dq_stride + head * WIDTH + inner
+    at = (query.to(tl.int64) * dq_stride + head * WIDTH)[:, None] + inner
     dq *= scale / (EIGHT * LOG2E)
     tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None])
 
@@ -243,6 +273,13 @@ def _tiles(x: Tensor, rows: int = TILE) -> TensorDescriptor:
     return TensorDescriptor(x, [tokens, heads * width], [x.stride(0), 1], [rows, width])
 
 
+def _head_tiles(x: Tensor, sharing: int) -> TensorDescriptor:
+    """x (T, heads, d) as tiles of so many heads."""
+    tokens, heads, width = x.shape
+    strides = [width, x.stride(0), 1]
+    return TensorDescriptor(x, [heads, tokens, width], strides, [sharing, TILE, width])
+
+
 def _sizes(q: Tensor, k: Tensor) -> dict[str, int]:
     return {"GROUP": q.shape[1] // k.shape[1], "WIDTH": q.shape[2]}
 
@@ -265,9 +302,11 @@ def attention_forward(
     lse = q.new_empty(heads, tokens, dtype=torch.float32)
     share = torch.empty_like(lse) if exclusive else lse.new_empty(0)
     if tokens:
-        attention_kernel[(len(tiles), heads)](
-            _tiles(q), _tiles(k), _tiles(v), z, lse, share, tiles, tokens, 8 * _scale(width),
-            HEADS=heads, **_sizes(q, k), TILE=TILE, EXCLUSIVE=exclusive, **asdict(FORWARD),
+        sharing = FORWARD.heads(q, k)
+        attention_kernel[(len(tiles), heads // sharing)](
+            _head_tiles(q, sharing), _tiles(k), _tiles(v), z, lse, share, tiles, tokens,
+            8 * _scale(width), HEADS=heads, SHARING=sharing, **_sizes(q, k), TILE=TILE,
+            EXCLUSIVE=exclusive, **FORWARD.options(sharing),
         )  # fmt: skip
     return z, lse, share
 
@@ -293,14 +332,16 @@ def attention_backward(
     dy = torch.empty_like(dz) if exclusive else dz
     delta, along = torch.empty_like(lse), torch.empty_like(share)
     sizes = {**_sizes(q, k), "TILE": TILE, "EXCLUSIVE": exclusive}
-    attention_query_kernel[(len(tiles), heads)](
-        _tiles(q), _tiles(k), _tiles(v), _tiles(dz), _tiles(z), lse, share, dy, delta, along, dq,
-        tiles, tokens, dq.stride(0), 8 * _scale(width), HEADS=heads, **sizes, **asdict(QUERIES),
+    sharing = QUERIES.heads(q, k)
+    attention_query_kernel[(len(tiles), heads // sharing)](
+        _head_tiles(q, sharing), _tiles(k), _tiles(v), _head_tiles(dz, sharing),
+        _head_tiles(z, sharing), lse, share, dy, delta, along, dq, tiles, tokens, dq.stride(0),
+        8 * _scale(width), HEADS=heads, SHARING=sharing, **sizes, **QUERIES.options(sharing),
     )  # fmt: skip
     attention_key_kernel[(len(tiles), groups)](
         _tiles(q, STEP), _tiles(k), _tiles(v), _tiles(dy, STEP), dy, z, lse, share, delta, along,
         dk, dv, tiles, tokens, dk.stride(0), dv.stride(0), _scale(width), STEP=STEP, **sizes,
-        **asdict(KEYS),
+        **KEYS.options(),
     )  # fmt: skip
 
 
