@@ -26,7 +26,7 @@ def product_values(model: GPT) -> int:
     return model.params.matrix_values + model.embedding.numel() + tables
 
 
-def attention_flops(params: ModelParams, pairs: int) -> float:
+def attention_flops(params: ModelParams, pairs: float) -> float:
     """Forward and backward of all layers' attention, for so many (query, key) pairs."""
     return 12.0 * params.layers * params.heads * params.head_width * pairs
 

@@ -79,12 +79,28 @@ class Cache:
         self.last_embedding = embeddings.detach().view(self.rows, -1, embeddings.shape[-1])[:, -1]
 
 
+@dataclass
+class Pass:
+    """What all layers of a `SlidingCache` must know of the pass under way.
+
+    filled: int64 (), how many slots, from the first, hold something; slots: how many are looked at;
+    recording: whether its tokens will enter the ring, and `entering` how many of them (None: all).
+    An object of its own, as layers that held the cache would keep its memory until Python looks for
+    circles.
+    """
+
+    filled: Tensor
+    slots: int = 0
+    recording: bool = False
+    entering: int | None = None
+
+
 class SlidingLayer(LayerCache):
     """One layer's part of a `SlidingCache`."""
 
-    def __init__(self, cache: "SlidingCache", keys: Tensor, values: Tensor) -> None:
+    def __init__(self, present: Pass, keys: Tensor, values: Tensor) -> None:
         super().__init__(keys, values)
-        self._cache = cache
+        self._present = present
         self.recorded: tuple[Tensor, Tensor] | None = None
 
     def past(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,18 +108,19 @@ class SlidingLayer(LayerCache):
 
         The third, int64 (), says how many slots, from the first, a pass sees.
         """
-        return self.keys[:rows], self.values[:rows], self._cache.filled
+        return self.keys[:rows], self.values[:rows], self._present.filled
 
     def record(self, k: Tensor, v: Tensor) -> None:
         """Note k and v (rows, new, kv_heads, d) if this is the pass whose tokens are kept."""
-        if self._cache.recording:
-            self.recorded = (k.detach(), v.detach())
+        if self._present.recording:
+            entering = self._present.entering
+            self.recorded = (k[:, :entering].detach(), v[:, :entering].detach())
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Record k and v and set them beside the ring's; see `LayerCache.extend`."""
         self.record(k, v)
         ring_keys, ring_values, filled = self.past(k.shape[0])
-        slots, new = self._cache.slots, k.shape[1]
+        slots, new = self._present.slots, k.shape[1]
         keys = torch.cat((ring_keys[:, :slots], k), 1)
         values = torch.cat((ring_values[:, :slots], v), 1)
         seen = torch.arange(slots, device=k.device) < filled
@@ -115,9 +132,9 @@ class SlidingCache(Cache):
     """The latest `capacity` tokens of up to `rows` documents, each in slot position mod capacity.
 
     A chunk of new tokens is `move_to`, any number of passes through the model, each begun by
-    `open`, and `close`. The passes see the same past; the tokens of the recorded one enter the ring
-    at the end. slots: how many slots, from the first, the passes look at; at least
-    min(position, capacity) hold something.
+    `open`, and `close`. The passes see the same past; the tokens of the recorded one, or the first
+    so many of them, enter the ring at the end. slots: how many slots, from the first, the passes
+    look at; at least min(position, capacity) hold something.
     """
 
     def __init__(
@@ -130,12 +147,10 @@ class SlidingCache(Cache):
     ) -> None:
         super().__init__(params, rows, capacity, device, dtype)
         self.capacity = capacity
-        self.slots = 0
-        self.recording = False
-        self.filled = torch.zeros((), dtype=torch.int64, device=device)
-        self._length = torch.zeros((), dtype=torch.int64, device=device)
+        self._length, filled = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+        self._present = Pass(filled)
         self.length = self._length
-        self._layers = [SlidingLayer(self, *pair) for pair in self.storage]
+        self._layers = [SlidingLayer(self._present, *pair) for pair in self.storage]
         self.layers = self._layers
         self._tokens = torch.full((rows,), NO_TOKEN, dtype=torch.int64, device=device)
         self._embeddings = torch.zeros((rows, params.width), dtype=dtype, device=device)
@@ -155,23 +170,27 @@ class SlidingCache(Cache):
 
     def move_to(self, position: int, slots: int) -> None:
         """Say where the next tokens stand in their documents, and how many slots to look at."""
-        self.slots = min(slots, self.capacity)
+        self._present.slots = min(slots, self.capacity)
         self._begin.fill_(position)
-        self.filled.fill_(min(position, self.slots))
+        self._present.filled.fill_(min(position, self._present.slots))
 
-    def open(self, record: bool) -> None:
-        """Begin a pass; record: its tokens are those that will enter the ring."""
+    def open(self, record: bool, entering: int | None = None) -> None:
+        """Begin a pass; record: its first `entering` tokens (None: all) will enter the ring."""
         self._length.copy_(self._begin)  # which GPT.forward will count on
-        self.recording = record
+        self._present.recording, self._present.entering = record, entering
 
     def remember(self, tokens: Tensor, embeddings: Tensor) -> None:
         """Note what the pass will leave as last token and embedding; see `Cache.remember`."""
-        if self.recording:
-            last = embeddings.detach().view(self.rows, -1, embeddings.shape[-1])[:, -1]
-            self._last = tokens.view(self.rows, -1)[:, -1], last
+        entering = self._present.entering
+        if self._present.recording and entering != 0:
+            last = -1 if entering is None else entering - 1
+            embeddings = embeddings.detach().view(self.rows, -1, embeddings.shape[-1])
+            self._last = tokens.view(self.rows, -1)[:, last], embeddings[:, last]
 
     def close(self) -> None:
         """Let the recorded tokens enter the ring, over the oldest ones."""
+        if self._present.entering == 0:
+            return
         parts = [x for layer in self._layers if layer.recorded for x in layer.recorded]
         new = parts[0].shape[1]
         kept = min(new, self.capacity)

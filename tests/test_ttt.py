@@ -1,6 +1,8 @@
 """Test-time training against a naive loop, and the properties that make its scores honest."""
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +23,8 @@ from model.replay import Replay, rows_at
 from model.ttt import ttt_losses
 from model.ttt.adapters import HASH_TABLE, initial_parameters
 from model.ttt.batches import Batch, document_batches
-from model.ttt.chunks import chunks
+from model.ttt.cached import CachedReader
+from model.ttt.chunks import chunks, passes
 from model.ttt.loop import Session
 from model.working_weights import fixed_weights
 from tests.models import random_documents, small_model, ttt_params
@@ -174,16 +177,25 @@ class NaiveCached(Naive):
 
     def __init__(self, model: GPT, document: np.ndarray, ttt: Any) -> None:
         super().__init__(model, document, ttt)
+        self.passes = passes(len(self.tokens), ttt)
+        self.kept = ttt.context - ttt.largest_chunk * (1 + ttt.reach)  # tokens
         self.begin = self.renewed = 0  # where the text begins; what lies before was read at once
-        self.pieces: list[tuple[int, Weights]] = []
+        self.pieces: list[tuple[int, Weights]] = []  # that were left behind
+        self.oldest: list[int] = []  # token that each of theirs saw
+        self.leaving: list[tuple[int, Weights]] = []
+        self.first = 0
 
     def enter(self, number: int, start: int, end: int) -> None:
         frozen = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.pieces += self.leaving
+        self.oldest += [self.first - self.kept for size, _ in self.leaving for _ in range(size)]
+        self.first = self.passes[number].first
         if number and self.ttt.refresh and number % self.ttt.refresh == 0:
-            past = min(start, self.ttt.context - self.ttt.largest_chunk)
-            self.begin, self.renewed = start - past, start
-            self.pieces = [(past, frozen)] if past else []
-        self.pieces.append((end - start, frozen))
+            past = min(self.first, self.kept)
+            self.begin, self.renewed = self.first - past, self.first
+            self.pieces, self.oldest = [(past, frozen)] if past else [], [0] * past
+        leaving = self.passes[number].leaving
+        self.leaving = [(leaving, frozen)] if leaving else []
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, exclusive: bool
@@ -191,16 +203,15 @@ class NaiveCached(Naive):
         own = v
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         at = torch.arange(self.begin, self.begin + len(q))
-        begins = torch.tensor([start for start, end in self.spans for _ in range(start, end)])
-        oldest = begins[at] - (self.ttt.context - self.ttt.largest_chunk)
-        oldest[at < self.renewed] = 0
+        present = [self.first - self.kept] * (len(q) - len(self.oldest))
+        oldest = torch.tensor([*self.oldest, *present])
         hidden = (at > at[:, None]) | (at < oldest[:, None])
         scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
         y = torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
         return exclude_own_value(y, own) if exclusive else y
 
     def losses(self, start: int, end: int) -> Tensor:
-        pieces = [*self.pieces[:-1], (end - start, self.weights)]
+        pieces = [*self.pieces, (end - self.first, self.weights)]
         adapters = spliced_adapters(pieces, self.ttt.sites, self.model.params.layers)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("model.ops.varlen_attention", self.attention)
@@ -228,6 +239,10 @@ class NaiveCached(Naive):
         {"mode": "cached", "chunk": 8, "context": 29, "refresh": 2, "hash_buckets": 16},
         {"chunk": 4, "largest_chunk": 16, "lr_decay_tokens": 9},
         {"mode": "cached", "chunk": 4, "largest_chunk": 16, "context": 40, "refresh": 5},
+        {"mode": "cached", "chunk": 5, "context": 29, "reach": 2, "hash_buckets": 16},
+        {"mode": "cached", "chunk": 4, "largest_chunk": 16, "context": 64, "reach": 3, "steps": 2},
+        {"mode": "cached", "chunk": 4, "context": 16, "reach": 3},
+        {"mode": "cached", "chunk": 4, "context": 20, "reach": 1, "refresh": 3},
     ],
 )
 def test_batched_loop_equals_the_naive_one(
@@ -242,6 +257,17 @@ def test_batched_loop_equals_the_naive_one(
     for document, loss in zip(documents, losses, strict=True):
         assert loss.dtype == np.float32
         np.testing.assert_allclose(loss, naive(model, document, ttt).run(), atol=3e-5)
+
+
+def test_passes_reach_back_by_chunks_of_their_size_and_run_nothing_that_was_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("model.ttt.chunks.TOKENS_BEFORE", 2)
+    ttt = ttt_params(mode="cached", chunk=4, largest_chunk=8, context=64, reach=2)
+    found = passes(45, ttt)
+    assert [(one.start, one.end) for one in found] == list(chunks(45, ttt))
+    assert [one.first for one in found] == [0, 0, 0, 4, 4, 8, 16, 24]
+    assert [one.leaving for one in found] == [0, 0, 4, 0, 4, 8, 8, 0]
 
 
 def test_chunks_grow_with_what_was_read_up_to_the_largest() -> None:
@@ -291,7 +317,13 @@ def test_fresh_adapters_change_nothing_at_all() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mode": "cached"}, {"mode": "cached", "refresh": 2, "steps": 2}, {"steps": 2}],
+    [
+        {},
+        {"mode": "cached"},
+        {"mode": "cached", "refresh": 2, "steps": 2},
+        {"mode": "cached", "reach": 2},
+        {"steps": 2},
+    ],
 )
 @pytest.mark.parametrize("position", [1, 8, 9, 31, 50, 63])
 def test_later_tokens_leave_earlier_scores_bit_for_bit(
@@ -400,6 +432,7 @@ class FirstWork(Replay):
     [
         {"mode": "cached"},
         {"mode": "cached", "steps": 2, "refresh": 3, "hash_buckets": 16},
+        {"mode": "cached", "reach": 3},
         {"mode": "window"},
     ],
 )
@@ -441,6 +474,25 @@ def test_compiled_passes_are_few_graphs_and_equal_eager_ones(mode: str, graphs: 
             made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
             assert made == graphs  # none but for the first part
             graphs = 0
+
+
+@MODES
+def test_the_memory_of_a_session_is_free_when_it_ends(mode: str) -> None:
+    model, documents = small_model(), random_documents([30, 20])
+    gc.disable()  # memory of a GPU does not wait for Python to look for circles
+    try:
+        with fixed_weights(model):
+            session = Session(model, ttt_params(mode=mode), 2)
+            session.losses(documents, SharedProgress(None))
+            kept: list[weakref.ref[Any]] = [
+                weakref.ref(part) for part in (session, session._reader, session._adapters)
+            ]
+            if isinstance(session._reader, CachedReader):
+                kept += [weakref.ref(session._reader._cache.storage)]
+            del session
+        assert not any(part() for part in kept)
+    finally:
+        gc.enable()
 
 
 def test_compiling_ends_with_the_session() -> None:

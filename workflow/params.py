@@ -243,6 +243,10 @@ class TTTParams(Section):
         "chunks grow up to this, by doubling, to a 64th of what was read; = chunk: all alike",
         "tokens",
     )
+    reach: Natural = about(
+        "that run again before each chunk, its gradient flowing through them (mode cached)",
+        "chunks",
+    )
     context: Count = about("tokens a chunk's last token sees at most, chunk included", "tokens")
     refresh: Natural = about(
         "compute the kept context anew after so many chunks (mode cached); 0 = never", "chunks"
@@ -279,16 +283,18 @@ class TTTParams(Section):
             "make it chunk, or larger",
         )
         _require(
-            self.refresh == 0 or (self.mode == "cached" and self.context > self.largest_chunk),
+            self.refresh == 0
+            or (self.mode == "cached" and self.context > (1 + self.reach) * self.largest_chunk),
             "refresh",
             f"{self.refresh} asks to renew keys and values, but none are kept",
-            "set refresh to 0, or mode to cached and context above largest_chunk",
+            "set refresh to 0, or mode to cached and context above (1 + reach)·largest_chunk",
         )
         _require(
-            self.context >= self.largest_chunk,
+            self.context >= (1 + self.reach) * self.largest_chunk,
             "context",
-            f"{self.context} is shorter than largest_chunk ({self.largest_chunk})",
-            "make context at least largest_chunk",
+            f"{self.context} is shorter than largest_chunk·(1 + reach), "
+            f"{self.largest_chunk * (1 + self.reach)}",
+            "make context at least (1 + reach)·largest_chunk",
         )
         _require(
             bool(self.sites) or self.hash_buckets > 0,

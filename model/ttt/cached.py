@@ -2,8 +2,10 @@
 
 A chunk sees the same tokens as in mode `window`, up to `context` with its own, but what they left
 behind is not computed again: keys and values stay as the adapters of their time made them, at their
-true positions, and the gradient flows through the chunk alone. What is kept comes from the pass
-that gave the score, before the step. Every `refresh` chunks (0: never) the kept part is computed
+true positions, and the gradient flows through the chunk alone. With `reach` above 0 so many chunks
+before it run again with it, and the gradient flows through them as well: what adapters learn is
+also what to leave behind for later tokens. What is kept comes from the last pass that ran a token,
+before its step. Every `refresh` chunks (0: never) the kept part is computed
 anew with the present adapters, as if its first token began the document.
 
 A chunk thus costs its own tokens and not its context's, and its shapes are the same wherever it
@@ -21,6 +23,7 @@ from model.cache import SlidingCache
 from model.documents import Documents
 from model.gpt import GPT
 from model.ttt.adapters import DocumentAdapters
+from model.ttt.chunks import Pass
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
@@ -38,11 +41,14 @@ class CachedReader:
 
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
+        longest = ttt.largest_chunk * (1 + ttt.reach)
         self._cache = SlidingCache(
-            model.params, rows, ttt.context - ttt.largest_chunk, model.device, model.dtype
+            model.params, rows, ttt.context - longest, model.device, model.dtype
         )
-        buffers = torch.zeros(2, rows * ttt.largest_chunk, dtype=torch.int64, device=model.device)
-        self._chunk_tokens, self._chunk_targets = buffers
+        sizes = [rows * longest, rows * ttt.largest_chunk]
+        buffers = torch.zeros(sum(sizes), dtype=torch.int64, device=model.device).split(sizes)
+        self._pass_tokens, self._chunk_targets = buffers
+        self._selected: dict[tuple[int, int, int], Tensor] = {}
         self._documents: dict[tuple[int, int], Documents] = {}
 
     def begin(self, tokens: Tensor, targets: Tensor) -> None:
@@ -63,48 +69,60 @@ class CachedReader:
             self._documents[rows, size] = packed
         return self._documents[rows, size]
 
-    def move_to(self, start: int, end: int) -> tuple[int, ...]:
-        """Go to the chunk from `start` to `end`.
+    def move_to(self, present: Pass) -> tuple[int, ...]:
+        """Go to a chunk.
 
         With rows and size, the result determines all shapes; None: not worth recording.
         """
-        rows = self._tokens.shape[0]
-        self._packed = self._arrange(rows, end - start)
-        self._chunk = slice(rows * (end - start))
-        self._chunk_tokens[self._chunk].view(rows, -1).copy_(self._tokens[:, start:end])
-        self._chunk_targets[self._chunk].view(rows, -1).copy_(self._targets[:, start:end])
+        rows, (start, end, first, self._leaving) = self._tokens.shape[0], present
+        size, length = end - start, end - first
+        self._packed = self._arrange(rows, length)
+        self._present, self._wanted = slice(rows * length), slice(rows * size)
+        self._pass_tokens[self._present].view(rows, -1).copy_(self._tokens[:, first:end])
+        self._chunk_targets[self._wanted].view(rows, -1).copy_(self._targets[:, start:end])
+        self._select = self._chosen(rows, length, size)
         slots = self._cache.capacity
         if not ops.reads_filled_slots(self._model.device):
-            slots = slots_at(start, self._ttt.chunk, slots)
-        self._cache.move_to(start, slots)
-        return (slots,)
+            slots = slots_at(first, self._ttt.chunk, slots)
+        self._cache.move_to(first, slots)
+        return slots, length, self._leaving
+
+    def _chosen(self, rows: int, length: int, size: int) -> Tensor | None:
+        """Indices of the chunk's tokens among those of the pass, (rows·size,); None: all."""
+        if length == size:
+            return None
+        if (rows, length, size) not in self._selected:
+            every = torch.arange(rows * length, device=self._model.device)
+            self._selected[rows, length, size] = every.view(rows, -1)[:, -size:].flatten()
+        return self._selected[rows, length, size]
 
     def losses(self, first: bool) -> Tensor:
         """Losses (documents, chunk) with the present adapters; the first pass is what is kept."""
         rows = self._packed.count
-        self._cache.open(record=first)
+        self._cache.open(record=first, entering=self._leaving)
         losses = self._model.losses(
-            self._chunk_tokens[self._chunk],
-            self._chunk_targets[self._chunk],
+            self._pass_tokens[self._present],
+            self._chunk_targets[self._wanted],
             self._packed,
             adapters=self._adapters.tensors,
             cache=self._cache,
+            select=self._select,
         )
         return losses.view(rows, -1)
 
     def close(self) -> None:
-        """Keep the chunk's keys and values, over the oldest."""
+        """Keep the keys and values of what the next pass does not run, over the oldest."""
         self._cache.close()
 
     @torch.no_grad()
-    def refresh(self, start: int) -> None:
-        """Compute what is kept anew; the next chunk begins at `start`."""
-        past = min(start, self._cache.capacity)
+    def refresh(self, present: Pass) -> None:
+        """Compute what is kept anew, before a chunk."""
+        past = min(present.first, self._cache.capacity)
         rows = self._tokens.shape[0]
         self._cache.reset(rows)
-        self._cache.move_to(start - past, 0)
+        self._cache.move_to(present.first - past, 0)
         self._cache.open(record=True)
-        window = self._tokens[:, start - past : start].flatten()
+        window = self._tokens[:, present.first - past : present.first].flatten()
         packed = Documents.from_rows(rows, past, window.device)
         self._model.hidden(window, packed, self._adapters.tensors, self._cache)
         self._cache.close()

@@ -14,7 +14,8 @@ side stay side by side.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
@@ -37,3 +38,28 @@ def chunks(length: int, ttt: "TTTParams") -> Iterator[tuple[int, int]]:
         end = start + chunk_size(start, ttt)
         yield start, end
         start = end
+
+
+class Pass(NamedTuple):
+    """A chunk [start, end), and what mode `cached` runs with it: all tokens from `first` on.
+
+    leaving: how many of these, from the first on, the next pass does not run; their keys and values
+    are kept.
+    """
+
+    start: int
+    end: int
+    first: int
+    leaving: int
+
+
+def passes(length: int, ttt: "TTTParams") -> list[Pass]:
+    """The chunks of a document with `ttt.reach` chunks of their size before them.
+
+    A token that a pass has left behind is not run again, also where chunks have grown.
+    """
+    spans, firsts = list(chunks(length, ttt)), [0]
+    for start, end in spans[1:]:
+        firsts.append(max(firsts[-1], start - ttt.reach * (end - start)))
+    leaving = [after - before for before, after in pairwise([*firsts, firsts[-1]])]
+    return [Pass(*parts) for parts in zip(*zip(*spans, strict=True), firsts, leaving, strict=True)]

@@ -25,7 +25,7 @@ from model.replay import CUDAReplay, Replay, rows_at
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.batches import document_batches, rows_that_fit
 from model.ttt.cached import CachedReader
-from model.ttt.chunks import chunks
+from model.ttt.chunks import passes
 from model.ttt.window import WindowReader
 from model.working_weights import fixed_weights
 
@@ -126,7 +126,7 @@ class Session:
         with self._compiled(), self._replay.stream():
             losses = self._begin(documents, lengths)
             rows = self._running[0]
-            for number, (start, end) in enumerate(self._spans):
+            for number, (start, end, *_) in enumerate(self._passes):
                 if self._running[number] < rows:
                     rows = self._running[number]
                     self._reader.keep_first(rows)
@@ -149,29 +149,33 @@ class Session:
 
     def _begin(self, documents: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
         """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""
-        self._spans = list(chunks(documents[0].size, self._ttt))
-        self._running = [self._rows(int((lengths > start).sum())) for start, _ in self._spans]
-        sizes = (end - start for start, end in self._spans)
+        self._passes = passes(documents[0].size, self._ttt)
+        starts = (present.start for present in self._passes)
+        self._running = [self._rows(int((lengths > start).sum())) for start in starts]
+        sizes = (end - first for _, end, first, _ in self._passes)
         self._alike = Counter(zip(self._running, sizes, strict=True))
-        rows, length, device = self._running[0], self._spans[-1][1], self._model.device
+        rows, length, device = self._running[0], self._passes[-1].end, self._model.device
         tokens = _padded(documents, rows, length, device)
         targets = _padded([targets_of(d) for d in documents], rows, length, device)
         self._adapters.reset(rows)
         self._reader.begin(tokens, targets)
-        scalars = step_scalars(self._ttt, self._spans, device)
+        scalars = step_scalars(self._ttt, [(p.start, p.end) for p in self._passes], device)
         self._steps = scalars.view(-1, self._ttt.steps, 3)
         return torch.zeros(rows, length, device=device)
 
     def _chunk(self, number: int, rows: int) -> Tensor:
         """Score a chunk and train on it unless it is the last; losses (rows, size) before that."""
-        start, end = self._spans[number]
-        trains = number + 1 < len(self._spans)
+        present = self._passes[number]
+        size, trains = present.end - present.start, number + 1 < len(self._passes)
         if self._ttt.refresh and number and number % self._ttt.refresh == 0:
             with torch.compiler.set_stance("force_eager"):  # rare, and of other shapes
-                self._reader.refresh(start)
-        shapes = self._reader.move_to(start, end)
-        worth = rows <= self._reader.RECORDED_ROWS and self._alike[rows, end - start] > RECORDING
-        key = (rows, end - start, trains, *shapes) if worth and shapes is not None else None
+                self._reader.refresh(present)
+        shapes = self._reader.move_to(present)
+        worth = (
+            rows <= self._reader.RECORDED_ROWS
+            and self._alike[rows, present.end - present.first] > RECORDING
+        )
+        key = (rows, size, trains, *shapes) if worth and shapes is not None else None
         self._scalars.copy_(self._steps[number])
         return self._replay.run(key, lambda: self._score_and_step(trains))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from model.documents import Documents
 from model.gpt import GPT
 from model.ttt.adapters import DocumentAdapters
+from model.ttt.chunks import Pass
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
@@ -41,8 +42,9 @@ class WindowReader:
         """Continue only the first `rows` documents."""
         self._tokens, self._targets = self._tokens[:rows], self._targets[:rows]
 
-    def move_to(self, start: int, end: int) -> tuple[int, ...] | None:
-        """Go to the chunk from `start` to `end`; see `CachedReader`."""
+    def move_to(self, present: Pass) -> tuple[int, ...] | None:
+        """Go to a chunk; see `CachedReader`."""
+        start, end = present.start, present.end
         self._size = end - start
         window = self._tokens[:, max(0, end - self._ttt.context) : end]
         rows, length = window.shape
@@ -72,5 +74,5 @@ class WindowReader:
     def close(self) -> None:
         """Leave the chunk."""
 
-    def refresh(self, start: int) -> None:
+    def refresh(self, present: Pass) -> None:
         """Nothing is kept that could be stale."""
