@@ -259,7 +259,7 @@ def child(preset: str, limit: int, *options: str, **variables: str) -> dict[str,
 
 
 def report(run: Run, path: Path | None) -> None:
-    """Print the figures and write them."""
+    """Write the figures, those not measured yet as null, and print them."""
     here = environment()
     figures: dict[str, Any] = {
         "device": here["device"],
@@ -318,11 +318,12 @@ def main() -> None:
                 measure_microbatch(run, chosen.repeats)
             with stage("floors", chosen.limit):
                 show(run, chosen.repeats)
+            report(run, chosen.json)  # what follows takes longest
             with stage("start-up, cold and warm", 2 * chosen.limit):
                 run.found |= start_up(chosen.preset, chosen.limit)
         if group.is_main:
             report(run, chosen.json)
-        if alone:  # what takes longest comes last, when the figures are written
+        if alone:
             with stage("attention", 6 * chosen.limit):
                 names = [name for name in ops.varlen.IMPLEMENTATIONS if name != "reference"]
                 compare_attention(chosen.preset, chosen.limit, names)

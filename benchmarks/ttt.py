@@ -18,7 +18,7 @@ side by side, both measured.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,7 @@ def main() -> None:
     with process_group() as group:
         ops.configure(device=group.device, **params.ops.model_dump())
         model, documents = subject(params, options, group)
-        found = measure(params, options, group, model, documents)
-        if group.is_main and options.json is not None:
-            write_json(options.json, found)
+        measure(params, options, group, model, documents)
 
 
 def subject(params: Params, options: Any, group: Group) -> tuple[GPT, list[np.ndarray]]:
@@ -122,8 +120,8 @@ def subject(params: Params, options: Any, group: Group) -> tuple[GPT, list[np.nd
 
 def measure(
     params: Params, options: Any, group: Group, model: GPT, documents: list[np.ndarray]
-) -> dict[str, Any]:
-    """Print the tables; returns the figures of --json."""
+) -> None:
+    """Print the tables, and write the figures of --json, after every reading those known so far."""
     alone = Group(0, 1, group.device)
     named = options.reading or ["mode=window", "mode=cached"]
     wanted = {text: varied(params.ttt, text) for text in named}
@@ -132,31 +130,40 @@ def measure(
     start_up = seconds_since_start(group.device)
     if group.size > 1:
         speed_up = measured_speed_up(last, model, documents, group)
-        if not group.is_main:
-            return {}
-        say(f"{group.size} processes: {speed_up:.2f} times one, start-up {start_up:.1f} s")
-        known = read_json(options.json) if options.json and options.json.exists() else {}
-        return known | {"two_gpu_speedup": speed_up if group.size == 2 else None}
+        if group.is_main:
+            say(f"{group.size} processes: {speed_up:.2f} times one, start-up {start_up:.1f} s")
+            known = read_json(options.json) if options.json and options.json.exists() else {}
+            found = known | {"two_gpu_speedup": speed_up if group.size == 2 else None}
+            write_figures(options.json, found)
+        return
     plain = mean_loss(plain_losses(model, documents, params.evaluate.tokens_per_batch, alone))
-    readings = read_all(wanted, options, model, documents, alone)
     lengths = [document.size for document in documents]
-    tokens = sum(lengths)
-    rows = [r.row(tokens, read_tokens(lengths, r.ttt)) for r in readings]
+    tokens, readings, rows = sum(lengths), [], []
+    for reading in read_all(wanted, options, model, documents, alone):
+        readings.append(reading)
+        rows.append(reading.row(tokens, read_tokens(lengths, reading.ttt)))
+        figures = {
+            **environment(),
+            **summary(readings, lengths),
+            "no_ttt_nats": plain,
+            "startup_s": start_up,
+            "two_gpu_speedup": None,
+            "tokens": tokens,
+            "readings": [
+                {**dict(zip(COLUMNS, row, strict=True)), "ttt": one.ttt.model_dump()}
+                for one, row in zip(readings, rows, strict=True)
+            ],
+        }
+        write_figures(options.json, figures)
     table(f"{tokens:,} tokens, plain {plain:.4f} nats, start-up {start_up:.1f} s", COLUMNS, rows)
     if options.queue:
         simulated(list(wanted.values()), model, lengths)
-    return {
-        **environment(),
-        **summary(readings, lengths),
-        "no_ttt_nats": plain,
-        "startup_s": start_up,
-        "two_gpu_speedup": None,
-        "tokens": tokens,
-        "readings": [
-            {**dict(zip(COLUMNS, row, strict=True)), "ttt": reading.ttt.model_dump()}
-            for reading, row in zip(readings, rows, strict=True)
-        ],
-    }
+
+
+def write_figures(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write the figures if there is a file for them."""
+    if path is not None:
+        write_json(path, figures)
 
 
 def varied(ttt: TTTParams, text: str) -> TTTParams:
@@ -197,22 +204,22 @@ def read_all(
     model: GPT,
     documents: list[np.ndarray],
     group: Group,
-) -> list[Reading]:
-    """The readings by this process alone; what takes longer than the limit is left out."""
+) -> Iterator[Reading]:
+    """Yield the readings by this process alone; what takes longer than the limit is left out."""
     rates = (
         common.product_rate(group.device, model.dtype, options.repeats),
         common.copy_rate(group.device, options.repeats),
     )
-    readings = []
     for text, ttt in wanted.items():
+        found = None
         with common.stage(text, options.limit):
-            found = reading(ttt, model, documents, group, rates)
+            found = read_once(ttt, model, documents, group, rates)
             say(f"{found.nats:.4f} nats, {found.seconds:.2f} s, {found.memory:.0f} MiB")
-            readings.append(found)
-    return readings
+        if found is not None:
+            yield found
 
 
-def reading(
+def read_once(
     ttt: TTTParams,
     model: GPT,
     documents: list[np.ndarray],
