@@ -10,6 +10,10 @@ Repeating the last entry adds empty documents, so that the tensor can keep a fix
 
 A "document" here is what the model treats as one: a whole text, or one piece of a text that was
 cut at the sequence length. The first token of a document has no previous token.
+
+Where not all tokens are wanted of documents of equal length, a *part* names those that are: the
+same positions in each document, int64 (m,). It is a tensor, so that recorded work serves every
+place that is written into it.
 """
 
 from collections.abc import Callable
@@ -108,3 +112,10 @@ class Documents:
         first = begin + (last - 1 - number) * TILE
         first = torch.where(number < last, first, end)
         return torch.stack((begin, first, end), 1).int()
+
+
+def part_of(x: Tensor, documents: Documents, part: Tensor | None) -> Tensor:
+    """The tokens of a part, of x (T, …): (documents·m, …); None: all."""
+    if part is None:
+        return x
+    return x.unflatten(0, (documents.count, -1)).index_select(1, part).flatten(0, 1)

@@ -222,14 +222,14 @@ class GPT(nn.Module):
         adapters: Adapters | None = None,
         cache: Cache | None = None,
         select: Tensor | None = None,
-        last: int | None = None,
+        part: Tensor | None = None,
     ) -> Tensor:
         """Negative log-likelihood of `targets` (one per token wanted) in nats, fp32.
 
-        Wanted are the tokens of `select`, or so many `last` ones of each document (all of equal
-        length, no cache), for which alone the last block then works; else all.
+        Wanted are the tokens of `select`, or of `part` (`model.documents`; no cache), for which
+        alone the last block then works; else all.
         """
-        x = self.hidden(tokens, documents, adapters, cache, last)
+        x = self.hidden(tokens, documents, adapters, cache, part)
         self._vary((x, targets))
         return self._score(x, targets, adapters.head if adapters else None, select)
 
@@ -253,11 +253,11 @@ class GPT(nn.Module):
         documents: Documents,
         adapters: Adapters | None = None,
         cache: Cache | None = None,
-        last: int | None = None,
+        part: Tensor | None = None,
     ) -> Tensor:
         """Residual stream after the last block, (T, width) in the compute dtype.
 
-        last: of so many last tokens of each document alone, see `losses`.
+        part: the tokens for which alone the last block works, see `losses`.
         """
         past = Past(cache.length, cache.last_token, cache.last_embedding) if cache else None
         ops.find_pieces(documents, tokens.device)
@@ -268,7 +268,7 @@ class GPT(nn.Module):
             assert given.normed is not None
             cache.remember(tokens, given.normed)
             cache.length += documents.total // cache.rows
-        return self._run_blocks(given, documents, adapters, cache, last)
+        return self._run_blocks(given, documents, adapters, cache, part)
 
     def _run_blocks(
         self,
@@ -276,14 +276,14 @@ class GPT(nn.Module):
         documents: Documents,
         adapters: Adapters | None,
         cache: Cache | None,
-        last: int | None,
+        part: Tensor | None,
     ) -> Tensor:
         x0, turns, values, _ = given
         # Views, as one object in two places would make compiled graphs of their own.
         x, *inputs = ops.fan_out(x0, 1 + len(self.blocks))
         if self._varying and not x0.requires_grad:
             x = x.detach().requires_grad_()  # as in the other blocks, which share the graph
-        self._vary((*inputs, *turns, values))
+        self._vary((*inputs, *turns, values, part))
         skips = () if self.skip_weights is None else self.skip_weights.unbind()
         earlier: list[Tensor] = []
         for layer, (block, x0) in enumerate(zip(self.blocks, inputs, strict=True)):
@@ -298,7 +298,7 @@ class GPT(nn.Module):
                 values if layer in self.params.value_layers else None,
                 adapters.blocks[layer] if adapters else NOTHING,
                 cache.layers[layer] if cache else None,
-                last if layer == len(self.blocks) - 1 else None,
+                part if layer == len(self.blocks) - 1 else None,
             )
             if layer < len(skips):
                 earlier.append(x.view_as(x))

@@ -55,18 +55,18 @@ class LowRank(NamedTuple):
         """
         return ops.low_rank_sum(self._inner(x), self.b, base, scale)
 
-    def deltas(self, x: Tensor, last: int | None = None) -> dict[str, Tensor]:
+    def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
         """B(Ax) by site: x (documents·n, inputs) → (documents·n, outputs) in the dtype of x.
 
-        Every document has the same n tokens. last: only so many of each document are wanted, but
-        for keys and values.
+        Every document has the same n tokens. part: those of each document that are wanted, int64
+        (m,), but for keys and values; None: all.
         """
         inner = self._inner(x).chunk(len(self.sites), -1)
         found = {}
-        for site, part, b in zip(self.sites, inner, self.b, strict=True):
-            if last is not None and site not in ("key", "value"):
-                part = part[:, -last:]
-            found[site] = torch.bmm(part, b).flatten(0, 1)
+        for site, of_site, b in zip(self.sites, inner, self.b, strict=True):
+            if part is not None and site not in ("key", "value"):
+                of_site = of_site.index_select(1, part)
+            found[site] = torch.bmm(of_site, b).flatten(0, 1)
         return found
 
 

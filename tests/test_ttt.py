@@ -49,12 +49,12 @@ class NaiveSites:
     def added(self, x: Tensor, base: Tensor, scale: Tensor | None = None) -> Tensor:
         return added(self.deltas(x), base, scale)
 
-    def deltas(self, x: Tensor, last: int | None = None) -> dict[str, Tensor]:
+    def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
         found = {}
         for site, name in self.names.items():
             matrix = self.weights[f"{name}.b"] @ self.weights[f"{name}.a"]
-            part = x if last is None or site in ("key", "value") else x[-last:]
-            found[site] = part @ matrix.T
+            wanted = x if part is None or site in ("key", "value") else x[part]
+            found[site] = wanted @ matrix.T
         return found
 
 
@@ -145,8 +145,8 @@ class Spliced:
     def added(self, x: Tensor, base: Tensor, scale: Tensor | None = None) -> Tensor:
         return added(self.deltas(x), base, scale)
 
-    def deltas(self, x: Tensor, last: int | None = None) -> dict[str, Tensor]:
-        assert last is None
+    def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
+        assert part is None
         found = [part.deltas(p) for part, p in zip(self.parts, x.split(self.sizes), strict=True)]
         return {site: torch.cat([deltas[site] for deltas in found]) for site in found[0]}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model import ops
 from model.cache import LayerCache
-from model.documents import Documents
+from model.documents import Documents, part_of
 from model.layers.linear import Linear
 from model.lora import PROJECTIONS, LowRank
 from model.ops import plain
@@ -73,20 +73,20 @@ class Attention(nn.Module):
         turns: tuple[Tensor, Tensor],
         values: Tensor | None,
         adapters: LowRank | None,
-        last: int | None,
+        part: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries (T, heads, d), keys and values (T, kv_heads, d) of n (T, width).
 
         Also what adapters add beside the attention, (T, width) or None. turns: cosines and sines of
         `rotation`; values: embeddings (T, kv_heads·d) or None; adapters: of the sites that read n.
-        last: only the queries, and what is added beside, of so many last tokens of each document
-        are wanted.
+        part: the tokens (`model.documents`) whose queries, and what is added beside, are wanted;
+        None: all.
         """
         all_adapt = adapters is None or adapters.sites[: len(PROJECTIONS)] == PROJECTIONS
-        if self.working is not None and last is None and all_adapt:
+        if self.working is not None and part is None and all_adapt:
             return self._project_at_once(n, self.working, turns, values, adapters)
-        q, k, v = self._products(n, documents, last)
-        deltas = {} if adapters is None else adapters.deltas(n, last)
+        q, k, v = self._products(n, documents, part)
+        deltas = {} if adapters is None else adapters.deltas(n, part)
         if "query" in deltas:
             q = q + deltas["query"]
         if "key" in deltas:
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         if "value" in deltas:
             v = v + deltas["value"]
         q, k, v = (self._heads(x) for x in (q, k, self._with_embeddings(v, values)))
-        cosines, sines = (last_tokens(x, documents, last) for x in turns)
+        cosines, sines = (part_of(x, documents, part) for x in turns)
         q, k = ops.turned(q, self.gain, (cosines, sines)), ops.turned(k, None, turns)
         return q, k, v, deltas.get("attention")
 
@@ -128,19 +128,19 @@ class Attention(nn.Module):
         return v + self.value_gain.to(v.dtype) * values
 
     def _products(
-        self, n: Tensor, documents: Documents, last: int | None
+        self, n: Tensor, documents: Documents, part: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         layers = (self.query, self.key, self.value)
         widths = [layer.weight.shape[0] for layer in layers]
         if self.working is None:
             q, k, v = (layer(n) for layer in layers)
-            return last_tokens(q, documents, last), k, v
-        if last is None:
+            return part_of(q, documents, part), k, v
+        if part is None:
             q, k, v = F.linear(n, self.working).split(widths, dim=-1)
             return q, k, v
         query, others = self.working.split([widths[0], sum(widths[1:])])
         k, v = F.linear(n, others).split(widths[1:], dim=-1)
-        return F.linear(last_tokens(n, documents, last), query), k, v
+        return F.linear(part_of(n, documents, part), query), k, v
 
     def attend(
         self,
@@ -149,30 +149,22 @@ class Attention(nn.Module):
         v: Tensor,
         documents: Documents,
         cache: LayerCache | None,
-        last: int | None,
+        part: Tensor | None,
     ) -> Tensor:
         """What the queries see, (T, heads·d); cache: earlier keys and values of the documents."""
         if cache is not None:
             y = ops.cached_attention(q, k, v, documents, cache, self.exclusive)
-        elif last is None:
+        elif part is None:
             y = ops.varlen_attention(q, k, v, documents, self.exclusive)
         else:
-            y = self._attend_last(q, k, v, documents, last)
+            y = self._attend_part(q, k, v, documents, part)
         return y.flatten(1)
 
-    def _attend_last(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, last: int
+    def _attend_part(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, part: Tensor
     ) -> Tensor:
-        own = last_tokens(v, documents, last)
+        own = part_of(v, documents, part)
         q, k, v = (x.unflatten(0, (documents.count, -1)) for x in (q, k, v))
-        before = k.shape[1] - last
-        visible = torch.ones(last, k.shape[1], dtype=torch.bool, device=k.device).tril(before)
+        visible = torch.arange(k.shape[1], device=k.device) <= part[:, None]
         y = grouped_attention(q, k, v, visible).flatten(0, 1)
         return plain.exclude_own_value(y, own) if self.exclusive else y
-
-
-def last_tokens(x: Tensor, documents: Documents, last: int | None) -> Tensor:
-    """The last so many tokens of each document of x (T, …), all of equal length; None: all."""
-    if last is None:
-        return x
-    return x.unflatten(0, (documents.count, -1))[:, -last:].flatten(0, 1)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from model import ops
 from model.cache import LayerCache
-from model.documents import Documents
-from model.layers.attention import Attention, last_tokens
+from model.documents import Documents, part_of
+from model.layers.attention import Attention
 from model.layers.linear import Linear
 from model.layers.mlp import MLP
 from model.lora import BlockAdapters
@@ -79,20 +79,20 @@ class Block(nn.Module):
         values: Tensor | None,
         adapters: BlockAdapters,
         cache: LayerCache | None,
-        last: int | None,
+        part: Tensor | None,
     ) -> Tensor:
         """Map x (T, width) to (T, width).
 
         skip: an earlier block's output (T, width) and its weights (width,), or None; turns and
         values: see `Attention.project`; cache: earlier keys and values of the same documents.
-        last: only so many last tokens of each document (all of equal length, no cache) are wanted.
+        part: the tokens that are wanted (`model.documents`; no cache); None: all.
         """
-        if adapters.attention is None and cache is None and last is None:
+        if adapters.attention is None and cache is None and part is None:
             x, n = ops.mixed_norm(x, x0, self.mix, self.depth_scale, skip)
             branch = self.attention(n, documents, turns, values)
             return self._finish(x, branch, None, adapters)
-        x, beside, q, k, v = self._before(x, x0, skip, documents, turns, values, adapters, last)
-        y = self.attention.attend(q, k, v, documents, cache, last)
+        x, beside, q, k, v = self._before(x, x0, skip, documents, turns, values, adapters, part)
+        y = self.attention.attend(q, k, v, documents, cache, part)
         if self._varying:
             mark_varying((x, beside, y))
         return self._after(x, beside, y, adapters)
@@ -106,14 +106,14 @@ class Block(nn.Module):
         turns: tuple[Tensor, Tensor],
         values: Tensor | None,
         adapters: BlockAdapters,
-        last: int | None,
+        part: Tensor | None,
     ) -> tuple[Any, ...]:
         """The residual stream, what adapters add beside the attention, and its q, k and v."""
         x, n = ops.mixed_norm(x, x0, self.mix, self.depth_scale, skip)
         q, k, v, beside = self.attention.project(
-            n, documents, turns, values, adapters.attention, last
+            n, documents, turns, values, adapters.attention, part
         )
-        return last_tokens(x, documents, last), beside, q, k, v
+        return part_of(x, documents, part), beside, q, k, v
 
     def _leave(
         self, x: Tensor, beside: Tensor | None, y: Tensor, adapters: BlockAdapters

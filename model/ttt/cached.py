@@ -69,23 +69,24 @@ class CachedReader:
             self._documents[rows, size] = packed
         return self._documents[rows, size]
 
-    def move_to(self, present: Pass) -> tuple[int, ...]:
-        """Go to a chunk.
+    def shape(self, rows: int, present: Pass) -> tuple[int, ...]:
+        """What determines, with the rows, all shapes of a pass: slots, tokens, chunk, leaving."""
+        start, end, first, leaving = present
+        slots = self._cache.capacity
+        if not ops.reads_filled_slots(self._model.device):
+            slots = slots_at(first, self._ttt.chunk, slots)
+        return slots, end - first, end - start, leaving
 
-        With rows and size, the result determines all shapes; None: not worth recording.
-        """
-        rows, (start, end, first, self._leaving) = self._tokens.shape[0], present
-        size, length = end - start, end - first
+    def move_to(self, present: Pass) -> None:
+        """Go to a chunk."""
+        rows, (start, end, first, _) = self._tokens.shape[0], present
+        slots, length, size, self._leaving = self.shape(rows, present)
         self._packed = self._arrange(rows, length)
         self._present, self._wanted = slice(rows * length), slice(rows * size)
         self._pass_tokens[self._present].view(rows, -1).copy_(self._tokens[:, first:end])
         self._chunk_targets[self._wanted].view(rows, -1).copy_(self._targets[:, start:end])
         self._select = self._chosen(rows, length, size)
-        slots = self._cache.capacity
-        if not ops.reads_filled_slots(self._model.device):
-            slots = slots_at(first, self._ttt.chunk, slots)
         self._cache.move_to(first, slots)
-        return slots, length, self._leaving
 
     def _chosen(self, rows: int, length: int, size: int) -> Tensor | None:
         """Indices of the chunk's tokens among those of the pass, (rows·size,); None: all."""

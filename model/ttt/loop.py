@@ -1,7 +1,7 @@
 """The loop over chunks, the same for both modes and every number of processes."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from model.replay import CUDAReplay, Replay, rows_at
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.batches import document_batches, rows_that_fit
 from model.ttt.cached import CachedReader
-from model.ttt.chunks import passes
+from model.ttt.chunks import Pass, passes
 from model.ttt.window import WindowReader
 from model.working_weights import fixed_weights
 
@@ -118,6 +118,7 @@ class Session:
         self._capacity = max(capacity, self._fewest)
         self._adapters = DocumentAdapters(model, ttt, self._capacity)
         self._reader = READERS[ttt.mode](model, self._adapters, ttt, self._capacity)
+        self._alike: Counter[Hashable] = Counter()  # passes by shape, of all batches so far
         self._scalars = torch.zeros(ttt.steps, 3, device=model.device)
 
     def losses(self, documents: Sequence[np.ndarray], progress: SharedProgress) -> list[np.ndarray]:
@@ -152,8 +153,7 @@ class Session:
         self._passes = passes(documents[0].size, self._ttt)
         starts = (present.start for present in self._passes)
         self._running = [self._rows(int((lengths > start).sum())) for start in starts]
-        sizes = (end - first for _, end, first, _ in self._passes)
-        self._alike = Counter(zip(self._running, sizes, strict=True))
+        self._alike.update(map(self._shape, self._running, self._passes))
         rows, length, device = self._running[0], self._passes[-1].end, self._model.device
         tokens = _padded(documents, rows, length, device)
         targets = _padded([targets_of(d) for d in documents], rows, length, device)
@@ -163,19 +163,20 @@ class Session:
         self._steps = scalars.view(-1, self._ttt.steps, 3)
         return torch.zeros(rows, length, device=device)
 
+    def _shape(self, rows: int, present: Pass) -> tuple[int, ...]:
+        return rows, *self._reader.shape(rows, present)
+
     def _chunk(self, number: int, rows: int) -> Tensor:
         """Score a chunk and train on it unless it is the last; losses (rows, size) before that."""
         present = self._passes[number]
-        size, trains = present.end - present.start, number + 1 < len(self._passes)
+        trains = number + 1 < len(self._passes)
         if self._ttt.refresh and number and number % self._ttt.refresh == 0:
             with torch.compiler.set_stance("force_eager"):  # rare, and of other shapes
                 self._reader.refresh(present)
-        shapes = self._reader.move_to(present)
-        worth = (
-            rows <= self._reader.RECORDED_ROWS
-            and self._alike[rows, present.end - present.first] > RECORDING
-        )
-        key = (rows, size, trains, *shapes) if worth and shapes is not None else None
+        self._reader.move_to(present)
+        shape = self._shape(rows, present)
+        worth = rows <= self._reader.RECORDED_ROWS and self._alike[shape] > RECORDING
+        key = (shape, trains) if worth else None
         self._scalars.copy_(self._steps[number])
         return self._replay.run(key, lambda: self._score_and_step(trains))
 

@@ -1,11 +1,17 @@
 """Mode `window`: every chunk reads its context again, with the present adapters.
 
-The window of a chunk ends with it and holds up to `context` tokens, chunk included; the gradient
-flows through all of it. Only the chunk goes through the output head and the last block, but for its
-keys and values.
+A chunk sees up to `context` tokens, itself included; the gradient flows through all of them. Only
+the chunk goes through the output head and the last block, but for its keys and values.
 
-When few documents are left, a pass takes longer to launch than to run. By then windows are as long
-as the context, so that their shapes are those of one chunk after the other: these can be recorded.
+Launched one kernel after the other, a pass takes longer to launch than to run, unless many
+documents run at once; recorded and replayed it does not, which needs the same shapes again and
+again. So windows grow by buckets: until it is as long as the context, a window begins with the
+document and is filled up with zeros behind the chunk. The model is causal: what follows a chunk
+changes nothing before it, and has no gradient, as no loss of it is asked for. It is zeros and not
+the document's own next tokens, so that no score can depend on them.
+
+    window   [0 ...... start| chunk |end 0 0 0]   a multiple of BUCKET
+    then     [end − context .......| chunk |end   context
 """
 
 from typing import TYPE_CHECKING
@@ -13,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model import ops
 from model.documents import Documents
 from model.gpt import GPT
 from model.ttt.adapters import DocumentAdapters
@@ -25,14 +32,15 @@ if TYPE_CHECKING:
 class WindowReader:
     """Losses of chunks by recomputed windows; see `CachedReader` for the order of the calls."""
 
-    RECORDED_ROWS = 32  # more documents take longer to run than to launch
+    RECORDED_ROWS = 32  # more documents take longer to run than to launch, but for short windows
+    BUCKET = 256  # tokens that windows grow by: few shapes, and little work on zeros
 
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
-        sizes = [rows * ttt.context, rows * ttt.largest_chunk]
+        sizes = [rows * ttt.context, rows * ttt.largest_chunk, ttt.largest_chunk]
         buffers = torch.zeros(sum(sizes), dtype=torch.int64, device=model.device).split(sizes)
-        self._window_tokens, self._chunk_targets = buffers
-        self._full: dict[int, Documents] = {}
+        self._window_tokens, self._chunk_targets, self._chunk_positions = buffers
+        self._documents: dict[tuple[int, int], Documents] = {}
 
     def begin(self, tokens: Tensor, targets: Tensor) -> None:
         """Take up a batch: tokens and targets, int64 (documents, a multiple of chunk)."""
@@ -42,23 +50,41 @@ class WindowReader:
         """Continue only the first `rows` documents."""
         self._tokens, self._targets = self._tokens[:rows], self._targets[:rows]
 
-    def move_to(self, present: Pass) -> tuple[int, ...] | None:
-        """Go to a chunk; see `CachedReader`."""
-        start, end = present.start, present.end
-        self._size = end - start
-        window = self._tokens[:, max(0, end - self._ttt.context) : end]
-        rows, length = window.shape
-        self._window = self._window_tokens[: window.numel()]
-        self._window.view_as(window).copy_(window)
-        self._chunk = self._chunk_targets[: rows * self._size]
-        self._chunk.view(rows, -1).copy_(self._targets[:, start:end])
-        if length < self._ttt.context:
-            self._packed = Documents.from_rows(rows, length, window.device)
-            return None
-        if rows not in self._full:
-            self._full[rows] = Documents.from_rows(rows, length, window.device)
-        self._packed = self._full[rows]
-        return ()
+    def shape(self, rows: int, present: Pass) -> tuple[int, ...]:
+        """What determines, with the rows, all shapes of a pass: tokens of a window, and chunk.
+
+        More rows than are recorded gain nothing from equal shapes.
+        """
+        length, size = present.end, present.end - present.start
+        if rows <= self.RECORDED_ROWS:
+            length += -length % self.BUCKET
+        return min(length, self._ttt.context), size
+
+    def _arrange(self, rows: int, length: int) -> Documents:
+        """Describe the rows; what is derived from that stays in place, as recorded work needs."""
+        if rows > self.RECORDED_ROWS:
+            return Documents.from_rows(rows, length, self._model.device)
+        if (rows, length) not in self._documents:
+            packed = Documents.from_rows(rows, length, self._model.device)
+            _ = packed.index, packed.positions
+            ops.find_pieces(packed, self._model.device)
+            self._documents[rows, length] = packed
+        return self._documents[rows, length]
+
+    def move_to(self, present: Pass) -> None:
+        """Go to a chunk."""
+        rows, (start, end, *_) = self._tokens.shape[0], present
+        length, size = self.shape(rows, present)
+        begin = max(0, end - length)
+        self._packed = self._arrange(rows, length)
+        self._window = self._window_tokens[: rows * length]
+        window = self._window.view(rows, length)
+        window[:, : end - begin] = self._tokens[:, begin:end]
+        window[:, end - begin :] = 0
+        self._chunk = self._chunk_targets[: rows * size]
+        self._chunk.view(rows, size).copy_(self._targets[:, start:end])
+        self._part = self._chunk_positions[:size]
+        torch.arange(start - begin, end - begin, out=self._part)
 
     def losses(self, first: bool) -> Tensor:
         """Losses (documents, chunk) of the chunk with the present adapters."""
@@ -67,7 +93,7 @@ class WindowReader:
             self._chunk,
             self._packed,
             adapters=self._adapters.tensors,
-            last=self._size,
+            part=self._part,
         )
         return losses.view(self._packed.count, -1)
 
