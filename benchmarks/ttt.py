@@ -258,7 +258,10 @@ def mean_loss(losses: Sequence[np.ndarray]) -> float:
 
 
 def read_tokens(lengths: Sequence[int], ttt: TTTParams) -> int:
-    """Tokens that run through the blocks: every window's in mode window, each once in cached."""
+    """Tokens that must run through the blocks: every window's in mode window, each once in cached.
+
+    Zeros that windows are filled up with are not counted.
+    """
     if ttt.mode == "cached":
         return sum(lengths)
     return sum(min(end, ttt.context) for length in lengths for _, end in chunks(length, ttt))

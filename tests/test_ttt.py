@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.queue import simulate
 from model.distributed import Group
@@ -21,17 +24,23 @@ from model.lora import READERS, BlockAdapters, low_rank, side_by_side, site_name
 from model.ops.plain import exclude_own_value
 from model.replay import Replay, rows_at
 from model.ttt import ttt_losses
-from model.ttt.adapters import HASH_TABLE, initial_parameters
+from model.ttt.adapters import HASH_TABLE, DocumentAdapters, initial_parameters
 from model.ttt.batches import Batch, document_batches
 from model.ttt.cached import CachedReader
 from model.ttt.chunks import chunks, passes
 from model.ttt.loop import Session
+from model.ttt.window import WindowReader
 from model.working_weights import fixed_weights
 from tests.models import random_documents, small_model, ttt_params
 from tests.processes import run_processes
 
 ALONE = Group(0, 1, torch.device("cpu"))
 LENGTHS = [1, 2, 7, 8, 9, 30, 55, 64]
+
+
+@pytest.fixture(autouse=True)
+def _windows_of_several_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WindowReader, "BUCKET", 16)
 
 
 Weights = Mapping[str, Tensor]
@@ -411,18 +420,55 @@ def test_simulation_of_a_queue_worked_out_by_hand() -> None:
     assert two.wasted_rows == pytest.approx(3 / 12)
 
 
-class FirstWork(Replay):
-    """Replays by calling what was recorded first, as a graph would repeat it: on memory in place,
-    with the shapes and the numbers of that time."""
+class Operations(TorchDispatchMode):
+    """Notes every operation on tensors, to repeat it as a CUDA graph would: on the same memory,
+    with the shapes and the numbers of that time, without a line of the program that made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        aliases = [returned.alias_info for returned in func._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in aliases):
+            self.noted.append((func, args, kwargs, result))
+        return result
+
+    @torch.no_grad()
+    def repeat(self) -> None:
+        for func, args, kwargs, result in self.noted:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old is not new:
+                    old.copy_(new)
+
+
+class NotedOperations(Replay):
+    """Replays on any device. played: the keys."""
 
     def __init__(self) -> None:
         super().__init__(recorded=True)
-        self.plays = 0
+        self.played: Counter[Any] = Counter()
+
+    def run(self, key: Any, work: Callable[[], Tensor]) -> Tensor:
+        self.present = key
+        return super().run(key, work)
 
     def _record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        with Operations() as operations:
+            result = work()
+        fresh = True
+
         def play() -> Tensor:
-            self.plays += 1
-            return work()
+            nonlocal fresh
+            if not fresh:  # noting has done the work once, unlike recording on a GPU
+                operations.repeat()
+                self.played[self.present] += 1
+            fresh = False
+            return result
 
         return play
 
@@ -434,13 +480,18 @@ class FirstWork(Replay):
         {"mode": "cached", "steps": 2, "refresh": 3, "hash_buckets": 16},
         {"mode": "cached", "reach": 3},
         {"mode": "window"},
+        {"mode": "window", "chunk": 4, "steps": 2, "hash_buckets": 16},
+        {"mode": "window", "chunk": 4, "largest_chunk": 16},
     ],
 )
-def test_replayed_chunks_equal_those_run_as_they_are(changes: dict[str, Any]) -> None:
+def test_replayed_chunks_equal_those_run_as_they_are(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.ttt.chunks.TOKENS_BEFORE", 8)
     model = small_model()
     ttt = ttt_params(context=40, **changes)
     documents = random_documents([150, 140, 120, 61, 60, 59, 20])
-    replay = FirstWork()
+    replay = NotedOperations()
     with fixed_weights(model):
         expected = Session(model, ttt, 7).losses(documents, SharedProgress(None))
         session = Session(model, ttt, 7, replay)
@@ -448,15 +499,18 @@ def test_replayed_chunks_equal_those_run_as_they_are(changes: dict[str, Any]) ->
             found = session.losses(part, SharedProgress(None))
             for one, other in zip(found[::-1], expected[::-1], strict=False):
                 np.testing.assert_allclose(one, other, atol=3e-5)
-    assert replay.plays > 20
+    assert replay.played.total() > 20
+    if ttt.mode == "window":  # those that grow, too
+        assert {length for (rows, length, size), trains in replay.played} == {16, 32, 40}
 
 
 @pytest.mark.parametrize(
     ("mode", "graphs"),
     # Embedding, loss, blocks as they leave attention, and as they enter it: plain, with skip, with
-    # values; in mode window the last one once more, for the first window, which is a chunk, and the
-    # leaving of the last block, where what is added beside the attention stands by itself.
-    [("cached", 6), ("window", 8)],
+    # values. In mode window the last block, that with values, works for the chunk alone, whose
+    # place is a tensor and its window of any length; but there what is added beside the attention
+    # stands by itself, not among q, k and v, which makes a graph of its own of how it leaves.
+    [("cached", 6), ("window", 7)],
 )
 def test_compiled_passes_are_few_graphs_and_equal_eager_ones(mode: str, graphs: int) -> None:
     model = small_model(layers=3, value_layers=[2])
@@ -474,6 +528,58 @@ def test_compiled_passes_are_few_graphs_and_equal_eager_ones(mode: str, graphs: 
             made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
             assert made == graphs  # none but for the first part
             graphs = 0
+
+
+def test_windows_filled_up_equal_those_that_end_with_the_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ttt = small_model(), ttt_params(context=40, hash_buckets=16)
+    tokens = torch.tensor(np.stack(random_documents([64] * 3)).astype(np.int64))
+
+    def found(bucket: int) -> list[tuple[int, list[Tensor]]]:
+        monkeypatch.setattr(WindowReader, "BUCKET", bucket)
+        torch.manual_seed(0)
+        adapters = DocumentAdapters(model, ttt, 3)
+        leaves = [group.leaf for group in adapters._groups]
+        for leaf in leaves:
+            leaf.data += 0.05 * torch.randn_like(leaf)
+        reader = WindowReader(model, adapters, ttt, 3)
+        reader.begin(tokens, tokens.roll(-1, 1))
+        results = []
+        for one in passes(64, ttt):
+            reader._window_tokens.fill_(5)  # left by others
+            reader.move_to(one)
+            assert not reader._window.view(3, -1)[:, one.end :].any()
+            losses = reader.losses(first=True)
+            gradients = torch.autograd.grad(losses.sum(), leaves)
+            results.append((reader._packed.longest, [losses, *gradients]))
+        return results
+
+    with fixed_weights(model):
+        ending, filled = found(1), found(16)
+    assert [length for length, _ in ending] == [8, 16, 24, 32, 40, 40, 40, 40]
+    assert [length for length, _ in filled] == [16, 16, 32, 32, 40, 40, 40, 40]
+    for (_, one), (_, other) in zip(ending, filled, strict=True):
+        for first, second in zip(one, other, strict=True):
+            assert first.abs().max() > 1e-3
+            torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_of_more_documents_than_are_recorded_are_not_filled_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ttt, documents = small_model(), ttt_params(), random_documents([30, 30, 11])
+    with fixed_weights(model):
+        session = Session(model, ttt, 3)
+        lengths = [session._reader.shape(3, one)[0] for one in passes(30, ttt)]
+        assert lengths == [16, 16, 32, 32]
+        expected = session.losses(documents, SharedProgress(None))
+        monkeypatch.setattr(WindowReader, "RECORDED_ROWS", 2)
+        lengths = [session._reader.shape(3, one)[0] for one in passes(30, ttt)]
+        assert lengths == [8, 16, 24, 32]
+        found = session.losses(documents, SharedProgress(None))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-5)
 
 
 @MODES
@@ -504,12 +610,14 @@ def test_compiling_ends_with_the_session() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 
-def test_work_for_the_last_tokens_alone_equals_that_for_all() -> None:
+@pytest.mark.parametrize("position", [14, 6, 0])
+def test_work_for_some_tokens_alone_equals_that_for_all(position: int) -> None:
     model = small_model()
     documents = random_documents([20, 20, 20])
     tokens = torch.tensor(np.stack(documents).astype(np.int64)).flatten()
     packed = Documents.from_rows(3, 20)
-    targets = tokens.view(3, 20)[:, -6:].flatten()
+    part = position + torch.arange(6)
+    targets = tokens.view(3, 20)[:, part].flatten()
     initial = initial_parameters(model.params, ttt_params())
     weights = {name: t + 0.1 * torch.randn_like(t) for name, t in initial.items()}
     each = [{n: t + 0.1 * torch.randn_like(t) for n, t in weights.items()} for _ in range(3)]
@@ -520,12 +628,14 @@ def test_work_for_the_last_tokens_alone_equals_that_for_all() -> None:
     parts = [low_rank(parameters, ttt_params().sites, layer) for layer in range(4)]
     blocks = [BlockAdapters(part["attention"], part["mlp"]) for part in parts]
     adapters = Adapters(blocks, parts[0]["head"])
-    select = torch.arange(60).view(3, 20)[:, -6:].flatten()
+    select = torch.arange(60).view(3, 20)[:, part].flatten()
     whole = model.losses(tokens, targets, packed, adapters, select=select)
     with fixed_weights(model):
-        last = model.losses(tokens, targets, packed, adapters, last=6)
-        torch.testing.assert_close(last, whole)
-        gradients = [torch.autograd.grad(x.sum(), list(parameters.values())) for x in (last, whole)]
+        alone = model.losses(tokens, targets, packed, adapters, part=part)
+        torch.testing.assert_close(alone, whole)
+        gradients = [
+            torch.autograd.grad(x.sum(), list(parameters.values())) for x in (alone, whole)
+        ]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
