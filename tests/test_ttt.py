@@ -25,7 +25,7 @@ from model.ops.plain import exclude_own_value
 from model.replay import Replay, rows_at
 from model.ttt import ttt_losses
 from model.ttt.adapters import HASH_TABLE, DocumentAdapters, initial_parameters
-from model.ttt.batches import Batch, document_batches
+from model.ttt.batches import Batch, bytes_per_document, document_batches, rows_that_read
 from model.ttt.cached import CachedReader
 from model.ttt.chunks import chunks, passes
 from model.ttt.loop import Session
@@ -392,6 +392,17 @@ def test_batches_hold_each_document_once_longest_first_within_both_bounds(
     assert ordered == sorted(lengths, reverse=True)
     assert [len(batch.members) for batch in batches] == rows
     assert [batch.adapts for batch in batches] == [True, True, True, False]
+
+
+def test_chunks_that_run_again_count_as_read() -> None:
+    ttt = ttt_params(mode="cached", chunk=8, context=64, tokens_per_batch=70)
+    assert rows_that_read(90, ttt) == 8
+    assert rows_that_read(90, ttt.model_copy(update={"reach": 2})) == 2
+    alone, reaching = (
+        bytes_per_document(small_model(), ttt.model_copy(update={"reach": reach}))
+        for reach in (0, 2)
+    )
+    assert reaching > alone
 
 
 def test_several_processes_get_pieces_small_enough_to_keep_all_busy() -> None:

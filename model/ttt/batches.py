@@ -64,7 +64,7 @@ def document_batches(
 
 def rows_that_read(longest: int, ttt: "TTTParams") -> int:
     """Documents of up to so many tokens that read at most ttt.tokens_per_batch at once."""
-    read = min(longest, ttt.context) if ttt.mode == "window" else ttt.chunk
+    read = min(longest, ttt.context) if ttt.mode == "window" else ttt.chunk * (1 + ttt.reach)
     return max(1, ttt.tokens_per_batch // read)
 
 
@@ -81,13 +81,13 @@ def bytes_per_document(model: GPT, ttt: "TTTParams") -> int:
     """Estimate of the memory one document takes while it adapts.
 
     Masters and second moments in fp32; working copy and gradients, these both in parts and as one
-    matrix, in the activations' dtype; keys and values of the context; activations of a chunk kept
-    for the gradient (mode `window`:
-    bounded by ttt.tokens_per_batch instead, so only the chunk is counted here as well).
+    matrix, in the activations' dtype; keys and values of the context; activations of a pass kept
+    for the gradient (mode `window`: bounded by ttt.tokens_per_batch instead, so only the chunk is
+    counted here as well).
     """
     params, size = model.params, model.dtype.itemsize
     adapted = values_per_document(params, ttt) * (8 + 3 * size)
     kept = 2 * params.layers * ttt.context * params.kv_heads * params.head_width * size
     per_token = params.layers * (6 * params.width + 3 * params.mlp_width) * size
-    activations = ttt.largest_chunk * (per_token + 12 * params.vocabulary)
+    activations = ttt.largest_chunk * ((1 + ttt.reach) * per_token + 12 * params.vocabulary)
     return adapted + activations + (kept if ttt.mode == "cached" else 0)
