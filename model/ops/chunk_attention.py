@@ -36,7 +36,7 @@ from torch import Tensor
 
 from model.cache import SlidingLayer
 from model.documents import Documents
-from model.ops.hopper import multiprocessors, portion
+from model.ops.hopper import multiprocessors, portion, product
 
 KEYS = 64  # keys in a tile
 LARGEST_TILE = 64  # queries in a tile, those of a group's heads counted singly
@@ -82,12 +82,6 @@ def _own_values(ptr, token, inside, stride, D: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _product(a, b):
-    """a b in fp32; fp32 operands are not rounded to TF32."""
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
 def _slots(filled, part, parts, KEYS: tl.constexpr):
     """First and last + 1 of the slots of a part; the last of several parts has none."""
     share = tl.cdiv(tl.cdiv(filled, KEYS), tl.maximum(parts - 1, 1)) * KEYS
@@ -99,10 +93,10 @@ def _slots(filled, part, parts, KEYS: tl.constexpr):
 @triton.jit
 def _absorb(q, k, v, seen, scale, largest, total, y):
     """Take a tile of keys and values into the running softmax."""
-    s = tl.where(seen, _product(q, tl.trans(k)) * scale, float("-inf"))
+    s = tl.where(seen, product(q, tl.trans(k)) * scale, float("-inf"))
     before, largest = largest, tl.maximum(largest, tl.max(s, 1))
     p, shrink = tl.exp(s - largest[:, None]), tl.exp(before - largest)
-    y = y * shrink[:, None] + _product(p.to(v.dtype), v)
+    y = y * shrink[:, None] + product(p.to(v.dtype), v)
     return largest, total * shrink + tl.sum(p, 1), y
 
 
@@ -196,9 +190,9 @@ def ring_attention_sum_kernel(
 @triton.jit
 def _slopes(q, k, v, dy, lse, delta, seen, scale):
     """p and ds of a tile, both (queries, keys)."""
-    s = tl.where(seen, _product(q, tl.trans(k)) * scale, float("-inf"))
+    s = tl.where(seen, product(q, tl.trans(k)) * scale, float("-inf"))
     p = tl.exp(s - lse[:, None])
-    return p, p * (_product(dy, tl.trans(v)) - delta[:, None])
+    return p, p * (product(dy, tl.trans(v)) - delta[:, None])
 
 
 @triton.jit
@@ -247,14 +241,14 @@ def _query_gradient(
         v = _rows(ring_v_ptr, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
         seen = (slot + tl.arange(0, KEYS) < end)[None, :]
         _p, ds = _slopes(q, k, v, dy, lse, delta, seen, scale)
-        dq += _product(ds.to(k.dtype), k)
+        dq += product(ds.to(k.dtype), k)
     if part == parts - 1:
         for key in tl.range(0, tl.minimum(new, tl.cdiv((tile + 1) * TILE, GROUP)), KEYS):
             k = _rows(k_ptr, key, new, k_stride, KEYS, D, WIDTH)
             v = _rows(v_ptr, key, new, v_stride, KEYS, D, WIDTH)
             seen = (key + tl.arange(0, KEYS))[None, :] <= token[:, None]
             _p, ds = _slopes(q, k, v, dy, lse, delta, seen, scale)
-            dq += _product(ds.to(k.dtype), k)
+            dq += product(ds.to(k.dtype), k)
     _store(dq_ptr, dq * scale, query, inside, D, WIDTH)
 
 
@@ -279,11 +273,11 @@ def _key_gradient(
         )  # fmt: skip
         seen = key[None, :] <= token[:, None]
         p, ds = _slopes(q, k, v, dy, lse, delta, seen, scale)
-        dv += _product(tl.trans(p).to(dy.dtype), dy)
+        dv += product(tl.trans(p).to(dy.dtype), dy)
         if EXCLUSIVE:
             same = tl.where((key[:, None] == token[None, :]) & inside[None, :], 1.0, 0.0)
-            dv += _product(same.to(q.dtype), excluded.to(q.dtype))
-        dk += _product(tl.trans(ds).to(q.dtype), q)
+            dv += product(same.to(q.dtype), excluded.to(q.dtype))
+        dk += product(tl.trans(ds).to(q.dtype), q)
     out = key * (HEADS // GROUP)
     _store(dk_ptr, dk * scale, out, key < new, D, WIDTH)
     _store(dv_ptr, dv, out, key < new, D, WIDTH)

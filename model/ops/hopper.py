@@ -19,3 +19,9 @@ def multiprocessors(device: torch.device, interpreted: int) -> int:
 def portion(x, v):
     """(x·v)/(v·v) of each row, in fp32."""
     return tl.sum(x * v, 1) / tl.maximum(tl.sum(v * v, 1), TINY)
+
+
+@triton.jit
+def product(a, b):
+    """a b in fp32; fp32 operands are not rounded to TF32."""
+    return tl.dot(a, b, input_precision="ieee")

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.ops.hopper import product
+
 SITES = 4  # at most
 COLUMNS = 64  # outputs in a tile
 SMALLEST_TILE = 16  # that a matrix product takes
@@ -46,12 +48,6 @@ def _tile(ptr, row, rows, column, columns, stride, ROWS: tl.constexpr, COLUMNS: 
     """The tile at (row, column) of a matrix, zero beyond it."""
     at, inside = _place(row, rows, column, columns, stride, ROWS, COLUMNS)
     return tl.load(ptr + at, mask=inside, other=0)
-
-
-@triton.jit
-def _product(a, b):
-    """a b in fp32; fp32 operands are not rounded to TF32."""
-    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -112,7 +108,7 @@ def low_rank_kernel(
     for rank in tl.range(0, RANK, STEP):
         h = _tile(inner_ptr, token, new, rank, RANK, INNER, TOKENS, STEP)
         b = _tile(b_ptr, rank, RANK, column, width, width, STEP, COLUMNS)
-        y += _product(h, b)
+        y += product(h, b)
     y = y * factor + base.to(tl.float32)
     at, inside = _place(token, new, column, width, ALL, TOKENS, COLUMNS)
     out_ptr += row * new * ALL + before
@@ -143,7 +139,7 @@ def _inner_gradient(
         for column in tl.range(0, width, COLUMNS):
             dy = _slopes(dy_ptr, scale_ptr, token, new, column, width, ALL, SCALED, TOKENS, COLUMNS)
             b = _tile(b_ptr, rank, RANK, column, width, width, STEP, COLUMNS)
-            dh += _product(dy, tl.trans(b))
+            dh += product(dy, tl.trans(b))
         at, inside = _place(token, new, rank, RANK, INNER, TOKENS, STEP)
         tl.store(dinner_ptr + at, dh.to(dinner_ptr.dtype.element_ty), mask=inside)
 
@@ -160,7 +156,7 @@ def _factor_gradient(
         for token in tl.range(0, new, TOKENS):
             dy = _slopes(dy_ptr, scale_ptr, token, new, column, width, ALL, SCALED, TOKENS, COLUMNS)
             h = _tile(inner_ptr, token, new, rank, RANK, INNER, TOKENS, STEP)
-            db += _product(tl.trans(h), dy)
+            db += product(tl.trans(h), dy)
         at, inside = _place(rank, RANK, column, width, width, STEP, COLUMNS)
         tl.store(db_ptr + at, db.to(db_ptr.dtype.element_ty), mask=inside)
 
