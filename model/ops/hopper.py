@@ -1,4 +1,4 @@
-"""What the kernels share: facts of the device, and a piece of exclusive attention (Triton)."""
+"""What the kernels share: facts of the device, and pieces of several of them (Triton)."""
 
 import torch
 import triton
