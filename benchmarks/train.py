@@ -258,8 +258,8 @@ def child(preset: str, limit: int, *options: str, **variables: str) -> dict[str,
         return read_json(result)
 
 
-def report(run: Run, path: Path | None) -> None:
-    """Write the figures, those not measured yet as null, and print them."""
+def write_figures(run: Run, path: Path | None) -> dict[str, Any]:
+    """Write the figures, those not measured yet as null, and return them."""
     here = environment()
     figures: dict[str, Any] = {
         "device": here["device"],
@@ -278,10 +278,16 @@ def report(run: Run, path: Path | None) -> None:
     }
     if run.group.size == 2 and path is not None and path.exists():
         figures = with_speedup(read_json(path), figures)
-    names = [name for name in figures if name not in ("versions", "ms")]
-    table("training", ("figure", "value"), [(name, figures[name]) for name in names])
     if path is not None:
         write_json(path, figures)
+    return figures
+
+
+def report(run: Run, path: Path | None) -> None:
+    """Write the figures and print them."""
+    figures = write_figures(run, path)
+    names = [name for name in figures if name not in ("versions", "ms")]
+    table("training", ("figure", "value"), [(name, figures[name]) for name in names])
 
 
 def with_speedup(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
@@ -318,7 +324,7 @@ def main() -> None:
                 measure_microbatch(run, chosen.repeats)
             with stage("floors", chosen.limit):
                 show(run, chosen.repeats)
-            report(run, chosen.json)  # what follows takes longest
+            write_figures(run, chosen.json)  # what follows takes longest
             with stage("start-up, cold and warm", 2 * chosen.limit):
                 run.found |= start_up(chosen.preset, chosen.limit)
         if group.is_main:

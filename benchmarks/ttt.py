@@ -138,12 +138,12 @@ def measure(
         return
     plain = mean_loss(plain_losses(model, documents, params.evaluate.tokens_per_batch, alone))
     lengths = [document.size for document in documents]
-    tokens, readings, rows = sum(lengths), [], []
+    tokens, readings, rows, here = sum(lengths), [], [], environment()
     for reading in read_all(wanted, options, model, documents, alone):
         readings.append(reading)
         rows.append(reading.row(tokens, read_tokens(lengths, reading.ttt)))
         figures = {
-            **environment(),
+            **here,
             **summary(readings, lengths),
             "no_ttt_nats": plain,
             "startup_s": start_up,

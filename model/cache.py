@@ -80,7 +80,7 @@ class Cache:
 
 
 @dataclass
-class Pass:
+class CurrentPass:
     """What all layers of a `SlidingCache` must know of the pass under way.
 
     filled: int64 (), how many slots, from the first, hold something; slots: how many are looked at;
@@ -98,9 +98,9 @@ class Pass:
 class SlidingLayer(LayerCache):
     """One layer's part of a `SlidingCache`."""
 
-    def __init__(self, present: Pass, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, current: CurrentPass, keys: Tensor, values: Tensor) -> None:
         super().__init__(keys, values)
-        self._present = present
+        self._current = current
         self.recorded: tuple[Tensor, Tensor] | None = None
 
     def past(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,19 +108,19 @@ class SlidingLayer(LayerCache):
 
         The third, int64 (), says how many slots, from the first, a pass sees.
         """
-        return self.keys[:rows], self.values[:rows], self._present.filled
+        return self.keys[:rows], self.values[:rows], self._current.filled
 
     def record(self, k: Tensor, v: Tensor) -> None:
         """Note k and v (rows, new, kv_heads, d) if this is the pass whose tokens are kept."""
-        if self._present.recording:
-            entering = self._present.entering
+        if self._current.recording:
+            entering = self._current.entering
             self.recorded = (k[:, :entering].detach(), v[:, :entering].detach())
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Record k and v and set them beside the ring's; see `LayerCache.extend`."""
         self.record(k, v)
         ring_keys, ring_values, filled = self.past(k.shape[0])
-        slots, new = self._present.slots, k.shape[1]
+        slots, new = self._current.slots, k.shape[1]
         keys = torch.cat((ring_keys[:, :slots], k), 1)
         values = torch.cat((ring_values[:, :slots], v), 1)
         seen = torch.arange(slots, device=k.device) < filled
@@ -148,9 +148,9 @@ class SlidingCache(Cache):
         super().__init__(params, rows, capacity, device, dtype)
         self.capacity = capacity
         self._length, filled = torch.zeros(2, dtype=torch.int64, device=device).unbind()
-        self._present = Pass(filled)
+        self._current = CurrentPass(filled)
         self.length = self._length
-        self._layers = [SlidingLayer(self._present, *pair) for pair in self.storage]
+        self._layers = [SlidingLayer(self._current, *pair) for pair in self.storage]
         self.layers = self._layers
         self._tokens = torch.full((rows,), NO_TOKEN, dtype=torch.int64, device=device)
         self._embeddings = torch.zeros((rows, params.width), dtype=dtype, device=device)
@@ -170,26 +170,26 @@ class SlidingCache(Cache):
 
     def move_to(self, position: int, slots: int) -> None:
         """Say where the next tokens stand in their documents, and how many slots to look at."""
-        self._present.slots = min(slots, self.capacity)
+        self._current.slots = min(slots, self.capacity)
         self._begin.fill_(position)
-        self._present.filled.fill_(min(position, self._present.slots))
+        self._current.filled.fill_(min(position, self._current.slots))
 
     def open(self, record: bool, entering: int | None = None) -> None:
         """Begin a pass; record: its first `entering` tokens (None: all) will enter the ring."""
         self._length.copy_(self._begin)  # which GPT.forward will count on
-        self._present.recording, self._present.entering = record, entering
+        self._current.recording, self._current.entering = record, entering
 
     def remember(self, tokens: Tensor, embeddings: Tensor) -> None:
         """Note what the pass will leave as last token and embedding; see `Cache.remember`."""
-        entering = self._present.entering
-        if self._present.recording and entering != 0:
+        entering = self._current.entering
+        if self._current.recording and entering != 0:
             last = -1 if entering is None else entering - 1
             embeddings = embeddings.detach().view(self.rows, -1, embeddings.shape[-1])
             self._last = tokens.view(self.rows, -1)[:, last], embeddings[:, last]
 
     def close(self) -> None:
         """Let the recorded tokens enter the ring, over the oldest ones."""
-        if self._present.entering == 0:
+        if self._current.entering == 0:
             return
         parts = [x for layer in self._layers if layer.recorded for x in layer.recorded]
         new = parts[0].shape[1]

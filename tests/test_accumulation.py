@@ -4,16 +4,13 @@ import torch
 pytest.importorskip("triton")
 
 from model.ops import accumulation
-from tests.kernels import CUDA, round_bf16_as_hardware_does
+from tests.kernels import DEVICE
 
-DEVICE = "cuda" if CUDA else "cpu"
 SHAPES = [(3, 5), (40, 70), (3, 5), (1,), (70, 40)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_gradient_is_added_to_its_sum(monkeypatch, dtype):
-    if not CUDA:
-        round_bf16_as_hardware_does(monkeypatch)
+def test_every_gradient_is_added_to_its_sum(bf16_as_in_hardware, dtype):
     sums = [torch.randn(shape, device=DEVICE) for shape in SHAPES]
     gradients = [torch.randn(shape, device=DEVICE).to(dtype) for shape in SHAPES]
     gradients[-1] = gradients[1].T  # neither must be contiguous

@@ -17,10 +17,8 @@ from model.ops import varlen
 from model.ops.cached import grouped_attention
 from model.replay import Replay
 from model.ttt import ttt_losses
-from tests.kernels import CUDA, recorder
+from tests.kernels import DEVICE, recorder
 from tests.models import SMALL, random_documents, record_params, small_model, ttt_params
-
-DEVICE = "cuda" if CUDA else "cpu"
 
 
 @pytest.mark.parametrize("new", [1, 5])

@@ -9,17 +9,16 @@ from model.ops.cached import grouped_attention
 from model.ops.plain import exclude_own_value
 from tests.kernels import (
     CUDA,
+    DEVICE,
     SHARED_MEMORY,
     compile_for_hopper,
     kept_for_backward,
-    round_bf16_as_hardware_does,
 )
 
 pytest.importorskip("triton")
 
 from model.ops import chunk_attention as ca
 
-DEVICE = "cuda" if CUDA else "cpu"
 SHAPES = [  # rows, new, heads, kv_heads, d, capacity, filled
     pytest.param((2, 16, 4, 2, 16, 100, 0), id="empty ring"),
     pytest.param((2, 16, 4, 2, 16, 100, 37), id="partly filled"),
@@ -37,10 +36,7 @@ SHAPES = [  # rows, new, heads, kv_heads, d, capacity, filled
 PARTS = pytest.mark.parametrize("parts", ["whole", "parts"])
 
 
-@pytest.fixture(autouse=True)
-def bf16(monkeypatch):
-    if not CUDA:
-        round_bf16_as_hardware_does(monkeypatch)
+pytestmark = pytest.mark.usefixtures("bf16_as_in_hardware")
 
 
 def cut(monkeypatch, parts):

@@ -4,16 +4,12 @@ import torch
 pytest.importorskip("triton")
 
 from model.ops import fused_mix, plain
-from tests.kernels import CUDA, round_bf16_as_hardware_does
+from tests.kernels import CUDA, DEVICE
 
-DEVICE = "cuda" if CUDA else "cpu"
 SHAPES = [(1, 8), (7, 48), (10, 512), (33, 100)]
 
 
-@pytest.fixture(autouse=True)
-def bf16(monkeypatch):
-    if not CUDA:
-        round_bf16_as_hardware_does(monkeypatch)
+pytestmark = pytest.mark.usefixtures("bf16_as_in_hardware")
 
 
 def operands(shape, skip, dtype=torch.float32):

@@ -4,15 +4,9 @@ import torch
 pytest.importorskip("triton")
 
 from model.ops import gradient_sum
-from tests.kernels import CUDA, round_bf16_as_hardware_does
+from tests.kernels import DEVICE
 
-DEVICE = "cuda" if CUDA else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def bf16(monkeypatch):
-    if not CUDA:
-        round_bf16_as_hardware_does(monkeypatch)
+pytestmark = pytest.mark.usefixtures("bf16_as_in_hardware")
 
 
 @pytest.mark.parametrize("readers", [1, 2, 12])

@@ -6,17 +6,16 @@ import torch.nn.functional as F
 
 from tests.kernels import (
     CUDA,
+    DEVICE,
     SHARED_MEMORY,
     compile_for_hopper,
     kept_for_backward,
-    round_bf16_as_hardware_does,
 )
 
 pytest.importorskip("triton")
 
 from model.ops import low_rank
 
-DEVICE = "cuda" if CUDA else "cpu"
 FOUR = (40, 24, 24, 100)
 SHAPES = [  # documents, tokens of each, rank, outputs of the sites
     pytest.param((3, 5, 12, (40, 24)), id="two sites"),
@@ -32,10 +31,7 @@ SHAPES = [  # documents, tokens of each, rank, outputs of the sites
 SMALL = (3, 5, 12, FOUR)
 
 
-@pytest.fixture(autouse=True)
-def bf16(monkeypatch):
-    if not CUDA:
-        round_bf16_as_hardware_does(monkeypatch)
+pytestmark = pytest.mark.usefixtures("bf16_as_in_hardware")
 
 
 def inputs(shape, base="some", scaled=True, dtype=torch.float32):

@@ -9,17 +9,14 @@ from model import ops
 from model.documents import TILE, Documents
 from model.layers.rotary import rotation
 from model.ops import fused_attention, plain, query_key, triton_attention, varlen
-from tests.kernels import CUDA, SHARED_MEMORY, compile_for_hopper, round_bf16_as_hardware_does
+from tests.kernels import CUDA, SHARED_MEMORY, compile_for_hopper
 
 interpreted = pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 LENGTHS = [[1], [5, 1, 64, 17, 0, 0], [130, 1, 65, 64, 63, 200, 0]]
 SHAPES = [(4, 2, 16, 8), (4, 4, 32, 0), (8, 2, 64, 16)]  # heads, kv_heads, width, turning
 
 
-@pytest.fixture(autouse=True)
-def bf16(monkeypatch):
-    if not CUDA:
-        round_bf16_as_hardware_does(monkeypatch)
+pytestmark = pytest.mark.usefixtures("bf16_as_in_hardware")
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=9))

@@ -187,7 +187,7 @@ class NaiveCached(Naive):
     def __init__(self, model: GPT, document: np.ndarray, ttt: Any) -> None:
         super().__init__(model, document, ttt)
         self.passes = passes(len(self.tokens), ttt)
-        self.kept = ttt.context - ttt.largest_chunk * (1 + ttt.reach)  # tokens
+        self.kept = ttt.context - ttt.longest_pass  # tokens
         self.begin = self.renewed = 0  # where the text begins; what lies before was read at once
         self.pieces: list[tuple[int, Weights]] = []  # that were left behind
         self.oldest: list[int] = []  # token that each of theirs saw

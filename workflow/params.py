@@ -283,17 +283,15 @@ class TTTParams(Section):
             "make it chunk, or larger",
         )
         _require(
-            self.refresh == 0
-            or (self.mode == "cached" and self.context > (1 + self.reach) * self.largest_chunk),
+            self.refresh == 0 or (self.mode == "cached" and self.context > self.longest_pass),
             "refresh",
             f"{self.refresh} asks to renew keys and values, but none are kept",
             "set refresh to 0, or mode to cached and context above (1 + reach)·largest_chunk",
         )
         _require(
-            self.context >= (1 + self.reach) * self.largest_chunk,
+            self.context >= self.longest_pass,
             "context",
-            f"{self.context} is shorter than largest_chunk·(1 + reach), "
-            f"{self.largest_chunk * (1 + self.reach)}",
+            f"{self.context} is shorter than largest_chunk·(1 + reach), {self.longest_pass}",
             "make context at least (1 + reach)·largest_chunk",
         )
         _require(
@@ -303,6 +301,11 @@ class TTTParams(Section):
             "name at least one site",
         )
         return self
+
+    @property
+    def longest_pass(self) -> int:
+        """Tokens of a document that mode `cached` runs at once, at most."""
+        return (1 + self.reach) * self.largest_chunk
 
 
 class ReportParams(Section):

@@ -24,7 +24,8 @@ from model.ops.plain import softcapped_loss as softcapped_loss
 if TYPE_CHECKING:
     from model.layers.linear import Linear
 
-FUSED = ("ring", "mix", "mlp", "adapters")
+# Operations that a kernel or the plain formula does, and the module that tells if one can be had.
+FUSED = {"ring": "chunk_attention", "mix": "fused_mix", "mlp": "fused_mlp", "adapters": "low_rank"}
 FUSED_ORDER = ("triton", "reference")
 
 
@@ -79,26 +80,31 @@ def configure(
     """
     wanted: dict[str, tuple[str, Iterable[str], Callable[[str], str | None]]] = {
         "attention": (attention, varlen.AUTO_ORDER, lambda name: varlen.obstacle(name, device)),
-        "ring": (ring, FUSED_ORDER, lambda name: _obstacle("chunk_attention", name, device)),
-        "mix": (mix, FUSED_ORDER, lambda name: _obstacle("fused_mix", name, device)),
-        "mlp": (mlp, FUSED_ORDER, lambda name: _obstacle("fused_mlp", name, device)),
-        "adapters": (adapters, FUSED_ORDER, lambda name: _obstacle("low_rank", name, device)),
     }
+
+    def obstacle_of(module: str) -> Callable[[str], str | None]:
+        return lambda name: _obstacle(module, name, device)
+
+    asked = {"ring": ring, "mix": mix, "mlp": mlp, "adapters": adapters}
+    wanted |= {op: (asked[op], FUSED_ORDER, obstacle_of(module)) for op, module in FUSED.items()}
     found = {op: _choose(op, *which) for op, which in wanted.items()}
     names = {op: name for op, (name, _) in found.items()}
-    own = names["attention"] == "triton"
+
+    def kernel(op: str, module: str, function: str) -> Any:
+        return getattr(_kernel(module), function) if names[op] == "triton" else None
+
     _bound[device.type] = _Bound(
-        varlen.IMPLEMENTATIONS[names["attention"]],
-        _kernel("triton_attention").triton_attention if own else None,
-        _kernel("query_key").turned if own else None,
-        _kernel("fused_attention").self_attention if own else None,
-        _kernel("chunk_attention").ring_attention if names["ring"] == "triton" else None,
-        _kernel("fused_mix").mixed_norm if names["mix"] == "triton" else None,
-        _kernel("fused_mix").summed_norm if names["mix"] == "triton" else None,
-        _kernel("gradient_sum").fan_out if names["mix"] == "triton" else None,
-        _kernel("accumulation").accumulate if names["mix"] == "triton" else None,
-        _kernel("fused_mlp").fused_mlp if names["mlp"] == "triton" else None,
-        _kernel("low_rank").low_rank_sum if names["adapters"] == "triton" else None,
+        attention=varlen.IMPLEMENTATIONS[names["attention"]],
+        exclusive=kernel("attention", "triton_attention", "triton_attention"),
+        turned=kernel("attention", "query_key", "turned"),
+        self_attention=kernel("attention", "fused_attention", "self_attention"),
+        ring=kernel("ring", "chunk_attention", "ring_attention"),
+        mix=kernel("mix", "fused_mix", "mixed_norm"),
+        summed_norm=kernel("mix", "fused_mix", "summed_norm"),
+        fan_out=kernel("mix", "gradient_sum", "fan_out"),
+        accumulate=kernel("mix", "accumulation", "accumulate"),
+        mlp=kernel("mlp", "fused_mlp", "fused_mlp"),
+        low_rank_sum=kernel("adapters", "low_rank", "low_rank_sum"),
     )
     return Choice(**names, reasons={op: reason for op, (_, reason) in found.items()})
 

@@ -89,5 +89,5 @@ def bytes_per_document(model: GPT, ttt: "TTTParams") -> int:
     adapted = values_per_document(params, ttt) * (8 + 3 * size)
     kept = 2 * params.layers * ttt.context * params.kv_heads * params.head_width * size
     per_token = params.layers * (6 * params.width + 3 * params.mlp_width) * size
-    activations = ttt.largest_chunk * ((1 + ttt.reach) * per_token + 12 * params.vocabulary)
+    activations = ttt.longest_pass * per_token + ttt.largest_chunk * 12 * params.vocabulary
     return adapted + activations + (kept if ttt.mode == "cached" else 0)

@@ -24,6 +24,7 @@ from model.documents import Documents
 from model.gpt import GPT
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.chunks import Pass
+from model.ttt.layouts import Layouts
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
@@ -41,15 +42,14 @@ class CachedReader:
 
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
-        longest = ttt.largest_chunk * (1 + ttt.reach)
         self._cache = SlidingCache(
-            model.params, rows, ttt.context - longest, model.device, model.dtype
+            model.params, rows, ttt.context - ttt.longest_pass, model.device, model.dtype
         )
-        sizes = [rows * longest, rows * ttt.largest_chunk]
+        sizes = [rows * ttt.longest_pass, rows * ttt.largest_chunk]
         buffers = torch.zeros(sum(sizes), dtype=torch.int64, device=model.device).split(sizes)
         self._pass_tokens, self._chunk_targets = buffers
         self._selected: dict[tuple[int, int, int], Tensor] = {}
-        self._documents: dict[tuple[int, int], Documents] = {}
+        self._layouts = Layouts(model.device)
 
     def begin(self, tokens: Tensor, targets: Tensor) -> None:
         """Take up a batch: tokens and targets, int64 (documents, a multiple of chunk)."""
@@ -60,14 +60,6 @@ class CachedReader:
         """Continue only the first `rows` documents."""
         self._tokens, self._targets = self._tokens[:rows], self._targets[:rows]
         self._cache.keep_first(rows)
-
-    def _arrange(self, rows: int, size: int) -> Documents:
-        """Describe the rows; what is derived from that stays in place, as recorded work needs."""
-        if (rows, size) not in self._documents:
-            packed = Documents.from_rows(rows, size, self._model.device)
-            _ = packed.index, packed.positions, packed.first
-            self._documents[rows, size] = packed
-        return self._documents[rows, size]
 
     def shape(self, rows: int, present: Pass) -> tuple[int, ...]:
         """What determines, with the rows, all shapes of a pass: slots, tokens, chunk, leaving."""
@@ -81,7 +73,7 @@ class CachedReader:
         """Go to a chunk."""
         rows, (start, end, first, _) = self._tokens.shape[0], present
         slots, length, size, self._leaving = self.shape(rows, present)
-        self._packed = self._arrange(rows, length)
+        self._packed = self._layouts.of(rows, length)
         self._present, self._wanted = slice(rows * length), slice(rows * size)
         self._pass_tokens[self._present].view(rows, -1).copy_(self._tokens[:, first:end])
         self._chunk_targets[self._wanted].view(rows, -1).copy_(self._targets[:, start:end])

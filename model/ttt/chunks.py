@@ -14,7 +14,6 @@ side stay side by side.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -61,5 +60,8 @@ def passes(length: int, ttt: "TTTParams") -> list[Pass]:
     spans, firsts = list(chunks(length, ttt)), [0]
     for start, end in spans[1:]:
         firsts.append(max(firsts[-1], start - ttt.reach * (end - start)))
-    leaving = [after - before for before, after in pairwise([*firsts, firsts[-1]])]
-    return [Pass(*parts) for parts in zip(*zip(*spans, strict=True), firsts, leaving, strict=True)]
+    following = [*firsts[1:], firsts[-1]]
+    return [
+        Pass(start, end, first, after - first)
+        for (start, end), first, after in zip(spans, firsts, following, strict=True)
+    ]

@@ -1,7 +1,7 @@
 """The loop over chunks, the same for both modes and every number of processes."""
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from model.replay import CUDAReplay, Replay, rows_at
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.batches import document_batches, rows_that_fit
 from model.ttt.cached import CachedReader
-from model.ttt.chunks import Pass, passes
+from model.ttt.chunks import passes
 from model.ttt.window import WindowReader
 from model.working_weights import fixed_weights
 
@@ -118,7 +118,7 @@ class Session:
         self._capacity = max(capacity, self._fewest)
         self._adapters = DocumentAdapters(model, ttt, self._capacity)
         self._reader = READERS[ttt.mode](model, self._adapters, ttt, self._capacity)
-        self._alike: Counter[Hashable] = Counter()  # passes by shape, of all batches so far
+        self._alike: Counter[tuple[int, ...]] = Counter()  # passes by shape, of all batches so far
         self._scalars = torch.zeros(ttt.steps, 3, device=model.device)
 
     def losses(self, documents: Sequence[np.ndarray], progress: SharedProgress) -> list[np.ndarray]:
@@ -153,7 +153,9 @@ class Session:
         self._passes = passes(documents[0].size, self._ttt)
         starts = (present.start for present in self._passes)
         self._running = [self._rows(int((lengths > start).sum())) for start in starts]
-        self._alike.update(map(self._shape, self._running, self._passes))
+        by_pass = zip(self._running, self._passes, strict=True)
+        self._shapes = [(rows, *self._reader.shape(rows, one)) for rows, one in by_pass]
+        self._alike.update(self._shapes)
         rows, length, device = self._running[0], self._passes[-1].end, self._model.device
         tokens = _padded(documents, rows, length, device)
         targets = _padded([targets_of(d) for d in documents], rows, length, device)
@@ -163,9 +165,6 @@ class Session:
         self._steps = scalars.view(-1, self._ttt.steps, 3)
         return torch.zeros(rows, length, device=device)
 
-    def _shape(self, rows: int, present: Pass) -> tuple[int, ...]:
-        return rows, *self._reader.shape(rows, present)
-
     def _chunk(self, number: int, rows: int) -> Tensor:
         """Score a chunk and train on it unless it is the last; losses (rows, size) before that."""
         present = self._passes[number]
@@ -174,7 +173,7 @@ class Session:
             with torch.compiler.set_stance("force_eager"):  # rare, and of other shapes
                 self._reader.refresh(present)
         self._reader.move_to(present)
-        shape = self._shape(rows, present)
+        shape = self._shapes[number]
         worth = rows <= self._reader.RECORDED_ROWS and self._alike[shape] > RECORDING
         key = (shape, trains) if worth else None
         self._scalars.copy_(self._steps[number])

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model import ops
 from model.documents import Documents
 from model.gpt import GPT
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.chunks import Pass
+from model.ttt.layouts import Layouts
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
@@ -40,7 +40,7 @@ class WindowReader:
         sizes = [rows * ttt.context, rows * ttt.largest_chunk, ttt.largest_chunk]
         buffers = torch.zeros(sum(sizes), dtype=torch.int64, device=model.device).split(sizes)
         self._window_tokens, self._chunk_targets, self._chunk_positions = buffers
-        self._documents: dict[tuple[int, int], Documents] = {}
+        self._layouts = Layouts(model.device)
 
     def begin(self, tokens: Tensor, targets: Tensor) -> None:
         """Take up a batch: tokens and targets, int64 (documents, a multiple of chunk)."""
@@ -61,15 +61,10 @@ class WindowReader:
         return min(length, self._ttt.context), size
 
     def _arrange(self, rows: int, length: int) -> Documents:
-        """Describe the rows; what is derived from that stays in place, as recorded work needs."""
+        """Describe the rows; what is not recorded has many lengths, none of them worth keeping."""
         if rows > self.RECORDED_ROWS:
             return Documents.from_rows(rows, length, self._model.device)
-        if (rows, length) not in self._documents:
-            packed = Documents.from_rows(rows, length, self._model.device)
-            _ = packed.index, packed.positions
-            ops.find_pieces(packed, self._model.device)
-            self._documents[rows, length] = packed
-        return self._documents[rows, length]
+        return self._layouts.of(rows, length)
 
     def move_to(self, present: Pass) -> None:
         """Go to a chunk."""
