@@ -314,7 +314,9 @@ def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> No
         )
         one, many = chunk_seconds(model, changed, 1), chunk_seconds(model, changed, limit)
         slope = (many - one) / max(1, limit - 1)
-        recorded = READERS[changed.mode].RECORDED_ROWS if changed.cuda_graphs else 0
+        reader = READERS[changed.mode]
+        recorded = reader.RECORDED_ROWS if changed.cuda_graphs else 0
+        finest = reader.HALVES_ABOVE
 
         def seconds(
             count: int,
@@ -327,8 +329,10 @@ def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> No
             share = min(1.0, end / ttt.context) if ttt.mode == "window" else 1.0
             return share * (one + slope * (count - 1))
 
-        def rows_run(count: int, limit: int = limit, recorded: int = recorded) -> int:
-            return rows_at(count, min(limit, recorded)) if count <= recorded else count
+        def rows_run(
+            count: int, limit: int = limit, recorded: int = recorded, finest: int = finest
+        ) -> int:
+            return rows_at(count, min(limit, recorded), finest) if count <= recorded else count
 
         for processes in QUEUE_SIZES:
             batches = document_batches(lengths, changed, limit, processes)

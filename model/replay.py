@@ -2,10 +2,10 @@
 
 A cached chunk of test-time training (`model.ttt`), or a token of the calibration text
 (`model.generate`), is hundreds of kernels of microseconds, which take longer to launch than to run;
-a graph launches them at once. The first call of a key runs as it is, which also compiles what is
-compiled and loads its kernels; the second is recorded; it and the later
-ones are replayed. The work may read and write only memory that stays in place, and its shapes may
-depend on the key alone.
+a graph launches them at once. The first call of all runs as it is, which takes what libraries take
+once. Any other first call of a key is recorded, which takes as long as Python takes to run it, and
+is replayed at once, as are all later ones. The work may read and write only memory that stays in
+place, and its shapes may depend on the key alone.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -20,7 +20,8 @@ class Replay:
 
     def __init__(self, recorded: bool) -> None:
         self.recorded = recorded
-        self._known: dict[Hashable, Callable[[], Tensor] | None] = {}
+        self._begun = False
+        self._known: dict[Hashable, Callable[[], Tensor]] = {}
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -34,13 +35,12 @@ class Replay:
         """
         if key is None or not self.recorded:
             return work()
-        if key not in self._known:
-            self._known[key] = None
+        if not self._begun:
+            self._begun = True
             return work()
-        play = self._known[key]
-        if play is None:
-            play = self._known[key] = self._record(work)
-        return play()
+        if key not in self._known:
+            self._known[key] = self._record(work)
+        return self._known[key]()
 
     def _record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return work
@@ -56,7 +56,8 @@ class CUDAReplay(Replay):
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """A stream of its own, as recording demands."""
+        """A stream of its own, as recording demands, and what memory others have left unused."""
+        torch.cuda.empty_cache()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
@@ -64,8 +65,13 @@ class CUDAReplay(Replay):
 
     def _record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Not by torch.cuda.graph, which waits for the device and empties the allocator every time.
+        # Relaxed, as kernels that the work is the first to use are loaded meanwhile.
+        graph.capture_begin(self._pool, capture_error_mode="relaxed")
+        try:
             result = work()
+        finally:
+            graph.capture_end()
 
         def play() -> Tensor:
             graph.replay()
@@ -74,11 +80,12 @@ class CUDAReplay(Replay):
         return play
 
 
-def rows_at(count: int, capacity: int) -> int:
-    """Rows to run for `count` documents: a power of two, above 64 also three halves of one, or all.
+def rows_at(count: int, capacity: int, halves_above: int) -> int:
+    """Rows to run for `count` documents: a power of two, or all.
 
-    Few different numbers, so that few graphs are recorded; few rows take as long as twice as many.
+    Above `halves_above` also three halves of a power. Few different numbers, so that few graphs are
+    recorded.
     """
     power = 1 << (count - 1).bit_length()
     between = power * 3 // 4
-    return min(capacity, between if count <= between and power > 64 else power)
+    return min(capacity, between if count <= between and power > halves_above else power)

@@ -676,13 +676,15 @@ def test_cuda_graphs_equal_the_eager_loop() -> None:
         np.testing.assert_allclose(one, other, atol=3e-2)
 
 
+@pytest.mark.parametrize("finest", [2, 64])
 @pytest.mark.parametrize("capacity", [5, 64, 300])
-def test_rows_that_run_are_few_numbers_and_enough(capacity: int) -> None:
-    run = [rows_at(count, capacity) for count in range(1, capacity + 1)]
+def test_rows_that_run_are_few_numbers_and_enough(capacity: int, finest: int) -> None:
+    run = [rows_at(count, capacity, finest) for count in range(1, capacity + 1)]
     assert all(count <= rows <= capacity for count, rows in enumerate(run, 1))
     assert all(rows < 2 * count for count, rows in enumerate(run, 1))
-    assert all(rows < 1.5 * count + 1 for count, rows in enumerate(run[64:], 65))
-    assert len(set(run)) <= math.log2(capacity) + 4
+    assert all(rows < 1.5 * count + 1 for count, rows in enumerate(run[finest:], finest + 1))
+    few = math.log2(capacity) + 2
+    assert len(set(run)) <= few + max(0, few - math.log2(finest))
 
 
 @pytest.mark.parametrize("mode", ["window", "cached"])

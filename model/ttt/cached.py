@@ -39,6 +39,7 @@ class CachedReader:
     """
 
     RECORDED_ROWS = 512  # more documents take longer to run than to launch
+    HALVES_ABOVE = 64  # few rows take as long as twice as many
 
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt

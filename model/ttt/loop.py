@@ -32,8 +32,6 @@ from model.working_weights import fixed_weights
 if TYPE_CHECKING:
     from workflow.params import TTTParams
 
-RECORDING = 2  # chunks that are run by Python before those of their shape are replayed
-
 READERS: dict[str, type[WindowReader] | type[CachedReader]] = {
     "window": WindowReader,
     "cached": CachedReader,
@@ -145,8 +143,9 @@ class Session:
     def _rows(self, documents: int) -> int:
         """Rows that run for so many documents."""
         most = min(self._capacity, self._reader.RECORDED_ROWS)
-        recorded = self._replay.recorded and documents <= most
-        return max(rows_at(documents, most) if recorded else documents, self._fewest)
+        if self._replay.recorded and documents <= most:
+            documents = rows_at(documents, most, self._reader.HALVES_ABOVE)
+        return max(documents, self._fewest)
 
     def _begin(self, documents: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
         """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""
@@ -174,7 +173,7 @@ class Session:
                 self._reader.refresh(present)
         self._reader.move_to(present)
         shape = self._shapes[number]
-        worth = rows <= self._reader.RECORDED_ROWS and self._alike[shape] > RECORDING
+        worth = rows <= self._reader.RECORDED_ROWS and self._alike[shape] > 1
         key = (shape, trains) if worth else None
         self._scalars.copy_(self._steps[number])
         return self._replay.run(key, lambda: self._score_and_step(trains))

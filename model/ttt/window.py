@@ -33,6 +33,7 @@ class WindowReader:
     """Losses of chunks by recomputed windows; see `CachedReader` for the order of the calls."""
 
     RECORDED_ROWS = 32  # more documents take longer to run than to launch, but for short windows
+    HALVES_ABOVE = 2  # a row takes as long as its tokens
     BUCKET = 256  # tokens that windows grow by: few shapes, and little work on zeros
 
     def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
