@@ -8,8 +8,10 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from model.ttt.batches import Batch
-from model.ttt.chunks import chunks
+from model.ttt.chunks import Pass, passes
 from workflow.params import TTTParams
 
 
@@ -33,22 +35,23 @@ def simulate(
     ttt: TTTParams,
     processes: int,
     seconds: Callable[[int, int, int], float],
-    rows_run: Callable[[int], int] = lambda rows: rows,
+    rows_run: Callable[[Sequence[Pass], np.ndarray], Sequence[int]],
 ) -> QueueTimes:
     """Take batches from one queue with several processes.
 
-    seconds(rows, start, end): time of a chunk of so many rows; rows_run: rows that run for so many
-    documents.
+    seconds(rows, start, end): time of a chunk of so many rows; rows_run(passes, lengths): rows of
+    each pass over documents of these lengths.
     """
     clocks = [0.0] * processes
     used = run = 0
     times = []
     for batch in batches:
         time = 0.0
-        for start, end in chunks(max(lengths[member] for member in batch.members), ttt):
-            rows = sum(lengths[member] > start for member in batch.members)
-            used, run = used + rows, run + rows_run(rows)
-            time += seconds(rows_run(rows), start, end)
+        members = np.array([lengths[member] for member in batch.members])
+        over = passes(int(members.max()), ttt)
+        for (start, end, *_), rows in zip(over, rows_run(over, members), strict=True):
+            used, run = used + int((members > start).sum()), run + rows
+            time += seconds(rows, start, end)
         times.append(time)
         heapq.heappush(clocks, heapq.heappop(clocks) + time)
     return QueueTimes(sum(times), max(clocks), max(times), 1 - used / run)

@@ -39,14 +39,13 @@ from model.files import read_json, write_json
 from model.gpt import GPT
 from model.layers.linear import Linear
 from model.memory import peak_memory_mib
-from model.replay import rows_at
 from model.run_log import environment
 from model.start_up import seconds_since_start, use_compile_cache
 from model.ttt import ttt_losses
 from model.ttt.adapters import values_per_document
 from model.ttt.batches import document_batches, rows_that_fit, rows_that_read
 from model.ttt.chunks import chunks
-from model.ttt.loop import READERS, Session
+from model.ttt.loop import Session
 from model.working_weights import fixed_weights
 from steps.common import COMPILE_CACHE, TOKENS
 from workflow.params import Params, TTTParams
@@ -314,9 +313,6 @@ def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> No
         )
         one, many = chunk_seconds(model, changed, 1), chunk_seconds(model, changed, limit)
         slope = (many - one) / max(1, limit - 1)
-        reader = READERS[changed.mode]
-        recorded = reader.RECORDED_ROWS if changed.cuda_graphs else 0
-        finest = reader.HALVES_ABOVE
 
         def seconds(
             count: int,
@@ -329,11 +325,8 @@ def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> No
             share = min(1.0, end / ttt.context) if ttt.mode == "window" else 1.0
             return share * (one + slope * (count - 1))
 
-        def rows_run(
-            count: int, limit: int = limit, recorded: int = recorded, finest: int = finest
-        ) -> int:
-            return rows_at(count, min(limit, recorded), finest) if count <= recorded else count
-
+        with fixed_weights(model):
+            rows_run = Session(model, changed, limit).running
         for processes in QUEUE_SIZES:
             batches = document_batches(lengths, changed, limit, processes)
             plan = simulate(lengths, batches, changed, processes, seconds, rows_run)

@@ -3,9 +3,10 @@
 A cached chunk of test-time training (`model.ttt`), or a token of the calibration text
 (`model.generate`), is hundreds of kernels of microseconds, which take longer to launch than to run;
 a graph launches them at once. The first call of all runs as it is, which takes what libraries take
-once. Any other first call of a key is recorded, which takes as long as Python takes to run it, and
-is replayed at once, as are all later ones. The work may read and write only memory that stays in
-place, and its shapes may depend on the key alone.
+once; of compiled work, which is tuned when it meets a shape, the first call of every key. Any other
+first call of a key is recorded, which takes as long as Python takes to run it, and is replayed at
+once, as are all later ones. The work may read and write only memory that stays in place, and its
+shapes may depend on the key alone.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -16,11 +17,11 @@ from torch import Tensor
 
 
 class Replay:
-    """Runs work by key; recorded=False runs everything as it is."""
+    """Runs work by key; recorded=False runs everything as it is; compiled: the work is."""
 
-    def __init__(self, recorded: bool) -> None:
-        self.recorded = recorded
-        self._begun = False
+    def __init__(self, recorded: bool, compiled: bool = False) -> None:
+        self.recorded, self._compiled = recorded, compiled
+        self._begun: set[Hashable] = set()
         self._known: dict[Hashable, Callable[[], Tensor]] = {}
 
     @contextmanager
@@ -29,14 +30,10 @@ class Replay:
         yield
 
     def run(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
-        """Do the work, or what was recorded under `key`; the result is valid until the next run.
-
-        key: None for work that is not worth recording.
-        """
-        if key is None or not self.recorded:
-            return work()
-        if not self._begun:
-            self._begun = True
+        """Do the work, or what was recorded under `key`; the result is valid until the next run."""
+        first = key if self._compiled else None
+        if not self.recorded or first not in self._begun:
+            self._begun.add(first)
             return work()
         if key not in self._known:
             self._known[key] = self._record(work)
@@ -49,8 +46,8 @@ class Replay:
 class CUDAReplay(Replay):
     """Replay by CUDA graphs that share one pool of memory."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(recorded=True)
+    def __init__(self, device: torch.device, compiled: bool = False) -> None:
+        super().__init__(True, compiled)
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -78,14 +75,3 @@ class CUDAReplay(Replay):
             return result
 
         return play
-
-
-def rows_at(count: int, capacity: int, halves_above: int) -> int:
-    """Rows to run for `count` documents: a power of two, or all.
-
-    Above `halves_above` also three halves of a power. Few different numbers, so that few graphs are
-    recorded.
-    """
-    power = 1 << (count - 1).bit_length()
-    between = power * 3 // 4
-    return min(capacity, between if count <= between and power > halves_above else power)

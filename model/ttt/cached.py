@@ -23,7 +23,7 @@ from model.cache import SlidingCache
 from model.documents import Documents
 from model.gpt import GPT
 from model.ttt.adapters import DocumentAdapters
-from model.ttt.chunks import Pass
+from model.ttt.chunks import Pass, Shape
 from model.ttt.layouts import Layouts
 
 if TYPE_CHECKING:
@@ -38,10 +38,14 @@ class CachedReader:
     work can be recorded for one chunk and replayed for others.
     """
 
-    RECORDED_ROWS = 512  # more documents take longer to run than to launch
-    HALVES_ABOVE = 64  # few rows take as long as twice as many
-
-    def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        adapters: DocumentAdapters,
+        ttt: "TTTParams",
+        rows: int,
+        recorded: bool,
+    ) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
         self._cache = SlidingCache(
             model.params, rows, ttt.context - ttt.longest_pass, model.device, model.dtype
@@ -62,18 +66,18 @@ class CachedReader:
         self._tokens, self._targets = self._tokens[:rows], self._targets[:rows]
         self._cache.keep_first(rows)
 
-    def shape(self, rows: int, present: Pass) -> tuple[int, ...]:
-        """What determines, with the rows, all shapes of a pass: slots, tokens, chunk, leaving."""
+    def shape(self, present: Pass) -> Shape:
+        """Shape of a pass."""
         start, end, first, leaving = present
         slots = self._cache.capacity
         if not ops.reads_filled_slots(self._model.device):
             slots = slots_at(first, self._ttt.chunk, slots)
-        return slots, end - first, end - start, leaving
+        return Shape(end - first, end - start, leaving, slots)
 
     def move_to(self, present: Pass) -> None:
         """Go to a chunk."""
         rows, (start, end, first, _) = self._tokens.shape[0], present
-        slots, length, size, self._leaving = self.shape(rows, present)
+        length, size, self._leaving, slots = self.shape(present)
         self._packed = self._layouts.of(rows, length)
         self._present, self._wanted = slice(rows * length), slice(rows * size)
         self._pass_tokens[self._present].view(rows, -1).copy_(self._tokens[:, first:end])

@@ -65,3 +65,16 @@ def passes(length: int, ttt: "TTTParams") -> list[Pass]:
         Pass(start, end, first, after - first)
         for (start, end), first, after in zip(spans, firsts, following, strict=True)
     ]
+
+
+class Shape(NamedTuple):
+    """What determines, with the rows, all shapes of a pass.
+
+    tokens: that a row runs; size: of the chunk; leaving: see `Pass`; slots: of the ring that are
+    looked at (mode `cached`).
+    """
+
+    tokens: int
+    size: int
+    leaving: int = 0
+    slots: int = 0

@@ -1,6 +1,5 @@
 """The loop over chunks, the same for both modes and every number of processes."""
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,12 @@ from model.evaluation import (
     to_indices,
 )
 from model.gpt import GPT
-from model.replay import CUDAReplay, Replay, rows_at
+from model.replay import CUDAReplay, Replay
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.batches import document_batches, rows_that_fit
 from model.ttt.cached import CachedReader
-from model.ttt.chunks import passes
+from model.ttt.chunks import Pass, passes
+from model.ttt.rows import RECORDING, running_rows
 from model.ttt.window import WindowReader
 from model.working_weights import fixed_weights
 
@@ -105,18 +105,20 @@ class Session:
         backend: Any = None,
     ) -> None:
         on_gpu = model.device.type == "cuda"
-        if replay is None:
-            recorded = ttt.cuda_graphs and on_gpu
-            replay = CUDAReplay(model.device) if recorded else Replay(recorded=False)
         if backend is None and ttt.compile and on_gpu:
             backend = "inductor"
+        if replay is None:
+            compiled = backend is not None
+            recorded = ttt.cuda_graphs and on_gpu
+            replay = CUDAReplay(model.device, compiled) if recorded else Replay(recorded=False)
         self._model, self._ttt, self._replay, self._backend = model, ttt, replay, backend
         # A single row would be compiled apart, as torch treats a size of one as a special case.
         self._fewest = 2 if backend is not None else 1
         self._capacity = max(capacity, self._fewest)
         self._adapters = DocumentAdapters(model, ttt, self._capacity)
-        self._reader = READERS[ttt.mode](model, self._adapters, ttt, self._capacity)
-        self._alike: Counter[tuple[int, ...]] = Counter()  # passes by shape, of all batches so far
+        self._reader = READERS[ttt.mode](
+            model, self._adapters, ttt, self._capacity, replay.recorded
+        )
         self._scalars = torch.zeros(ttt.steps, 3, device=model.device)
 
     def losses(self, documents: Sequence[np.ndarray], progress: SharedProgress) -> list[np.ndarray]:
@@ -140,21 +142,17 @@ class Session:
             return nullcontext()
         return self._model.compiled_for_adapters(backend=self._backend)
 
-    def _rows(self, documents: int) -> int:
-        """Rows that run for so many documents."""
-        most = min(self._capacity, self._reader.RECORDED_ROWS)
-        if self._replay.recorded and documents <= most:
-            documents = rows_at(documents, most, self._reader.HALVES_ABOVE)
-        return max(documents, self._fewest)
+    def running(self, over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
+        """Rows that run in each of the passes over documents of these lengths."""
+        counts = [max(int((lengths > one.start).sum()), self._fewest) for one in over]
+        shapes = [self._reader.shape(one) for one in over]
+        recording = RECORDING if self._replay.recorded else 0
+        return running_rows(counts, [shape.tokens for shape in shapes], shapes, recording)
 
     def _begin(self, documents: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
         """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""
         self._passes = passes(documents[0].size, self._ttt)
-        starts = (present.start for present in self._passes)
-        self._running = [self._rows(int((lengths > start).sum())) for start in starts]
-        by_pass = zip(self._running, self._passes, strict=True)
-        self._shapes = [(rows, *self._reader.shape(rows, one)) for rows, one in by_pass]
-        self._alike.update(self._shapes)
+        self._running = self.running(self._passes, lengths)
         rows, length, device = self._running[0], self._passes[-1].end, self._model.device
         tokens = _padded(documents, rows, length, device)
         targets = _padded([targets_of(d) for d in documents], rows, length, device)
@@ -172,9 +170,7 @@ class Session:
             with torch.compiler.set_stance("force_eager"):  # rare, and of other shapes
                 self._reader.refresh(present)
         self._reader.move_to(present)
-        shape = self._shapes[number]
-        worth = rows <= self._reader.RECORDED_ROWS and self._alike[shape] > 1
-        key = (shape, trains) if worth else None
+        key = (rows, self._reader.shape(present), trains)
         self._scalars.copy_(self._steps[number])
         return self._replay.run(key, lambda: self._score_and_step(trains))
 

@@ -3,12 +3,12 @@
 A chunk sees up to `context` tokens, itself included; the gradient flows through all of them. Only
 the chunk goes through the output head and the last block, but for its keys and values.
 
-Launched one kernel after the other, a pass takes longer to launch than to run, unless many
-documents run at once; recorded and replayed it does not, which needs the same shapes again and
-again. So windows grow by buckets: until it is as long as the context, a window begins with the
-document and is filled up with zeros behind the chunk. The model is causal: what follows a chunk
-changes nothing before it, and has no gradient, as no loss of it is asked for. It is zeros and not
-the document's own next tokens, so that no score can depend on them.
+Launched one kernel after the other, a pass takes longer to launch than to run; recorded and
+replayed it does not, which needs the same shapes again and again. So recorded windows grow by
+buckets: until it is as long as the context, a window begins with the document and is filled up with
+zeros behind the chunk. The model is causal: what follows a chunk changes nothing before it, and has
+no gradient, as no loss of it is asked for. It is zeros and not the document's own next tokens, so
+that no score can depend on them.
 
     window   [0 ...... start| chunk |end 0 0 0]   a multiple of BUCKET
     then     [end − context .......| chunk |end   context
@@ -22,7 +22,7 @@ from torch import Tensor
 from model.documents import Documents
 from model.gpt import GPT
 from model.ttt.adapters import DocumentAdapters
-from model.ttt.chunks import Pass
+from model.ttt.chunks import Pass, Shape
 from model.ttt.layouts import Layouts
 
 if TYPE_CHECKING:
@@ -32,12 +32,18 @@ if TYPE_CHECKING:
 class WindowReader:
     """Losses of chunks by recomputed windows; see `CachedReader` for the order of the calls."""
 
-    RECORDED_ROWS = 32  # more documents take longer to run than to launch, but for short windows
-    HALVES_ABOVE = 2  # a row takes as long as its tokens
-    BUCKET = 256  # tokens that windows grow by: few shapes, and little work on zeros
+    BUCKET = 256  # tokens that recorded windows grow by: few shapes, and little work on zeros
 
-    def __init__(self, model: GPT, adapters: DocumentAdapters, ttt: "TTTParams", rows: int) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        adapters: DocumentAdapters,
+        ttt: "TTTParams",
+        rows: int,
+        recorded: bool,
+    ) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
+        self._bucket = self.BUCKET if recorded else 1
         sizes = [rows * ttt.context, rows * ttt.largest_chunk, ttt.largest_chunk]
         buffers = torch.zeros(sum(sizes), dtype=torch.int64, device=model.device).split(sizes)
         self._window_tokens, self._chunk_targets, self._chunk_positions = buffers
@@ -51,26 +57,21 @@ class WindowReader:
         """Continue only the first `rows` documents."""
         self._tokens, self._targets = self._tokens[:rows], self._targets[:rows]
 
-    def shape(self, rows: int, present: Pass) -> tuple[int, ...]:
-        """What determines, with the rows, all shapes of a pass: tokens of a window, and chunk.
-
-        More rows than are recorded gain nothing from equal shapes.
-        """
-        length, size = present.end, present.end - present.start
-        if rows <= self.RECORDED_ROWS:
-            length += -length % self.BUCKET
-        return min(length, self._ttt.context), size
+    def shape(self, present: Pass) -> Shape:
+        """Shape of a pass."""
+        length = present.end + -present.end % self._bucket
+        return Shape(min(length, self._ttt.context), present.end - present.start)
 
     def _arrange(self, rows: int, length: int) -> Documents:
         """Describe the rows; what is not recorded has many lengths, none of them worth keeping."""
-        if rows > self.RECORDED_ROWS:
+        if self._bucket == 1:
             return Documents.from_rows(rows, length, self._model.device)
         return self._layouts.of(rows, length)
 
     def move_to(self, present: Pass) -> None:
         """Go to a chunk."""
         rows, (start, end, *_) = self._tokens.shape[0], present
-        length, size = self.shape(rows, present)
+        length, size, *_ = self.shape(present)
         begin = max(0, end - length)
         self._packed = self._arrange(rows, length)
         self._window = self._window_tokens[: rows * length]
