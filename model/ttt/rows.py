@@ -5,7 +5,7 @@ many tokens; rows whose document has ended take as long as others. So rows stay 
 left for some passes, where that is cheaper than a new graph. With counts c₁ > c₂ > … of documents,
 the passes of counts c_i to c_j all run c_i rows, and the cheapest cut into such segments
 
-    best(j) = min over i ≤ j of  best(i−1) + c_i·(tokens of a row in i…j) + RECORDING·(shapes in i…j)
+    best(j) = min over i ≤ j of  best(i−1) + c_i·(a row's tokens in i…j) + RECORDING·(shapes in i…j)
 
 is found in one go over j.
 """
