@@ -10,14 +10,11 @@ switched off by its parameter; the record preset has 27,067,484 parameters.
 
 The pass has three parts, each of which `compile_parts` compiles by itself: the input embedding, the
 blocks (one graph for all that are alike), and the loss. One graph of the whole model would take
-eleven times as long to compile. `compiled_for_adapters` does so for passes of adapted documents,
-whose numbers of documents and tokens change all the time without a graph more.
+eleven times as long to compile.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +24,7 @@ from model import ops
 from model.cache import NO_TOKEN, Cache
 from model.documents import Documents
 from model.hash_embedding import HashTable
-from model.layers.block import Block, depth_scale, mark_varying
+from model.layers.block import Block, depth_scale
 from model.layers.embeddings import BigramEmbedding, SmearGate, ValueEmbedding
 from model.layers.linear import Linear
 from model.layers.norm import rms_norm
@@ -49,14 +46,6 @@ class Adapters(NamedTuple):
     blocks: Sequence[BlockAdapters]
     head: LowRank | None = None
     table: HashTable | None = None
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All of them, each (documents, …)."""
-        for low_rank in (*(part for block in self.blocks for part in block), self.head):
-            if low_rank is not None:
-                yield from (low_rank.a, *low_rank.b)
-        if self.table is not None:
-            yield self.table.values
 
 
 class Past(NamedTuple):
@@ -128,7 +117,6 @@ class GPT(nn.Module):
         self.head = TiedHead()
         self._input: Callable[..., Input] = self._embed
         self._score: Callable[..., Tensor] = self._losses
-        self._varying = False
 
     def compile_parts(self, **options: Any) -> None:
         """Compile the parts of the forward pass; `options` are those of `torch.compile`."""
@@ -136,33 +124,6 @@ class GPT(nn.Module):
             block.compile(**options)
         self._input = torch.compile(self._embed, **options)
         self._score = torch.compile(self._losses, **options)
-
-    @contextmanager
-    def compiled_for_adapters(self, **options: Any) -> Iterator[None]:
-        """Run passes with adapters compiled inside the block, all but the attention proper.
-
-        Numbers of documents (two or more) and of tokens may change: the graphs hold for all.
-        `options` are those of `torch.compile`. Passes must ask for gradients.
-        """
-        options = {"fullgraph": True, **options}
-        blocks = cast(Iterable[Block], self.blocks)
-        for block in blocks:
-            block.compile_around_attention(**options)
-        self._input = torch.compile(self._embed, **options)
-        self._score = torch.compile(self._losses, **options)
-        self._varying = True
-        try:
-            # One graph for each kind of block, of context and of chunk that the process meets.
-            with torch._dynamo.config.patch(recompile_limit=64):
-                yield
-        finally:
-            for block in blocks:
-                block.run_eagerly()
-            self._input, self._score, self._varying = self._embed, self._losses, False
-
-    def _vary(self, tensors: Iterable[Tensor | int | None]) -> None:
-        if self._varying:
-            mark_varying(tensors)
 
     def matrices(self) -> dict[str, Linear]:
         """The matrices of the blocks by the name of their weight: Muon's, and GPTQ's too."""
@@ -230,7 +191,6 @@ class GPT(nn.Module):
         alone the last block then works; else all.
         """
         x = self.hidden(tokens, documents, adapters, cache, part)
-        self._vary((x, targets))
         return self._score(x, targets, adapters.head if adapters else None, select)
 
     def _losses(
@@ -244,8 +204,11 @@ class GPT(nn.Module):
         if select is not None:
             x = x[select]
         x = rms_norm(x)
-        logits = self.head(x, self.embedding)
-        return logits if adapter is None else adapter.added(x, logits)
+        if adapter is None:
+            return self.head(x, self.embedding)
+        x, inner = adapter.inner(x)
+        logits, _ = adapter.added(inner, self.head(x, self.embedding))
+        return logits
 
     def hidden(
         self,
@@ -261,8 +224,6 @@ class GPT(nn.Module):
         """
         past = Past(cache.length, cache.last_token, cache.last_embedding) if cache else None
         ops.find_pieces(documents, tokens.device)
-        places = (documents.first, documents.index, documents.positions, documents.boundaries)
-        self._vary(chain((tokens, *places), past or (), adapters.tensors() if adapters else ()))
         given = self._input(tokens, documents, adapters.table if adapters else None, past)
         if cache is not None:
             assert given.normed is not None
@@ -281,14 +242,10 @@ class GPT(nn.Module):
         x0, turns, values, _ = given
         # Views, as one object in two places would make compiled graphs of their own.
         x, *inputs = ops.fan_out(x0, 1 + len(self.blocks))
-        if self._varying and not x0.requires_grad:
-            x = x.detach().requires_grad_()  # as in the other blocks, which share the graph
-        self._vary((*inputs, *turns, values, part))
         skips = () if self.skip_weights is None else self.skip_weights.unbind()
         earlier: list[Tensor] = []
         for layer, (block, x0) in enumerate(zip(self.blocks, inputs, strict=True)):
             second_half = len(skips) <= layer < 2 * len(skips)
-            self._vary((x,))
             x = block(
                 x,
                 x0,
@@ -302,7 +259,6 @@ class GPT(nn.Module):
             )
             if layer < len(skips):
                 earlier.append(x.view_as(x))
-                self._vary(earlier[-1:])
         return x
 
     def _embed(

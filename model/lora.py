@@ -17,7 +17,7 @@ transposed: so the products of the backward pass give the gradients in the layou
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,38 +32,66 @@ PROJECTIONS = ("query", "key", "value")
 READERS = {"attention": (*PROJECTIONS, "attention"), "mlp": ("mlp",), "head": ("head",)}
 
 
+class _Inner(torch.autograd.Function):
+    """Ax beside x, so that the product that makes a gradient of x adds that of x's other reader.
+
+    Whoever made that one, a product as well, has no more use for it: it is added to in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, a)
+        return x.view_as(x), torch.bmm(x.unflatten(0, (a.shape[0], -1)), a)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, dinner: Tensor) -> tuple[Tensor, Tensor]:
+        x, a = ctx.saved_tensors
+        x, whole = (tensor.unflatten(0, (a.shape[0], -1)) for tensor in (x, dx.contiguous()))
+        whole.baddbmm_(dinner, a.mT)
+        return whole.flatten(0, 1), torch.bmm(x.mT, dinner)
+
+
 class LowRank(NamedTuple):
     """Adapters of the sites that read one input, for each of several documents.
 
     a: the Aᵀ of the sites side by side, (documents, inputs, sites·rank); b: Bᵀ of each site,
-    (documents, rank, outputs). A tuple of tensors, so that all blocks share compiled graphs.
+    (documents, rank, outputs).
     """
 
     sites: tuple[str, ...]
     a: Tensor
     b: tuple[Tensor, ...]
 
-    def _inner(self, x: Tensor) -> Tensor:
-        """Ax of the sites side by side, (documents, n, sites·rank)."""
-        return torch.bmm(x.unflatten(0, (self.a.shape[0], -1)), self.a)
+    def inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x for its one other reader, a product; Ax of the sites side by side.
 
-    def added(self, x: Tensor, base: Tensor, scale: Tensor | None = None) -> Tensor:
-        """base + scale ⊙ B(Ax), the sites side by side: (documents·n, outputs of all sites).
-
-        x (documents·n, inputs): every document has the same n tokens; base (documents·n, outputs
-        of the first sites), the others begin at zero; scale (outputs of all sites,) or None.
+        x (documents·n, inputs): every document has the same n tokens → (documents, n, sites·rank).
         """
-        return ops.low_rank_sum(self._inner(x), self.b, base, scale)
+        if not x.requires_grad:
+            return x, torch.bmm(x.unflatten(0, (self.a.shape[0], -1)), self.a)
+        x, inner = _Inner.apply(x, self.a)
+        return x, inner
 
-    def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
-        """B(Ax) by site: x (documents·n, inputs) → (documents·n, outputs) in the dtype of x.
+    def added(
+        self, inner: Tensor, base: Tensor, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """base + scale ⊙ B(Ax) of the first sites; scale ⊙ B(Ax) of the others, side by side.
 
-        Every document has the same n tokens. part: those of each document that are wanted, int64
-        (m,), but for keys and values; None: all.
+        inner: of `inner`; base (documents·n, outputs of the first sites); scale (outputs of all
+        sites,) or None.
         """
-        inner = self._inner(x).chunk(len(self.sites), -1)
+        return ops.low_rank_sum(inner, self.b, base, scale)
+
+    def deltas(self, inner: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
+        """B(Ax) by site, (documents·n, outputs) in the dtype of x.
+
+        inner: of `inner`. part: the tokens of each document that are wanted, int64 (m,), but for
+        keys and values; None: all.
+        """
         found = {}
-        for site, of_site, b in zip(self.sites, inner, self.b, strict=True):
+        for site, of_site, b in zip(
+            self.sites, inner.chunk(len(self.sites), -1), self.b, strict=True
+        ):
             if part is not None and site not in ("key", "value"):
                 of_site = of_site.index_select(1, part)
             found[site] = torch.bmm(of_site, b).flatten(0, 1)

@@ -3,10 +3,9 @@
 A cached chunk of test-time training (`model.ttt`), or a token of the calibration text
 (`model.generate`), is hundreds of kernels of microseconds, which take longer to launch than to run;
 a graph launches them at once. The first call of all runs as it is, which takes what libraries take
-once; of compiled work, which is tuned when it meets a shape, the first call of every key. Any other
-first call of a key is recorded, which takes as long as Python takes to run it, and is replayed at
-once, as are all later ones. The work may read and write only memory that stays in place, and its
-shapes may depend on the key alone.
+once. Any other first call of a key is recorded, which takes as long as Python takes to run it, and
+is replayed at once, as are all later ones. The work may read and write only memory that stays in
+place, and its shapes may depend on the key alone.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -17,11 +16,10 @@ from torch import Tensor
 
 
 class Replay:
-    """Runs work by key; recorded=False runs everything as it is; compiled: the work is."""
+    """Runs work by key; recorded=False runs everything as it is."""
 
-    def __init__(self, recorded: bool, compiled: bool = False) -> None:
-        self.recorded, self._compiled = recorded, compiled
-        self._begun: set[Hashable] = set()
+    def __init__(self, recorded: bool) -> None:
+        self.recorded, self._begun = recorded, False
         self._known: dict[Hashable, Callable[[], Tensor]] = {}
 
     @contextmanager
@@ -31,9 +29,8 @@ class Replay:
 
     def run(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
         """Do the work, or what was recorded under `key`; the result is valid until the next run."""
-        first = key if self._compiled else None
-        if not self.recorded or first not in self._begun:
-            self._begun.add(first)
+        if not self.recorded or not self._begun:
+            self._begun = True
             return work()
         if key not in self._known:
             self._known[key] = self._record(work)
@@ -46,8 +43,8 @@ class Replay:
 class CUDAReplay(Replay):
     """Replay by CUDA graphs that share one pool of memory."""
 
-    def __init__(self, device: torch.device, compiled: bool = False) -> None:
-        super().__init__(True, compiled)
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(recorded=True)
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 

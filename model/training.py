@@ -18,7 +18,6 @@ from model.documents import Documents
 from model.ema import Average
 from model.errors import InputError
 from model.gpt import GPT
-from model.layers.block import mark_varying
 from model.muon import Slot
 from model.optimizer import Optimizer
 from model.qat import StraightThrough
@@ -79,7 +78,8 @@ class Trainer:
         """Let one compiled graph serve any number of documents, from the first batch on."""
         if self.compiled:
             ops.find_pieces(documents, self.group.device)
-            mark_varying((documents.boundaries, documents.tiles))
+            for tensor in (documents.boundaries, documents.tiles):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def warm_up(self, batches: Batches) -> None:
         """Take a step of one micro-batch for each kind, rounded and not, and undo them exactly.

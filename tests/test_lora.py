@@ -75,15 +75,37 @@ def test_deltas_are_products_of_each_documents_own(part: list[int] | None) -> No
     assert found["attention"].sites == ("query", "key", "value", "attention")
     x = torch.randn(12, 32)
     wanted = None if part is None else torch.tensor(part)
-    deltas = found["attention"].deltas(x, wanted) | found["mlp"].deltas(x, wanted)
+    parts = [found[reader] for reader in ("attention", "mlp")]
+    attention, mlp = (part.deltas(part.inner(x)[1], wanted) for part in parts)
+    deltas = attention | mlp
     for site, delta in deltas.items():
         place = "blocks.2.attention." if site in ("query", "key", "value") else "blocks.2."
         a, b = defined[f"{place}{site}.a"], defined[f"{place}{site}.b"]
         kept = range(4) if part is None or site in ("key", "value") else part
         rows = [x[[4 * i + j for j in kept]] @ (b[i] @ a[i]).T for i in range(3)]
         torch.testing.assert_close(delta, torch.cat(rows))
-    head = several(3, SITES, 0)[0]["head"].deltas(x.bfloat16().float())["head"]
-    assert head.shape == (12, 64)
+    head = several(3, SITES, 0)[0]["head"]
+    assert head.deltas(head.inner(x)[1])["head"].shape == (12, 64)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_of_both_readers_of_an_input_are_added(frozen: bool) -> None:
+    torch.manual_seed(0)
+    adapter = several(3, SITES, 0)[0]["head"]
+    x, a = torch.randn(12, 32, requires_grad=not frozen), adapter.a.requires_grad_()
+    weight, leaves = torch.randn(32, 7), (a,) if frozen else (x, a)
+    upstream = torch.randn(12, 7), torch.randn(3, 4, adapter.a.shape[2])
+
+    def results(x: torch.Tensor, inner: torch.Tensor) -> list[torch.Tensor]:
+        outputs = x @ weight, inner
+        learned = slice(1 if frozen else 0, 2)
+        gradients = torch.autograd.grad(outputs[learned], leaves, upstream[learned])
+        return [*outputs, *gradients]
+
+    found = results(*adapter._replace(a=a).inner(x))
+    expected = results(x, x.unflatten(0, (3, 4)) @ a)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_sites_that_are_not_named_get_nothing() -> None:
@@ -93,7 +115,8 @@ def test_sites_that_are_not_named_get_nothing() -> None:
         "mlp": ("mlp",),
     }
     outputs = site_outputs("key", small_model().params)
-    assert found["attention"].deltas(torch.randn(4, 32))["key"].shape == (4, outputs)
+    _, inner = found["attention"].inner(torch.randn(4, 32))
+    assert found["attention"].deltas(inner)["key"].shape == (4, outputs)
     assert set(several(2, ["head"], 0)[0]) == {"head"}
     assert several(2, ["head"], 1)[0] == {}
 
@@ -117,7 +140,8 @@ def test_gradients_come_back_in_the_layout_of_the_values() -> None:
     x = torch.randn(12, 5)
     pair = LowRank(("query", "key"), parameters["a"], (parameters["b"], parameters["c"]))
     upstream = torch.randn(12, 7), torch.randn(12, 6)
-    deltas = pair.deltas(x)
+    _, inner = pair.inner(x)
+    deltas = pair.deltas(inner)
     loss = (deltas["query"] * upstream[0]).sum() + (deltas["key"] * upstream[1]).sum()
     (gradient,) = torch.autograd.grad(loss, [parameters.leaf])
     a = initial["a"].expand(3, 5, 4).clone().requires_grad_()

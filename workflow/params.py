@@ -270,7 +270,6 @@ class TTTParams(Section):
     tokens_per_batch: Count = about(
         "bound on the tokens they read at once: fewer documents where windows are long", "tokens"
     )
-    compile: bool = about("compile the passes (on CUDA only)")
     cuda_graphs: bool = about("record chunks of equal shapes and replay them (CUDA)")
     seed: Natural = about("of the adapters' initial A")
 

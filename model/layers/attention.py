@@ -51,22 +51,56 @@ class Attention(nn.Module):
         documents: Documents,
         turns: tuple[Tensor, Tensor],
         values: Tensor | None,
-    ) -> Tensor:
-        """From n (T, width) to (T, width), where nothing is added to the products or cached."""
-        if self.working is None:
-            projected = torch.cat(self._products(n, documents, None), 1)
-        else:
-            projected = F.linear(n, self.working)
-        if self.value_gain is not None and values is not None:
-            before = projected.shape[1] - values.shape[1]
-            projected = projected + F.pad(self.value_gain.to(values.dtype) * values, (before, 0))
-        return self.output(
-            ops.self_attention(
-                projected, documents, self.gain, turns, self.head_width, self.exclusive
-            )
-        )
+        adapters: LowRank | None,
+        cache: LayerCache | None,
+        part: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """From n (T, width) to (T, width), and what adapters add beside the attention, or None.
 
-    def project(
+        turns: cosines and sines of `rotation`; values: embeddings (T, kv_heads·d) or None;
+        adapters: of the sites that read n; cache: earlier keys and values of the documents; part:
+        the tokens (`model.documents`) that are wanted; None: all.
+        """
+        if part is not None or not (adapters is None or adapters.sites[:3] == PROJECTIONS):
+            q, k, v, beside = self._project_apart(n, documents, turns, values, adapters, part)
+        else:
+            projected, beside = self._project(n, values, adapters)
+            if cache is None:
+                y = ops.self_attention(
+                    projected, documents, self.gain, turns, self.head_width, self.exclusive
+                )
+                return self.output(y), beside
+            q, k, v = self._cut(projected, turns)
+        return self.output(self._attend(q, k, v, documents, cache, part)), beside
+
+    def _project(
+        self, n: Tensor, values: Tensor | None, adapters: LowRank | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """q, k and v of each token side by side, and what adapters add beside the attention."""
+        inner = None
+        if adapters is not None:
+            n, inner = adapters.inner(n)
+        if self.working is None:
+            whole = torch.cat([layer(n) for layer in (self.query, self.key, self.value)], 1)
+        else:
+            whole = F.linear(n, self.working)
+        beside = None
+        if adapters is not None and inner is not None:
+            whole, rest = adapters.added(inner, whole)
+            beside = rest if rest.shape[1] else None
+        return self._with_embeddings(whole, values), beside
+
+    def _cut(
+        self, projected: Tensor, turns: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, heads, d), keys and values (T, kv_heads, d), ready for attention."""
+        heads = self._heads(projected)
+        both, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        turned = ops.turned(both, self.gain, turns)
+        q, k = turned.split([self.heads, self.kv_heads], dim=1)
+        return q, k, v
+
+    def _project_apart(
         self,
         n: Tensor,
         documents: Documents,
@@ -75,18 +109,12 @@ class Attention(nn.Module):
         adapters: LowRank | None,
         part: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries (T, heads, d), keys and values (T, kv_heads, d) of n (T, width).
-
-        Also what adapters add beside the attention, (T, width) or None. turns: cosines and sines of
-        `rotation`; values: embeddings (T, kv_heads·d) or None; adapters: of the sites that read n.
-        part: the tokens (`model.documents`) whose queries, and what is added beside, are wanted;
-        None: all.
-        """
-        all_adapt = adapters is None or adapters.sites[: len(PROJECTIONS)] == PROJECTIONS
-        if self.working is not None and part is None and all_adapt:
-            return self._project_at_once(n, self.working, turns, values, adapters)
+        """q, k and v by themselves: where not all of them adapt, or not all queries are wanted."""
+        deltas = {}
+        if adapters is not None:
+            n, inner = adapters.inner(n)
+            deltas = adapters.deltas(inner, part)
         q, k, v = self._products(n, documents, part)
-        deltas = {} if adapters is None else adapters.deltas(n, part)
         if "query" in deltas:
             q = q + deltas["query"]
         if "key" in deltas:
@@ -98,51 +126,29 @@ class Attention(nn.Module):
         q, k = ops.turned(q, self.gain, (cosines, sines)), ops.turned(k, None, turns)
         return q, k, v, deltas.get("attention")
 
-    def _project_at_once(
-        self,
-        n: Tensor,
-        working: Tensor,
-        turns: tuple[Tensor, Tensor],
-        values: Tensor | None,
-        adapters: LowRank | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`project`, one tensor holding all until it is cut: in few operations."""
-        whole = F.linear(n, working)
-        if adapters is not None:
-            whole = adapters.added(n, whole)
-        query, key, value = (x.weight.shape[0] for x in (self.query, self.key, self.value))
-        both, v, beside = whole.split(
-            [query + key, value, whole.shape[1] - query - key - value], dim=1
-        )
-        turned = ops.turned(self._heads(both), self.gain, turns)
-        q, k = turned.split([query // self.head_width, key // self.head_width], dim=1)
-        v = self._heads(self._with_embeddings(v, values))
-        return q, k, v, beside if beside.shape[1] else None
-
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width))
 
-    def _with_embeddings(self, v: Tensor, values: Tensor | None) -> Tensor:
+    def _with_embeddings(self, x: Tensor, values: Tensor | None) -> Tensor:
+        """x, whose last columns are values, with the embeddings of its layer added to them."""
         if self.value_gain is None or values is None:
-            return v
-        return v + self.value_gain.to(v.dtype) * values
+            return x
+        embeddings = self.value_gain.to(values.dtype) * values
+        return x + F.pad(embeddings, (x.shape[1] - values.shape[1], 0))
 
     def _products(
         self, n: Tensor, documents: Documents, part: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         layers = (self.query, self.key, self.value)
-        widths = [layer.weight.shape[0] for layer in layers]
         if self.working is None:
             q, k, v = (layer(n) for layer in layers)
             return part_of(q, documents, part), k, v
-        if part is None:
-            q, k, v = F.linear(n, self.working).split(widths, dim=-1)
-            return q, k, v
+        widths = [layer.weight.shape[0] for layer in layers]
         query, others = self.working.split([widths[0], sum(widths[1:])])
         k, v = F.linear(n, others).split(widths[1:], dim=-1)
         return F.linear(part_of(n, documents, part), query), k, v
 
-    def attend(
+    def _attend(
         self,
         q: Tensor,
         k: Tensor,

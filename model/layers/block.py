@@ -7,14 +7,9 @@ layers from drowning the earlier ones; a and b are learned per channel.
 What differs between blocks comes in as tensors (the depth scale is one), so that one compiled graph
 serves all blocks that have a skip or not, and value embeddings or not. In a training step a and b
 are part of the working copies of the output matrices (`model.working_weights`).
-
-A block is what comes before the attention of tokens to each other, that, and what follows it.
-Training compiles it as a whole, test-time training the first and the last part: attention to a
-cache, whose kinds and lengths differ, is then outside of every compiled graph.
 """
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -52,22 +47,6 @@ class Block(nn.Module):
             self.mix = nn.Parameter(torch.stack([torch.ones(width), torch.zeros(width)]))
         self.attention_scale = nn.Parameter(torch.ones(width)) if params.branch_scales else None
         self.mlp_scale = nn.Parameter(torch.ones(width)) if params.branch_scales else None
-        self._before: Callable[..., tuple[Any, ...]] = self._enter
-        self._after: Callable[..., Tensor] = self._leave
-        self._varying = False
-
-    def compile_around_attention(self, **options: Any) -> None:
-        """Compile what is not attention, for any number of tokens and documents.
-
-        `options` are those of `torch.compile`.
-        """
-        self._before = torch.compile(self._enter, **options)
-        self._after = torch.compile(self._leave, **options)
-        self._varying = True
-
-    def run_eagerly(self) -> None:
-        """Undo `compile_around_attention`."""
-        self._before, self._after, self._varying = self._enter, self._leave, False
 
     def forward(
         self,
@@ -87,54 +66,21 @@ class Block(nn.Module):
         values: see `Attention.project`; cache: earlier keys and values of the same documents.
         part: the tokens that are wanted (`model.documents`; no cache); None: all.
         """
-        if adapters.attention is None and cache is None and part is None:
-            x, n = ops.mixed_norm(x, x0, self.mix, self.depth_scale, skip)
-            branch = self.attention(n, documents, turns, values)
-            return self._finish(x, branch, None, adapters)
-        x, beside, q, k, v = self._before(x, x0, skip, documents, turns, values, adapters, part)
-        y = self.attention.attend(q, k, v, documents, cache, part)
-        if self._varying:
-            mark_varying((x, beside, y))
-        return self._after(x, beside, y, adapters)
-
-    def _enter(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        skip: tuple[Tensor, Tensor] | None,
-        documents: Documents,
-        turns: tuple[Tensor, Tensor],
-        values: Tensor | None,
-        adapters: BlockAdapters,
-        part: Tensor | None,
-    ) -> tuple[Any, ...]:
-        """The residual stream, what adapters add beside the attention, and its q, k and v."""
         x, n = ops.mixed_norm(x, x0, self.mix, self.depth_scale, skip)
-        q, k, v, beside = self.attention.project(
-            n, documents, turns, values, adapters.attention, part
+        branch, beside = self.attention(
+            n, documents, turns, values, adapters.attention, cache, part
         )
-        return part_of(x, documents, part), beside, q, k, v
-
-    def _leave(
-        self, x: Tensor, beside: Tensor | None, y: Tensor, adapters: BlockAdapters
-    ) -> Tensor:
-        """The residual stream after both branches, from the heads' results y (T, heads·d)."""
-        return self._finish(x, self.attention.output(y), beside, adapters)
-
-    def _finish(
-        self, x: Tensor, branch: Tensor, beside: Tensor | None, adapters: BlockAdapters
-    ) -> Tensor:
+        x = part_of(x, documents, part)
         branch = _scaled(branch, self.attention_scale, self.attention.output)
         x, r = ops.summed_norm(x, branch, beside, self.attention_scale, self.depth_scale)
-        x = x + _scaled(self.mlp(r), self.mlp_scale, self.mlp.down)
-        return x if adapters.mlp is None else adapters.mlp.added(r, x, self.mlp_scale)
+        if adapters.mlp is None:
+            return x + self._feed_forward(r)
+        r, inner = adapters.mlp.inner(r)
+        x, _ = adapters.mlp.added(inner, x + self._feed_forward(r), self.mlp_scale)
+        return x
 
-
-def mark_varying(tensors: Iterable[Tensor | int | None]) -> None:
-    """Tell the compiler that the first dimension of these differs from pass to pass."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.dim():
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    def _feed_forward(self, r: Tensor) -> Tensor:
+        return _scaled(self.mlp(r), self.mlp_scale, self.mlp.down)
 
 
 def _scaled(branch: Tensor, scale: Tensor | None, output: Linear) -> Tensor:

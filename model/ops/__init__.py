@@ -58,7 +58,7 @@ class _Bound:
     fan_out: Callable[[Tensor, int], tuple[Tensor, ...]] | None
     accumulate: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None
     mlp: Callable[[Tensor, Tensor, Tensor], Tensor] | None
-    low_rank_sum: Callable[..., Tensor] | None
+    low_rank_sum: Callable[..., tuple[Tensor, Tensor]] | None
 
 
 _bound: dict[str, _Bound] = {}
@@ -290,13 +290,12 @@ def accumulate(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 
 def low_rank_sum(
     inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
-) -> Tensor:
-    """What adapters of several sites add to `base`, (documents·n, outputs of all sites).
+) -> tuple[Tensor, Tensor]:
+    """`base` and what adapters of the first sites add to it; what those of the others add.
 
     inner (documents, n, sites·rank): Ax of the sites side by side; factors: Bᵀ of each site,
-    (documents, rank, outputs); base (documents·n, outputs of the first sites), the others begin at
-    zero; scale (outputs of all sites,) or None: a constant factor of what is added, without a
-    gradient in the kernel.
+    (documents, rank, outputs); base (documents·n, outputs of the first sites); scale (outputs of
+    all sites,) or None: a constant factor of what is added, without a gradient in the kernel.
     """
     fused = _chosen(inner.device).low_rank_sum
     if fused is None or inner.dtype not in varlen.DTYPES:

@@ -2,12 +2,13 @@
 
 For document i with n tokens, whose sites s = 1 … S have inner values h_s = A_s x (`model.lora`):
 
-    y = [base | 0] + γ ⊙ [h_1 B_1 | … | h_S B_S]
+    [sum | beside] = [base | 0] + γ ⊙ [h_1 B_1 | … | h_S B_S]
 
-base covers the first columns, to which the model itself has something to add (queries, keys and
-values); the others (a branch beside the layer) begin at zero. γ is a constant factor per column.
+sum has the columns of the first sites, to which the model itself has something to add (queries,
+keys and values); those of the others (a branch beside the layer) are a tensor of their own. γ is a
+constant factor per column. With y for both,
 
-    dh_s = (γ ⊙ dy_s) B_sᵀ,  dB_s = h_sᵀ (γ ⊙ dy_s),  dbase = dy in the first columns
+    dh_s = (γ ⊙ dy_s) B_sᵀ,  dB_s = h_sᵀ (γ ⊙ dy_s),  dbase = dsum
 
 In test-time training a chunk of few tokens is a recorded graph whose time is the number of its
 kernels. A product and a sum for each site, and two products for their gradients, are here one
@@ -79,12 +80,22 @@ def _site(
     return site, before, width, b_ptr, stride, (tile - first) * COLUMNS
 
 
+@triton.jit
+def _columns(token, before, sum_ptr, beside_ptr, ALL: tl.constexpr, BASE: tl.constexpr):
+    """Where the columns from `before` on begin for a token, and the distance of its next one."""
+    if before < BASE:
+        ptr, stride = sum_ptr + token * BASE + before, BASE
+    else:
+        ptr, stride = beside_ptr + token * (ALL - BASE) + before - BASE, ALL - BASE
+    return ptr, stride
+
+
 @triton.jit(do_not_specialize=ANY_VALUE)
 def low_rank_kernel(
-    inner_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, base_ptr, scale_ptr, out_ptr, new, stride0, stride1,
-    stride2, stride3, base_stride, WIDTHS: tl.constexpr, RANK: tl.constexpr, ALL: tl.constexpr,
-    BASE: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
+    inner_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, base_ptr, scale_ptr, sum_ptr, beside_ptr, new,
+    stride0, stride1, stride2, stride3, base_stride, WIDTHS: tl.constexpr, RANK: tl.constexpr,
+    ALL: tl.constexpr, BASE: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """A tile of one site's columns, for a tile of one document's tokens."""
     token, row = tl.program_id(1) * TOKENS, tl.program_id(2).to(tl.int64)
@@ -96,11 +107,9 @@ def low_rank_kernel(
     inner_ptr += row * new * INNER + site * RANK
     b_ptr += row * stride
     # Loaded before the product, so that neither waits for the other.
-    base = tl.zeros((TOKENS, COLUMNS), out_ptr.dtype.element_ty)
-    if BASE > 0:
-        base_ptr += row * new * base_stride + before
-        covered = tl.minimum(width, BASE - before)
-        base = _tile(base_ptr, token, new, column, covered, base_stride, TOKENS, COLUMNS)
+    base_ptr += row * new * base_stride + before
+    covered = tl.minimum(width, BASE - before)
+    base = _tile(base_ptr, token, new, column, covered, base_stride, TOKENS, COLUMNS)
     factor = tl.full((1, COLUMNS), 1, tl.float32)
     if SCALED:
         factor = _factor(scale_ptr + before, column, width, COLUMNS)
@@ -110,18 +119,18 @@ def low_rank_kernel(
         b = _tile(b_ptr, rank, RANK, column, width, width, STEP, COLUMNS)
         y += product(h, b)
     y = y * factor + base.to(tl.float32)
-    at, inside = _place(token, new, column, width, ALL, TOKENS, COLUMNS)
-    out_ptr += row * new * ALL + before
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+    out_ptr, out_stride = _columns(row * new, before, sum_ptr, beside_ptr, ALL, BASE)
+    at, inside = _place(token, new, column, width, out_stride, TOKENS, COLUMNS)
+    tl.store(out_ptr + at, y.to(sum_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _slopes(
-    dy_ptr, scale_ptr, token, new, column, width, ALL: tl.constexpr, SCALED: tl.constexpr,
+    dy_ptr, scale_ptr, token, new, column, width, stride, SCALED: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of γ ⊙ dy, rounded as the products take it."""
-    dy = _tile(dy_ptr, token, new, column, width, ALL, TOKENS, COLUMNS)
+    dy = _tile(dy_ptr, token, new, column, width, stride, TOKENS, COLUMNS)
     if SCALED:
         dy = (dy.to(tl.float32) * _factor(scale_ptr, column, width, COLUMNS)).to(dy.dtype)
     return dy
@@ -129,15 +138,17 @@ def _slopes(
 
 @triton.jit
 def _inner_gradient(
-    dy_ptr, b_ptr, scale_ptr, dinner_ptr, token, new, width, RANK: tl.constexpr,
-    INNER: tl.constexpr, ALL: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    dy_ptr, b_ptr, scale_ptr, dinner_ptr, token, new, width, dy_stride, RANK: tl.constexpr,
+    INNER: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """dh of one site for a tile of tokens."""
     for rank in tl.range(0, RANK, STEP):
         dh = tl.zeros((TOKENS, STEP), tl.float32)
         for column in tl.range(0, width, COLUMNS):
-            dy = _slopes(dy_ptr, scale_ptr, token, new, column, width, ALL, SCALED, TOKENS, COLUMNS)
+            dy = _slopes(
+                dy_ptr, scale_ptr, token, new, column, width, dy_stride, SCALED, TOKENS, COLUMNS
+            )
             b = _tile(b_ptr, rank, RANK, column, width, width, STEP, COLUMNS)
             dh += product(dy, tl.trans(b))
         at, inside = _place(token, new, rank, RANK, INNER, TOKENS, STEP)
@@ -146,15 +157,17 @@ def _inner_gradient(
 
 @triton.jit
 def _factor_gradient(
-    dy_ptr, inner_ptr, scale_ptr, db_ptr, new, column, width, RANK: tl.constexpr,
-    INNER: tl.constexpr, ALL: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    dy_ptr, inner_ptr, scale_ptr, db_ptr, new, column, width, dy_stride, RANK: tl.constexpr,
+    INNER: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """dB for a tile of one site's columns."""
     for rank in tl.range(0, RANK, STEP):
         db = tl.zeros((STEP, COLUMNS), tl.float32)
         for token in tl.range(0, new, TOKENS):
-            dy = _slopes(dy_ptr, scale_ptr, token, new, column, width, ALL, SCALED, TOKENS, COLUMNS)
+            dy = _slopes(
+                dy_ptr, scale_ptr, token, new, column, width, dy_stride, SCALED, TOKENS, COLUMNS
+            )
             h = _tile(inner_ptr, token, new, rank, RANK, INNER, TOKENS, STEP)
             db += product(tl.trans(h), dy)
         at, inside = _place(rank, RANK, column, width, width, STEP, COLUMNS)
@@ -163,17 +176,16 @@ def _factor_gradient(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def low_rank_backward_kernel(
-    dy_ptr, inner_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, scale_ptr, dinner_ptr, db0_ptr, db1_ptr,
-    db2_ptr, db3_ptr, new, stride0, stride1, stride2, stride3, WIDTHS: tl.constexpr,
-    RANK: tl.constexpr, ALL: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    dsum_ptr, dbeside_ptr, inner_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, scale_ptr, dinner_ptr,
+    db0_ptr, db1_ptr, db2_ptr, db3_ptr, new, stride0, stride1, stride2, stride3,
+    WIDTHS: tl.constexpr, RANK: tl.constexpr, ALL: tl.constexpr, BASE: tl.constexpr,
+    SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """First, as they take longest, dh of every site and tile of tokens; then tiles of dB."""
     program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     COUNT: tl.constexpr = len(WIDTHS)
     INNER: tl.constexpr = COUNT * RANK
     inner = COUNT * tl.cdiv(new, TOKENS)
-    dy_ptr += row * new * ALL
     inner_ptr += row * new * INNER
     dinner_ptr += row * new * INNER
     if program < inner:
@@ -181,18 +193,20 @@ def low_rank_backward_kernel(
             program % COUNT, b0_ptr, b1_ptr, b2_ptr, b3_ptr, stride0, stride1, stride2, stride3,
             WIDTHS, WHOLE,
         )  # fmt: skip
+        dy_ptr, dy_stride = _columns(row * new, before, dsum_ptr, dbeside_ptr, ALL, BASE)
         _inner_gradient(
-            dy_ptr + before, b_ptr + row * stride, scale_ptr + before if SCALED else scale_ptr,
-            dinner_ptr + site * RANK, program // COUNT * TOKENS, new, width, RANK, INNER, ALL,
+            dy_ptr, b_ptr + row * stride, scale_ptr + before if SCALED else scale_ptr,
+            dinner_ptr + site * RANK, program // COUNT * TOKENS, new, width, dy_stride, RANK, INNER,
             SCALED, TOKENS, COLUMNS, STEP,
         )  # fmt: skip
     else:
         site, before, width, db_ptr, _stride, column = _site(
             program - inner, db0_ptr, db1_ptr, db2_ptr, db3_ptr, 0, 0, 0, 0, WIDTHS, COLUMNS
         )
+        dy_ptr, dy_stride = _columns(row * new, before, dsum_ptr, dbeside_ptr, ALL, BASE)
         _factor_gradient(
-            dy_ptr + before, inner_ptr + site * RANK, scale_ptr + before if SCALED else scale_ptr,
-            db_ptr + row * RANK * width, new, column, width, RANK, INNER, ALL, SCALED, TOKENS,
+            dy_ptr, inner_ptr + site * RANK, scale_ptr + before if SCALED else scale_ptr,
+            db_ptr + row * RANK * width, new, column, width, dy_stride, RANK, INNER, SCALED, TOKENS,
             COLUMNS, STEP,
         )  # fmt: skip
 
@@ -221,84 +235,84 @@ def plan(new: int, rank: int, widths: Sequence[int]) -> dict[str, Any]:
 
 @torch.library.custom_op("pocketlm::low_rank_sum", mutates_args=())
 def low_rank_operation(
-    inner: Tensor, factors: Sequence[Tensor], base: Tensor | None, scale: Tensor | None
-) -> Tensor:
+    inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`low_rank_sum`, without defaults: autograd miscounts what is left out beside lists."""
     rows, new, columns = inner.shape
-    widths = [b.shape[2] for b in factors]
-    out = inner.new_empty(rows * new, sum(widths))
-    if out.numel() == 0:
-        return out
+    widths, covered = [b.shape[2] for b in factors], base.shape[1]
+    total = inner.new_empty(rows * new, covered)
+    beside = inner.new_empty(rows * new, sum(widths) - covered)
+    if rows * new == 0:
+        return total, beside
     inner, factors = inner.contiguous(), _packed(factors)
-    if base is not None and base.stride(1) != 1:
-        base = base.contiguous()
+    base = base if base.stride(1) == 1 else base.contiguous()
     cut = plan(new, columns // len(factors), widths)
     low_rank_kernel[_tiles(widths, COLUMNS), triton.cdiv(new, cut["TOKENS"]), rows](
-        inner, *_padded(factors), base, scale, out, new, *_padded([b.stride(0) for b in factors]),
-        0 if base is None else base.stride(0), BASE=0 if base is None else base.shape[1],
+        inner, *_padded(factors), base, scale, total, beside, new,
+        *_padded([b.stride(0) for b in factors]), base.stride(0), BASE=covered,
         SCALED=scale is not None, **cut,
     )  # fmt: skip
-    return out
+    return total, beside
 
 
 @low_rank_operation.register_fake
-def _(inner: Tensor, factors: Sequence[Tensor], *_others: Any) -> Tensor:
-    return inner.new_empty(inner.shape[0] * inner.shape[1], sum(b.shape[2] for b in factors))
+def _(
+    inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    tokens, rest = inner.shape[0] * inner.shape[1], sum(b.shape[2] for b in factors) - base.shape[1]
+    return inner.new_empty(tokens, base.shape[1]), inner.new_empty(tokens, rest)
 
 
 @torch.library.custom_op("pocketlm::low_rank_sum_backward", mutates_args=())
 def low_rank_backward(
-    dy: Tensor, inner: Tensor, factors: Sequence[Tensor], scale: Tensor | None
+    dsum: Tensor, dbeside: Tensor, inner: Tensor, factors: Sequence[Tensor], scale: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of inner and of the factors, all contiguous, from dy (R·n, C)."""
+    """Gradients of inner and of the factors, all contiguous."""
     rows, new, columns = inner.shape
     widths = [b.shape[2] for b in factors]
     dinner, dfactors = inner.new_empty(inner.shape), [b.new_empty(b.shape) for b in factors]
     if rows == 0:
         return dinner, dfactors
-    dy, inner, factors = dy.contiguous(), inner.contiguous(), _packed(factors)
+    dsum, dbeside, inner = (x.contiguous() for x in (dsum, dbeside, inner))
+    factors = _packed(factors)
     cut = plan(new, columns // len(factors), widths)
     programs = len(factors) * triton.cdiv(new, cut["TOKENS"]) + _tiles(widths, COLUMNS)
     low_rank_backward_kernel[programs, rows](
-        dy, inner, *_padded(factors), scale, dinner, *_padded(dfactors), new,
-        *_padded([b.stride(0) for b in factors]), SCALED=scale is not None, **cut,
+        dsum, dbeside, inner, *_padded(factors), scale, dinner, *_padded(dfactors), new,
+        *_padded([b.stride(0) for b in factors]), BASE=dsum.shape[1], SCALED=scale is not None,
+        **cut,
     )  # fmt: skip
     return dinner, dfactors
 
 
 @low_rank_backward.register_fake
 def _(
-    dy: Tensor, inner: Tensor, factors: Sequence[Tensor], scale: Tensor | None
+    dsum: Tensor, dbeside: Tensor, inner: Tensor, factors: Sequence[Tensor], scale: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     return inner.new_empty(inner.shape), [b.new_empty(b.shape) for b in factors]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    inner, factors, base, scale = inputs
-    ctx.covered = None if base is None else base.shape[1]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    inner, factors, _base, scale = inputs
     ctx.save_for_backward(inner, scale, *factors)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, dsum: Tensor, dbeside: Tensor) -> tuple[Any, ...]:
     inner, scale, *factors = ctx.saved_tensors
-    dinner, dfactors = low_rank_backward(dy, inner, factors, scale)
-    return dinner, dfactors, None if ctx.covered is None else dy[:, : ctx.covered], None
+    return *low_rank_backward(dsum, dbeside, inner, factors, scale), dsum, None
 
 
 low_rank_operation.register_autograd(_backward, setup_context=_save)
 
 
 def low_rank_sum(
-    inner: Tensor,
-    factors: Sequence[Tensor],
-    base: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """y (R·n, C) in the dtype of inner, C the sum of the sites' outputs.
+    inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """sum (R·n, C₀) and beside (R·n, C − C₀) in the dtype of inner, C all outputs of the sites.
 
     inner (R, n, S·r): h of the S sites side by side, for R documents of n tokens; factors: B of
-    each site, (R, r, outputs), 1 to 4 of them, views of one tensor or not; base (R·n, C0), C0 ≤ C,
-    rows any distance apart; None: nothing. All have one dtype. scale: γ (C,), any dtype, or None;
-    it has no gradient, as it is frozen where documents have adapters.
+    each site, (R, r, outputs), 1 to 4 of them, views of one tensor or not; base (R·n, C₀), rows any
+    distance apart, C₀ the outputs of the first sites. All have one dtype. scale: γ (C,), any dtype,
+    or None; it has no gradient, as it is frozen where documents have adapters.
     """
     return low_rank_operation(inner, factors, base, scale)

@@ -65,18 +65,14 @@ def summed_norm(
 
 def low_rank_sum(
     inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """See `model.ops.low_rank_sum`."""
-    outputs, column = [], 0
-    for h, b in zip(inner.chunk(len(factors), -1), factors, strict=True):
-        y, columns = torch.bmm(h, b).flatten(0, 1), slice(column, column + b.shape[2])
-        if scale is not None:
-            y = y * scale[columns].to(y.dtype)
-        if column < base.shape[1]:
-            y = base[:, columns] + y
-        outputs.append(y)
-        column += b.shape[2]
-    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+    products = zip(inner.chunk(len(factors), -1), factors, strict=True)
+    y = torch.cat([torch.bmm(h, b).flatten(0, 1) for h, b in products], 1)
+    if scale is not None:
+        y = y * scale.to(y.dtype)
+    columns = base.shape[1]
+    return base + y[:, :columns], y[:, columns:]
 
 
 def attend(

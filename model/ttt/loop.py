@@ -1,8 +1,7 @@
 """The loop over chunks, the same for both modes and every number of processes."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -92,8 +91,7 @@ class Session:
     """Everything a process needs to adapt batches of up to `capacity` documents, taken once.
 
     replay: how chunks of equal shapes are run; None: recorded if ttt.cuda_graphs and there is a
-    GPU. backend: what compiles the passes, as torch.compile names it; None: inductor if ttt.compile
-    and there is a GPU, else nothing is compiled. Inside `fixed_weights(model)` only.
+    GPU. Inside `fixed_weights(model)` only.
     """
 
     def __init__(
@@ -102,29 +100,19 @@ class Session:
         ttt: "TTTParams",
         capacity: int,
         replay: Replay | None = None,
-        backend: Any = None,
     ) -> None:
-        on_gpu = model.device.type == "cuda"
-        if backend is None and ttt.compile and on_gpu:
-            backend = "inductor"
         if replay is None:
-            compiled = backend is not None
-            recorded = ttt.cuda_graphs and on_gpu
-            replay = CUDAReplay(model.device, compiled) if recorded else Replay(recorded=False)
-        self._model, self._ttt, self._replay, self._backend = model, ttt, replay, backend
-        # A single row would be compiled apart, as torch treats a size of one as a special case.
-        self._fewest = 2 if backend is not None else 1
-        self._capacity = max(capacity, self._fewest)
-        self._adapters = DocumentAdapters(model, ttt, self._capacity)
-        self._reader = READERS[ttt.mode](
-            model, self._adapters, ttt, self._capacity, replay.recorded
-        )
+            recorded = ttt.cuda_graphs and model.device.type == "cuda"
+            replay = CUDAReplay(model.device) if recorded else Replay(recorded=False)
+        self._model, self._ttt, self._replay = model, ttt, replay
+        self._adapters = DocumentAdapters(model, ttt, capacity)
+        self._reader = READERS[ttt.mode](model, self._adapters, ttt, capacity, replay.recorded)
         self._scalars = torch.zeros(ttt.steps, 3, device=model.device)
 
     def losses(self, documents: Sequence[np.ndarray], progress: SharedProgress) -> list[np.ndarray]:
         """Losses of documents, the longest first, that start from fresh adapters."""
         lengths = np.array([document.size for document in documents])
-        with self._compiled(), self._replay.stream():
+        with self._replay.stream():
             losses = self._begin(documents, lengths)
             rows = self._running[0]
             for number, (start, end, *_) in enumerate(self._passes):
@@ -137,14 +125,9 @@ class Session:
             found = losses.cpu().numpy()
         return [row[:n] for row, n in zip(found, lengths, strict=False)]
 
-    def _compiled(self) -> AbstractContextManager[None]:
-        if self._backend is None:
-            return nullcontext()
-        return self._model.compiled_for_adapters(backend=self._backend)
-
     def running(self, over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
         """Rows that run in each of the passes over documents of these lengths."""
-        counts = [max(int((lengths > one.start).sum()), self._fewest) for one in over]
+        counts = [int((lengths > one.start).sum()) for one in over]
         shapes = [self._reader.shape(one) for one in over]
         recording = RECORDING if self._replay.recorded else 0
         return running_rows(counts, [shape.tokens for shape in shapes], shapes, recording)
@@ -163,15 +146,15 @@ class Session:
         return torch.zeros(rows, length, device=device)
 
     def _chunk(self, number: int, rows: int) -> Tensor:
-        """Score a chunk and train on it unless it is the last; losses (rows, size) before that."""
+        """Score a chunk, then train on it; losses (rows, size) before that."""
         present = self._passes[number]
-        trains = number + 1 < len(self._passes)
+        # The last one has nothing to train for, but would be recorded apart.
+        trains = number + 1 < len(self._passes) or self._replay.recorded
         if self._ttt.refresh and number and number % self._ttt.refresh == 0:
-            with torch.compiler.set_stance("force_eager"):  # rare, and of other shapes
-                self._reader.refresh(present)
+            self._reader.refresh(present)
         self._reader.move_to(present)
-        key = (rows, self._reader.shape(present), trains)
         self._scalars.copy_(self._steps[number])
+        key = (rows, self._reader.shape(present))
         return self._replay.run(key, lambda: self._score_and_step(trains))
 
     def _score_and_step(self, trains: bool) -> Tensor:
@@ -180,10 +163,9 @@ class Session:
         Documents that end with the chunk are trained as well, which nobody sees: every row has
         adapters of its own.
         """
-        differentiable = trains or self._backend is not None  # no graphs for passes without
         scores: list[Tensor] = []
         for number in range(self._ttt.steps if trains else 1):
-            with torch.set_grad_enabled(differentiable):
+            with torch.set_grad_enabled(trains):
                 losses = self._reader.losses(first=number == 0)
             scores.append(losses.detach())
             if trains:
