@@ -29,7 +29,8 @@ def results(function, leaves):
     outputs = function(x, x0, mix, scale, *skip)
     generator = torch.Generator().manual_seed(1)
     seeds = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
-    return *outputs, *torch.autograd.grad(outputs, leaves, seeds)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return *outputs, *torch.autograd.grad(outputs, wanted, seeds)
 
 
 def fused(x, x0, mix, scale, earlier=None, weight=None):
@@ -50,29 +51,37 @@ def test_results_and_gradients_equal_the_reference(shape, skip):
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["first half", "second half"])
-def test_gradients_of_activations_alone(skip):
-    def leaves():
-        found = operands((7, 48), skip)
-        return [x.requires_grad_(i not in (2, 4)) for i, x in enumerate(found)]
+@pytest.mark.parametrize("input_adapts", [False, True])
+def test_gradients_of_activations_alone(skip, input_adapts):
+    frozen = (2, 4) if input_adapts else (1, 2, 4)
 
     def gradients(function):
-        mine = leaves()
+        mine = operands((7, 48), skip)
+        mine = [x.requires_grad_(i not in frozen) for i, x in enumerate(mine)]
         outputs = function(*mine[:3], torch.tensor(0.5, device=DEVICE), *mine[3:])
-        return torch.autograd.grad(sum(x.sum() for x in outputs), [mine[0], mine[1], *mine[3:4]])
+        seeds = [torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y) for y in outputs]
+        return torch.autograd.grad(outputs, [x for x in mine if x.requires_grad], seeds)
 
     for a, b in zip(gradients(fused), gradients(reference), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["first half", "second half"])
-def test_bf16_is_as_exact_as_the_unfused_path(skip):
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_bf16_is_as_exact_as_the_unfused_path(skip, frozen):
     shape = (3001, 512) if CUDA else (40, 64)
-    leaves = operands(shape, skip, torch.bfloat16)
-    exact = results(reference, [x.detach().double().requires_grad_() for x in leaves])
-    ours, unfused = (
-        results(fused, leaves),
-        results(reference, operands(shape, skip, torch.bfloat16)),
-    )
+
+    def found(function, dtype):
+        leaves = [x.detach().to(dtype) for x in operands(shape, skip, torch.bfloat16)]
+        if dtype == torch.bfloat16:
+            leaves[2::2] = [x.float() for x in leaves[2::2]]
+        leaves = [
+            x.requires_grad_(not frozen or i % 2 == 1 or i == 0) for i, x in enumerate(leaves)
+        ]
+        return results(function, leaves)
+
+    ours, unfused = (found(function, torch.bfloat16) for function in (fused, reference))
+    exact = found(reference, torch.double)
     for a, b, truth in zip(ours, unfused, exact, strict=True):
         assert (a.double() - truth).norm() <= 1.2 * (b.double() - truth).norm()
 
@@ -97,4 +106,9 @@ def test_sum_of_a_branch_and_what_is_added_to_it_equals_the_reference(shape):
 def test_operation_keeps_what_it_promises_the_compiler(skip):
     x, x0, mix, *rest = operands((5, 16), skip)
     rest = rest or [None, None]
-    torch.library.opcheck(fused_mix.mixed_norm, (x, x0, mix, torch.tensor(0.5), *rest))
+    scale = torch.tensor(0.5)
+    torch.library.opcheck(fused_mix.mixed_norm, (x, x0, mix, scale, *rest))
+    du, dn, u, mix, *rest = (t if t is None else t.detach() for t in (x, x0, x, mix, *rest))
+    for given in (None, mix):
+        arguments = (du, dn, u, given, scale, rest[1], given is not None)
+        torch.library.opcheck(fused_mix.frozen_backward, arguments)

@@ -11,10 +11,13 @@ Backward, with r = 1/rms(u), û = r u, and the gradients du (of the residual str
 The sums run over all tokens. A compiler makes further passes over d, x and x0 for them; here each
 program keeps its share of them in registers while it walks over the tokens, and the shares are
 added in a fixed order. u is computed again, so that nothing is kept but what others keep anyway.
+Where m and w are frozen, as in test-time training, there are no sums and u is all that is read.
 
 Between its two branches a block sums and norms, too: with m = 1 and the branch in the place of x0,
 
     u = x + branch + w ⊙ δ,  n = s·u/rms(u)          δ what an adapter adds to the branch
+
+and dx is the branch's gradient as well.
 """
 
 from functools import cache
@@ -77,9 +80,9 @@ def mix_kernel(
 def mix_backward_kernel(
     du_ptr, dn_ptr, x_ptr, x0_ptr, earlier_ptr, weight_ptr, mix_ptr, scale_ptr, dx_ptr, dx0_ptr,
     dearlier_ptr, sums_ptr, T, earlier_stride, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, EPSILON: tl.constexpr, SKIP: tl.constexpr, SUMS: tl.constexpr,
+    ROWS: tl.constexpr, EPSILON: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of every so many tokens; if SUMS also their share of dm₀, dm₁ and dw."""
+    """Gradients of every so many tokens, and their share of dm₀, dm₁ and dw."""
     column = tl.arange(0, COLUMNS)
     here = column < WIDTH
     m0 = tl.load(mix_ptr + column, mask=here, other=0.0)[None, :]
@@ -103,20 +106,51 @@ def mix_backward_kernel(
         along = tl.sum(u * dn, 1) / WIDTH
         d += (inverse * scale)[:, None] * (dn - u * along[:, None])
         dx = m0 * d
-        if SUMS:
-            dm0 += d * x
-            dm1 += d * x0
+        dm0 += d * x
+        dm1 += d * x0
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         tl.store(dx0_ptr + at, (m1 * d).to(dx0_ptr.dtype.element_ty), mask=mask)
         if SKIP:
-            if SUMS:
-                dw += dx * e
+            dw += dx * e
             tl.store(dearlier_ptr + at, (w * dx).to(dearlier_ptr.dtype.element_ty), mask=mask)
-    if SUMS:
-        sums = sums_ptr + tl.program_id(0) * 3 * WIDTH + column
-        tl.store(sums, tl.sum(dm0, 0), mask=here)
-        tl.store(sums + WIDTH, tl.sum(dm1, 0), mask=here)
-        tl.store(sums + 2 * WIDTH, tl.sum(dw, 0), mask=here)
+    sums = sums_ptr + tl.program_id(0) * 3 * WIDTH + column
+    tl.store(sums, tl.sum(dm0, 0), mask=here)
+    tl.store(sums + WIDTH, tl.sum(dm1, 0), mask=here)
+    tl.store(sums + 2 * WIDTH, tl.sum(dw, 0), mask=here)
+
+
+@triton.jit
+def _weight(ptr, column, here, GIVEN: tl.constexpr):
+    """Weights of the columns, 1 where there are none."""
+    return tl.load(ptr + column, mask=here, other=0.0)[None, :] if GIVEN else 1.0
+
+
+@triton.jit
+def frozen_mix_backward_kernel(
+    du_ptr, dn_ptr, u_ptr, weight_ptr, mix_ptr, scale_ptr, dx_ptr, dx0_ptr, dearlier_ptr, T,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, EPSILON: tl.constexpr,
+    SKIP: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Gradients of some tokens; APART: that of x0 is wanted, and not the same as that of x."""
+    column = tl.arange(0, COLUMNS)
+    here = column < WIDTH
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    at, mask = token[:, None] * WIDTH + column[None, :], (token < T)[:, None] & here[None, :]
+    u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    dn = tl.load(dn_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(du_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(u * u, 1) / WIDTH + EPSILON)
+    u *= inverse[:, None]
+    along = tl.sum(u * dn, 1) / WIDTH
+    d += (inverse * tl.load(scale_ptr))[:, None] * (dn - u * along[:, None])
+    dx = _weight(mix_ptr, column, here, MIXED) * d
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if APART:
+        dx0 = _weight(mix_ptr + WIDTH, column, here, MIXED) * d
+        tl.store(dx0_ptr + at, dx0.to(dx0_ptr.dtype.element_ty), mask=mask)
+    if SKIP:
+        dearlier = _weight(weight_ptr, column, here, True) * dx
+        tl.store(dearlier_ptr + at, dearlier.to(dearlier_ptr.dtype.element_ty), mask=mask)
 
 
 def _rows(earlier: Tensor | None) -> tuple[Tensor | None, int]:
@@ -133,21 +167,27 @@ def _sizes(x: Tensor, skip: bool) -> dict[str, Any]:
     return {**sizes, "EPSILON": EPSILON, "SKIP": skip}
 
 
+@cache
+def _ones(width: int, device: torch.device) -> Tensor:
+    return torch.ones(2, width, device=device)
+
+
 @torch.library.custom_op("pocketlm::mixed_norm", mutates_args=())
 def mixed_norm(
     x: Tensor,
     x0: Tensor,
-    mix: Tensor,
+    mix: Tensor | None,
     scale: Tensor,
     earlier: Tensor | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """u and n, both (T, width) in the dtype of x.
 
-    x, x0, earlier: (T, width), the last one's rows any distance apart; mix: fp32 (2, width); scale:
-    fp32, 0-dimensional; weight: fp32 (width,), given if earlier is.
+    x, x0, earlier: (T, width), the last one's rows any distance apart; mix: fp32 (2, width), None:
+    ones; scale: fp32, 0-dimensional; weight: fp32 (width,), given if earlier is.
     """
     x, x0 = x.contiguous(), x0.contiguous()
+    mix = _ones(x.shape[1], x.device) if mix is None else mix
     earlier, stride = _rows(earlier)
     u, n = torch.empty_like(x), torch.empty_like(x)
     if tokens := x.shape[0]:
@@ -173,12 +213,8 @@ def mixed_norm_backward(
     scale: Tensor,
     earlier: Tensor | None,
     weight: Tensor | None,
-    sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, x0 and earlier, and (3, width) those of mix and weight.
-
-    That of earlier is empty if there is no skip, the last one if not `sums`.
-    """
+    """Gradients of x, x0 and earlier (empty if there is none), and (3, width) of mix and weight."""
     du, dn, x, x0 = (t.contiguous() for t in (du, dn, x, x0))
     earlier, stride = _rows(earlier)
     dx, dx0 = torch.empty_like(x), torch.empty_like(x0)
@@ -186,13 +222,13 @@ def mixed_norm_backward(
     tokens, width = x.shape
     most = PER_MULTIPROCESSOR * multiprocessors(x.device, 1)
     programs = min(most, triton.cdiv(tokens, ROWS))
-    shares = mix.new_empty(programs if sums else 0, 3, width)
+    shares = mix.new_empty(programs, 3, width)
     if programs:
         mix_backward_kernel[(programs,)](
             du, dn, x, x0, earlier, weight, mix, scale, dx, dx0, dearlier, shares, tokens, stride,
-            **_sizes(x, earlier is not None), SUMS=sums, num_warps=WARPS,
+            **_sizes(x, earlier is not None), num_warps=WARPS,
         )  # fmt: skip
-    return dx, dx0, dearlier, shares.sum(0) if sums else mix.new_empty(0)
+    return dx, dx0, dearlier, shares.sum(0)
 
 
 @mixed_norm_backward.register_fake
@@ -205,34 +241,75 @@ def _(
     scale: Tensor,
     earlier: Tensor | None,
     weight: Tensor | None,
-    sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dearlier = x.new_empty(0) if earlier is None else x.new_empty(x.shape)
-    total = mix.new_empty(3, x.shape[1]) if sums else mix.new_empty(0)
-    return x.new_empty(x.shape), x.new_empty(x.shape), dearlier, total
+    return x.new_empty(x.shape), x.new_empty(x.shape), dearlier, mix.new_empty(3, x.shape[1])
+
+
+@torch.library.custom_op("pocketlm::frozen_mixed_norm_backward", mutates_args=())
+def frozen_backward(
+    du: Tensor,
+    dn: Tensor,
+    u: Tensor,
+    mix: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    apart: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of x0 (empty if not `apart`) and of earlier (empty if there is none)."""
+    du, dn = du.contiguous(), dn.contiguous()
+    wanted = (True, apart, weight is not None)
+    dx, dx0, dearlier = (torch.empty_like(u) if want else u.new_empty(0) for want in wanted)
+    if tokens := u.shape[0]:
+        frozen_mix_backward_kernel[(triton.cdiv(tokens, ROWS),)](
+            du, dn, u, weight, mix, scale, dx, dx0, dearlier, tokens,
+            **_sizes(u, weight is not None), MIXED=mix is not None, APART=apart, num_warps=WARPS,
+        )  # fmt: skip
+    return dx, dx0, dearlier
+
+
+@frozen_backward.register_fake
+def _(
+    du: Tensor,
+    dn: Tensor,
+    u: Tensor,
+    mix: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    apart: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx0, dearlier = (u.new_empty(u.shape if w else 0) for w in (apart, weight is not None))
+    return u.new_empty(u.shape), dx0, dearlier
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+    _, _, mix, scale, _, weight = inputs
+    ctx.trained = mix is not None and mix.requires_grad
+    ctx.save_for_backward(*(inputs if ctx.trained else (output[0], mix, scale, weight)))
 
 
 def _backward(ctx: Any, du: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
-    trained, skip = ctx.needs_input_grad[2], ctx.saved_tensors[4] is not None
-    dx, dx0, dearlier, sums = mixed_norm_backward(du, dn, *ctx.saved_tensors, trained)
-    dmix = sums[:2] if trained else None
-    return dx, dx0, dmix, None, dearlier if skip else None, sums[2] if trained and skip else None
+    if not ctx.trained:
+        return _frozen(ctx, du, dn)
+    *tensors, weight = ctx.saved_tensors
+    dx, dx0, dearlier, sums = mixed_norm_backward(du, dn, *tensors, weight)
+    skip = weight is not None
+    return dx, dx0, sums[:2], None, dearlier if skip else None, sums[2] if skip else None
+
+
+def _frozen(ctx: Any, du: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
+    u, mix, scale, weight = ctx.saved_tensors
+    apart = mix is not None and ctx.needs_input_grad[1]
+    dx, dx0, dearlier = frozen_backward(du, dn, u, mix, scale, weight, apart)
+    others = dx0 if apart else dx if mix is None else None
+    return dx, others, None, None, None if weight is None else dearlier, None
 
 
 mixed_norm.register_autograd(_backward, setup_context=_save)
-
-
-@cache
-def _ones(width: int, device: torch.device) -> Tensor:
-    return torch.ones(2, width, device=device)
 
 
 def summed_norm(
     x: Tensor, branch: Tensor, delta: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """u = x + branch + weight⊙delta and its norm; shapes and dtypes as for `mixed_norm`."""
-    return mixed_norm(x, branch, _ones(x.shape[1], x.device), scale, delta, weight)
+    return mixed_norm(x, branch, None, scale, delta, weight)
