@@ -2,8 +2,9 @@
 
 Every (rows, shape) that occurs is recorded as a graph of its own, which takes as long as running
 many tokens; rows whose document has ended take as long as others. So rows stay above the documents
-left for some passes, where that is cheaper than a new graph. With counts c₁ > c₂ > … of documents,
-the passes of counts c_i to c_j all run c_i rows, and the cheapest cut into such segments
+left for some passes, where that is cheaper than a new graph. With groups of passes alike in shape
+and in the documents c₁ ≥ c₂ ≥ … that are left, those from i to j all run c_i rows, and the cheapest
+cut into such segments
 
     best(j) = min over i ≤ j of  best(i−1) + c_i·(a row's tokens in i…j) + RECORDING·(shapes in i…j)
 
@@ -11,6 +12,7 @@ is found in one go over j.
 """
 
 from collections.abc import Hashable, Sequence
+from itertools import groupby
 
 # In tokens that run through the model meanwhile, as measured on an H100 at record size.
 STEP = 100  # a row's optimizer step
@@ -29,26 +31,25 @@ def running_rows(
     them reads; shapes: what graphs depend on but for the rows; recording: what one costs, in tokens
     (0: as many rows as documents).
     """
-    levels = sorted(set(counts), reverse=True)
-    number = {count: place for place, count in enumerate(levels)}
-    costs = [0] * len(levels)
-    seen: list[set[Hashable]] = [set() for _ in levels]
-    for count, read, shape in zip(counts, tokens, shapes, strict=True):
-        costs[number[count]] += read + STEP
-        seen[number[count]].add(shape)
+    groups = [
+        (*key, sum(1 for _ in same))
+        for key, same in groupby(zip(counts, tokens, shapes, strict=True))
+    ]
     best, first = [0], []
-    for last in range(len(levels)):
+    for last in range(len(groups)):
         cost, found, choices = 0, set[Hashable](), []
         for begin in range(last, -1, -1):
-            cost += costs[begin]
-            found |= seen[begin]
-            choices.append((best[begin] + levels[begin] * cost + recording * len(found), begin))
+            count, read, shape, passes = groups[begin]
+            cost += passes * (read + STEP)
+            found.add(shape)
+            choices.append((best[begin] + count * cost + recording * len(found), begin))
         cheapest, begin = min(choices)
         best.append(cheapest)
         first.append(begin)
-    rows: dict[int, int] = {}
-    last = len(levels) - 1
+    rows: list[int] = []
+    last = len(groups) - 1
     while last >= 0:
-        rows |= {levels[place]: levels[first[last]] for place in range(first[last], last + 1)}
+        segment = groups[first[last] : last + 1]
+        rows[:0] = sum(passes for *_, passes in segment) * [segment[0][0]]
         last = first[last] - 1
-    return [rows[count] for count in counts]
+    return rows
