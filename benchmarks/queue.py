@@ -4,13 +4,12 @@ Every process takes the next batch when it is done with one. A batch is as many 
 other as its longest document has.
 """
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from model.ttt.batches import Batch
+from model.ttt.batches import Batch, makespan
 from model.ttt.chunks import Pass, passes
 from workflow.params import TTTParams
 
@@ -42,7 +41,6 @@ def simulate(
     seconds(rows, start, end): time of a chunk of so many rows; rows_run(passes, lengths): rows of
     each pass over documents of these lengths.
     """
-    clocks = [0.0] * processes
     used = run = 0
     times = []
     for batch in batches:
@@ -53,5 +51,4 @@ def simulate(
             used, run = used + int((members > start).sum()), run + rows
             time += seconds(rows, start, end)
         times.append(time)
-        heapq.heappush(clocks, heapq.heappop(clocks) + time)
-    return QueueTimes(sum(times), max(clocks), max(times), 1 - used / run)
+    return QueueTimes(sum(times), makespan(times, processes), max(times), 1 - used / run)

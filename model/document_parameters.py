@@ -80,19 +80,15 @@ class DocumentParameters(Mapping[str, Tensor]):
         rmsprop_step(values, second_moments, gradient, working, scalars, ttt.beta2, ttt.epsilon)
 
 
-def step_scalars(
-    ttt: "TTTParams", spans: Sequence[tuple[int, int]], device: torch.device
-) -> Tensor:
-    """Rates, shrinkages and corrections of every step, from begin and end of every chunk.
+def step_scalars(ttt: "TTTParams", starts: Sequence[int], device: torch.device) -> Tensor:
+    """Rates, shrinkages and corrections of every step, from the begin of every chunk.
 
-    fp32 (chunks·steps, 3). The rate is for a chunk of ttt.chunk tokens and grows with the square
-    root of the size, as the noise of a gradient falls (Malladi et al. 2022).
-
-    The rate falls with the tokens read: η / (1 + position / ttt.lr_decay_tokens).
+    fp32 (chunks·steps, 3). The rate falls with the tokens read: η / (1 + start /
+    ttt.lr_decay_tokens). It is the same for chunks of any size.
     """
-    steps = torch.arange(len(spans) * ttt.steps, dtype=torch.float64)
-    position, end = torch.tensor(spans, dtype=torch.float64).repeat_interleave(ttt.steps, 0).T
+    steps = torch.arange(len(starts) * ttt.steps, dtype=torch.float64)
+    position = torch.tensor(starts, dtype=torch.float64).repeat_interleave(ttt.steps)
     decay = 1 + position / ttt.lr_decay_tokens if ttt.lr_decay_tokens else torch.ones_like(steps)
-    rate = ttt.lr * ((end - position) / ttt.chunk).sqrt() / decay
+    rate = ttt.lr / decay
     correction = (1 - ttt.beta2 ** (steps + 1)).rsqrt()
     return torch.stack((rate, 1 - rate * ttt.weight_decay, correction), 1).float().to(device)

@@ -30,6 +30,7 @@ from model.ttt.batches import Batch, bytes_per_document, document_batches, rows_
 from model.ttt.cached import CachedReader
 from model.ttt.chunks import Pass, chunks, passes
 from model.ttt.loop import Session
+from model.ttt.rows import PASS, STEP
 from model.ttt.window import WindowReader
 from model.working_weights import fixed_weights
 from tests.models import random_documents, small_model, ttt_params
@@ -129,7 +130,7 @@ class Naive:
                 scores.append(self.losses(start, end))
             for group in optimizer.param_groups:
                 decay = 1 + start / ttt.lr_decay_tokens if ttt.lr_decay_tokens else 1
-                group["lr"] = ttt.lr * ((full_end - start) / ttt.chunk) ** 0.5 / decay
+                group["lr"] = ttt.lr / decay
             for _ in range(ttt.steps if end < len(self.tokens) else 0):
                 optimizer.zero_grad()
                 self.losses(start, end).mean().backward()
@@ -424,16 +425,19 @@ def always_two(over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
 
 def test_several_processes_get_pieces_small_enough_to_keep_all_busy() -> None:
     generator = np.random.default_rng(0)
-    lengths = np.exp(generator.normal(6, 1, 400)).astype(int).tolist()
-    ttt = ttt_params(mode="cached", batch=64)
+    lengths = np.exp(generator.normal(7, 1, 400)).astype(int).tolist()
+    ttt = ttt_params(mode="cached", chunk=32, context=2048, tokens_per_batch=65536)
 
-    def busy(processes: int, known: int) -> float:
-        batches = document_batches(lengths, ttt, 64, known)
+    def seconds(rows: int, start: int, end: int) -> int:
+        return PASS + rows * (end - start + STEP)
+
+    def makespan(processes: int, known: int) -> float:
+        batches = document_batches(lengths, ttt, 256, known)
         assert sorted(n for batch in batches for n in batch.members) == list(range(400))
-        plan = simulate(lengths, batches, ttt, processes, lambda rows, start, end: rows, as_many)
-        return plan.busy / processes / plan.makespan
+        return simulate(lengths, batches, ttt, processes, seconds, as_many).makespan
 
-    assert busy(4, 4) > 0.9 > busy(4, 1)
+    assert makespan(4, 4) < 0.5 * makespan(1, 1)
+    assert makespan(4, 4) < 0.6 * makespan(4, 1)
 
 
 def test_simulation_of_a_queue_worked_out_by_hand() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.ttt.rows import STEP, running_rows
+from model.ttt.rows import PASS, RECORDING, STEP, running_rows, work
 
 
 def cost(rows: Sequence[int], tokens: Sequence[int], shapes: Sequence[str], recording: int) -> int:
@@ -48,3 +48,8 @@ def test_no_other_choice_is_cheaper(passes: list[tuple[int, int, str]], recordin
 @pytest.mark.parametrize(("recording", "expected"), [(0, [9, 8, 8, 2]), (10**9, [9, 9, 9, 9])])
 def test_what_recording_costs_decides(recording: int, expected: list[int]) -> None:
     assert running_rows([9, 8, 8, 2], [100] * 4, "xxxx", recording) == expected
+
+
+def test_work_counts_rows_passes_and_recordings() -> None:
+    passes = 3 * (PASS + 2 * (10 + STEP)) + PASS + 1 * (20 + STEP)
+    assert work([2, 2, 2, 1], [10, 10, 10, 20], "xxyy") == passes + 3 * RECORDING

@@ -3,17 +3,26 @@
 Batches hold documents of similar lengths and begin with the longest, so that a document that takes
 long to read is begun early. Documents of a single chunk are never trained on; they are scored as
 they are, packed, at the very end, where their small pieces of work fill the gaps.
+
+Every batch takes at least as long as its longest document, however few rows are left at its end: so
+batches are as large as memory allows, unless several processes share them. Then none has more than
+a part of all tokens, and that part is the one of PARTS with which all processes are done first
+according to the work (`model.ttt.rows`) of each batch.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from model.gpt import GPT
 from model.ttt.adapters import values_per_document
+from model.ttt.chunks import passes
+from model.ttt.rows import running_rows, work
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
@@ -21,9 +30,8 @@ if TYPE_CHECKING:
 MEMORY_SHARE = (
     0.8  # of what is free; the rest is for fragmentation and what the estimate leaves out
 )
-# A batch's largest part of what each process would get of the tokens left. Below 1, as a batch
-# that holds the longest documents takes longer than its tokens: its end has few rows.
-PROCESS_SHARE = 2 / 3
+PARTS = [part / 20 for part in range(6, 30)]  # of what each process would get of all tokens
+SIMILAR = 256  # tokens that passes of one recorded shape may differ by, for the estimate of work
 
 
 @dataclass(frozen=True)
@@ -40,26 +48,55 @@ def document_batches(
     """Batches of all documents, the longest first.
 
     A batch that adapts has up to `rows` documents, fewer if what they read at once would exceed
-    ttt.tokens_per_batch, or where several processes share the work and it would be more than
-    PROCESS_SHARE of a process's part of the tokens left (guided self-scheduling, Polychronopoulos &
-    Kuck 1987). A packed batch has at most ttt.tokens_per_batch tokens.
+    ttt.tokens_per_batch, or for the sake of several processes. A packed batch has at most
+    ttt.tokens_per_batch tokens.
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     long = [number for number in order if lengths[number] > ttt.chunk]
-    batches = []
-    left = sum(lengths[number] for number in long)
+    total = sum(lengths[number] for number in long)
+    limits = [part * total / processes for part in PARTS] if processes > 1 else [total]
+    cuts = [_cut(long, lengths, ttt, rows, limit) for limit in limits]
+    if processes > 1:
+        cuts.sort(key=lambda cut: makespan([_work(cut, lengths, ttt) for cut in cut], processes))
+    short = order[len(long) :]
+    count = max(1, ttt.tokens_per_batch // ttt.chunk)
+    packed = [short[at : at + count] for at in range(0, len(short), count)]
+    return [Batch(cut, True) for cut in cuts[0]] + [Batch(members, False) for members in packed]
+
+
+def _cut(
+    long: list[int], lengths: Sequence[int], ttt: "TTTParams", rows: int, limit: float
+) -> list[list[int]]:
+    """Documents in batches of up to `limit` tokens, but at least one document."""
+    cut = []
     while long:
         count = min(rows, rows_that_read(lengths[long[0]], ttt))
-        if processes > 1:
-            tokens = accumulate(lengths[number] for number in long[:count])
-            count = sum(total <= PROCESS_SHARE * left / processes for total in tokens)
-        members = long[: max(1, count)]
-        batches.append(Batch(members, True))
-        left -= sum(lengths[number] for number in members)
-        long = long[len(members) :]
-    short = [number for number in order if lengths[number] <= ttt.chunk]
-    count = max(1, ttt.tokens_per_batch // ttt.chunk)
-    return batches + [Batch(short[at : at + count], False) for at in range(0, len(short), count)]
+        tokens = accumulate(lengths[number] for number in long[:count])
+        count = max(1, sum(total <= limit for total in tokens))
+        cut.append(long[:count])
+        long = long[count:]
+    return cut
+
+
+def _work(members: list[int], lengths: Sequence[int], ttt: "TTTParams") -> int:
+    """Estimate of what a batch takes, in tokens."""
+    present = np.array([lengths[member] for member in members])
+    over = passes(int(present[0]), ttt)
+    counts = [int((present > one.start).sum()) for one in over]
+    window = ttt.mode == "window"
+    tokens = [min(one.end, ttt.context) if window else one.end - one.first for one in over]
+    shapes = [
+        (-(-read // SIMILAR), one.end - one.start) for read, one in zip(tokens, over, strict=True)
+    ]
+    return work(running_rows(counts, tokens, shapes), tokens, shapes)
+
+
+def makespan(times: Iterable[float], processes: int) -> float:
+    """When the last process is done if each takes the next batch as soon as it is free."""
+    clocks = [0.0] * processes
+    for time in times:
+        heapq.heappush(clocks, heapq.heappop(clocks) + time)
+    return max(clocks)
 
 
 def rows_that_read(longest: int, ttt: "TTTParams") -> int:

@@ -7,10 +7,10 @@ doubles whenever the doubled one is still at most a 64th of the tokens before it
 
     size(t) = chunk·2^k,  the largest with size(t) ≤ max(chunk, min(largest_chunk, t / 64)),
 
-with a rate that grows with the root of the size: beyond its first 64 chunks a document takes 64
-more each time its length doubles, until chunks are the largest. Where a chunk begins depends on the
-position alone: never on the text, so that scores come first as before, and documents read side by
-side stay side by side.
+beyond its first 64 chunks a document takes 64 more each time its length doubles, until chunks are
+the largest. The rate stays as it is, so that a token moves the adapters the less the more there are
+in its chunk. Where a chunk begins depends on the position alone: never on the text, so that scores
+come first as before, and documents read side by side stay side by side.
 """
 
 from collections.abc import Iterator

@@ -141,7 +141,7 @@ class Session:
         targets = _padded([targets_of(d) for d in documents], rows, length, device)
         self._adapters.reset(rows)
         self._reader.begin(tokens, targets)
-        scalars = step_scalars(self._ttt, [(p.start, p.end) for p in self._passes], device)
+        scalars = step_scalars(self._ttt, [one.start for one in self._passes], device)
         self._steps = scalars.view(-1, self._ttt.steps, 3)
         return torch.zeros(rows, length, device=device)
 
