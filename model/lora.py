@@ -73,14 +73,18 @@ class LowRank(NamedTuple):
         return x, inner
 
     def added(
-        self, inner: Tensor, base: Tensor, scale: Tensor | None = None
+        self,
+        inner: Tensor,
+        base: Tensor,
+        scale: Tensor | None = None,
+        more: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """base + scale ⊙ B(Ax) of the first sites; scale ⊙ B(Ax) of the others, side by side.
+        """base + more + scale ⊙ B(Ax) of the first sites; scale ⊙ B(Ax) of the others.
 
-        inner: of `inner`; base (documents·n, outputs of the first sites); scale (outputs of all
-        sites,) or None.
+        inner: of `inner`; base and more (documents·n, outputs of the first sites); scale (outputs
+        of all sites,); None: nothing, or 1. The others' results are side by side.
         """
-        return ops.low_rank_sum(inner, self.b, base, scale)
+        return ops.low_rank_sum(inner, self.b, base, scale, more)
 
     def deltas(self, inner: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
         """B(Ax) by site, (documents·n, outputs) in the dtype of x.

@@ -34,8 +34,8 @@ SMALL = (3, 5, 12, FOUR)
 pytestmark = pytest.mark.usefixtures("bf16_as_in_hardware")
 
 
-def inputs(shape, base="some", scaled=True, dtype=torch.float32):
-    """inner, base, γ, and the leaf of which the factors are views.
+def inputs(shape, base="some", scaled=True, dtype=torch.float32, two=False):
+    """inner, base, γ, more, and the leaf of which the factors are views.
 
     What lies before the factors and beside base must not matter.
     """
@@ -51,7 +51,8 @@ def inputs(shape, base="some", scaled=True, dtype=torch.float32):
     wider[:, 0] = wider[:, -2:] = leaf[:, :5] = float("nan")
     beside = wider[:, 1:-2].requires_grad_()
     scale = random(sum(widths)).float() if scaled else None
-    return inner, beside, scale, leaf.requires_grad_(), widths
+    more = random(rows * new, covered).requires_grad_() if two else None
+    return inner, beside, scale, more, leaf.requires_grad_(), widths
 
 
 def views(leaf, rank, widths):
@@ -60,25 +61,26 @@ def views(leaf, rank, widths):
     return [part.unflatten(1, (rank, -1)) for part in parts]
 
 
-def kernel(inner, base, scale, leaf, widths):
+def kernel(inner, base, scale, more, leaf, widths):
     factors = views(leaf, inner.shape[2] // len(widths), widths)
-    return torch.cat(low_rank.low_rank_sum(inner, factors, base, scale), 1)
+    return torch.cat(low_rank.low_rank_sum(inner, factors, base, scale, more), 1)
 
 
-def reference(inner, base, scale, leaf, widths):
+def reference(inner, base, scale, more, leaf, widths):
     factors = views(leaf, inner.shape[2] // len(widths), widths)
     parts = zip(inner.chunk(len(widths), -1), factors, strict=True)
     y = torch.cat([torch.bmm(h, b) for h, b in parts], -1).flatten(0, 1)
     y = y if scale is None else y * scale.to(y)
+    base = base if more is None else base + more
     return y + F.pad(base, (0, y.shape[1] - base.shape[1]))
 
 
 def results(function, *arguments):
     """y and the gradients of inner, the leaf and base."""
-    inner, base, _, leaf, _ = arguments
+    inner, base, _, more, leaf, _ = arguments
     y = function(*arguments)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-    return [y, *torch.autograd.grad(y, (inner, leaf, base), dy)]
+    return [y, *torch.autograd.grad(y, [x for x in (inner, leaf, base, more) if x is not None], dy)]
 
 
 def assert_equal(found, expected):
@@ -94,8 +96,9 @@ def test_results_and_gradients_equal_the_reference(shape):
 
 @pytest.mark.parametrize("base", ["some", "all"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
-def test_some_or_all_sites_have_a_base_and_a_scale_or_not(base, scaled):
-    arguments = inputs(SMALL, base, scaled)
+@pytest.mark.parametrize("two", [False, True], ids=["base", "base and more"])
+def test_some_or_all_sites_have_a_base_and_a_scale_or_not(base, scaled, two):
+    arguments = inputs(SMALL, base, scaled, two=two)
     assert_equal(results(kernel, *arguments), results(reference, *arguments))
 
 
@@ -103,7 +106,9 @@ def test_some_or_all_sites_have_a_base_and_a_scale_or_not(base, scaled):
 def test_bf16_is_as_exact_as_bf16_can_be(shape):
     arguments = inputs(shape, dtype=torch.bfloat16)
     *tensors, widths = arguments
-    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
+    exact = [
+        None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in tensors
+    ]
     for mine, plain, right in zip(
         results(kernel, *arguments),
         results(reference, *arguments),
@@ -116,11 +121,12 @@ def test_bf16_is_as_exact_as_bf16_can_be(shape):
 
 
 def test_factors_and_gradients_may_have_any_layout():
-    inner, base, scale, leaf, widths = inputs(SMALL)
+    inner, base, scale, more, leaf, widths = inputs(SMALL, two=True)
     factors = [b.detach() for b in views(leaf, 12, widths)]
     turned = [b.mT.contiguous().mT for b in factors]
-    expected = low_rank.low_rank_sum(inner, factors, base, scale)
-    found = low_rank.low_rank_sum(inner, turned, base.T.contiguous().T, scale)
+    expected = low_rank.low_rank_sum(inner, factors, base, scale, more)
+    columns = base.T.contiguous().T, scale, more.T.contiguous().T
+    found = low_rank.low_rank_sum(inner, turned, *columns)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     ones = [torch.ones_like(x) for x in expected]
     alike = low_rank.low_rank_backward(*ones, inner, factors, scale)
@@ -132,15 +138,15 @@ def test_factors_and_gradients_may_have_any_layout():
 
 
 def test_the_scale_is_taken_for_a_constant():
-    inner, base, scale, leaf, widths = inputs(SMALL)
-    y = kernel(inner, base, scale.requires_grad_(), leaf, widths)
+    inner, base, scale, more, leaf, widths = inputs(SMALL, two=True)
+    y = kernel(inner, base, scale.requires_grad_(), more, leaf, widths)
     assert torch.autograd.grad(y.sum(), scale, allow_unused=True) == (None,)
 
 
 def test_keeps_no_copy_of_the_factors():
     with kept_for_backward() as kept:
-        inner, base, scale, leaf, widths = inputs(SMALL)
-        kernel(inner, base, scale, leaf, widths)
+        inner, base, scale, more, leaf, widths = inputs(SMALL, two=True)
+        kernel(inner, base, scale, more, leaf, widths)
     pointers = [x.untyped_storage().data_ptr() for x in kept]
     assert len(kept) == 2 + len(widths)  # inner, γ and the factors
     assert pointers.count(leaf.untyped_storage().data_ptr()) == len(widths)
@@ -149,9 +155,10 @@ def test_keeps_no_copy_of_the_factors():
 @pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("base", ["some", "all"])
 def test_operations_keep_what_they_promise_the_compiler(base):
-    inner, base, scale, leaf, widths = inputs((3, 5, 12, (40, 24)), base, base == "some")
+    shape, some = (3, 5, 12, (40, 24)), base == "some"
+    inner, base, scale, more, leaf, widths = inputs(shape, base, some, two=some)
     factors = views(leaf, 12, widths)
-    torch.library.opcheck(low_rank.low_rank_operation, (inner, factors, base, scale))
+    torch.library.opcheck(low_rank.low_rank_operation, (inner, factors, base, scale, more))
     inner, *factors = (x.detach() for x in (inner, *factors))
     dy = torch.randn(15, sum(widths)).tensor_split([base.shape[1]], 1)
     torch.library.opcheck(low_rank.low_rank_backward, (*dy, inner, factors, scale))
@@ -169,21 +176,22 @@ def test_kernels_compile_for_hopper(tmp_path):
     program = """
 from model.ops.low_rank import *
 
-names = ["inner", "b0", "b1", "b2", "b3", "base", "sum", "beside", "dsum", "dbeside", "dinner"]
-names += ["db0", "db1", "db2", "db3"]
+names = ["inner", "b0", "b1", "b2", "b3", "base", "more", "sum", "beside", "dsum", "dbeside"]
+names += ["dinner", "db0", "db1", "db2", "db3"]
 types = {f"{name}_ptr": "*bf16" for name in names} | {"scale_ptr": "*fp32"}
-numbers = ["new", "stride0", "stride1", "stride2", "stride3", "base_stride"]
+numbers = ["new", "stride0", "stride1", "stride2", "stride3", "base_stride", "more_stride"]
 types |= dict.fromkeys(numbers, "i32")
 for new, widths in ((16, (512,)), (64, (512, 256, 256, 512))):
     for scaled in (False, True):
         constants = plan(new, 96, widths)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
         constants |= {"SCALED": scaled} if scaled else {"SCALED": scaled, "scale_ptr": None}
-        constants["BASE"] = 512
+        constants |= {"BASE": 512, "MORE": True}
         for kernel in (low_rank_kernel, low_rank_backward_kernel):
             present = {n: t for n, t in types.items() if n in kernel.arg_names}
             present = {n: t for n, t in present.items() if n not in constants}
-            build(kernel, present, constants, **options)
+            own = {n: value for n, value in constants.items() if n in kernel.arg_names}
+            build(kernel, present, own, **options)
 """
     memory = compile_for_hopper(program, tmp_path)
     assert len(memory) == 8
@@ -197,7 +205,10 @@ for new, widths in ((16, (512,)), (64, (512, 256, 256, 512))):
 @pytest.mark.parametrize("widths", [(512,), (512, 256, 256, 512)], ids=["one site", "four sites"])
 def test_gpu_full_size(rows, new, widths):
     arguments = inputs((rows, new, 96, widths), dtype=torch.bfloat16)
-    exact = [x.detach().float().requires_grad_(x.requires_grad) for x in arguments[:-1]]
+    exact = [
+        None if x is None else x.detach().float().requires_grad_(x.requires_grad)
+        for x in arguments[:-1]
+    ]
     mine, again = results(kernel, *arguments), results(kernel, *arguments)
     theirs, right = results(reference, *arguments), results(reference, *exact, widths)
     for a, b, c, d in zip(mine, again, theirs, right, strict=True):

@@ -60,8 +60,14 @@ class NaiveSites:
     def inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
 
-    def added(self, x: Tensor, base: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return added(self.deltas(x), base, scale)
+    def added(
+        self,
+        x: Tensor,
+        base: Tensor,
+        scale: Tensor | None = None,
+        more: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return added(self.deltas(x), base if more is None else base + more, scale)
 
     def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
         found = {}
@@ -161,8 +167,14 @@ class Spliced:
     def inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
 
-    def added(self, x: Tensor, base: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return added(self.deltas(x), base, scale)
+    def added(
+        self,
+        x: Tensor,
+        base: Tensor,
+        scale: Tensor | None = None,
+        more: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return added(self.deltas(x), base if more is None else base + more, scale)
 
     def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
         assert part is None

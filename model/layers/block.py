@@ -76,7 +76,7 @@ class Block(nn.Module):
         if adapters.mlp is None:
             return x + self._feed_forward(r)
         r, inner = adapters.mlp.inner(r)
-        x, _ = adapters.mlp.added(inner, x + self._feed_forward(r), self.mlp_scale)
+        x, _ = adapters.mlp.added(inner, self._feed_forward(r), self.mlp_scale, x)
         return x
 
     def _feed_forward(self, r: Tensor) -> Tensor:

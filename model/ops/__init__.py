@@ -289,18 +289,23 @@ def accumulate(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 
 
 def low_rank_sum(
-    inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
+    inner: Tensor,
+    factors: Sequence[Tensor],
+    base: Tensor,
+    scale: Tensor | None,
+    more: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`base` and what adapters of the first sites add to it; what those of the others add.
+    """`base` + `more` and what adapters of the first sites add to it; what those of the others add.
 
     inner (documents, n, sites·rank): Ax of the sites side by side; factors: Bᵀ of each site,
-    (documents, rank, outputs); base (documents·n, outputs of the first sites); scale (outputs of
-    all sites,) or None: a constant factor of what is added, without a gradient in the kernel.
+    (documents, rank, outputs); base and more (documents·n, outputs of the first sites); more: None
+    for nothing; scale (outputs of all sites,) or None: a constant factor of what adapters add,
+    without a gradient in the kernel.
     """
     fused = _chosen(inner.device).low_rank_sum
     if fused is None or inner.dtype not in varlen.DTYPES:
-        return plain.low_rank_sum(inner, factors, base, scale)
-    return fused(inner, factors, base, scale)
+        return plain.low_rank_sum(inner, factors, base, scale, more)
+    return fused(inner, factors, base, scale, more)
 
 
 def mlp(r: Tensor, up: "Linear", down: "Linear") -> Tensor:

@@ -2,13 +2,14 @@
 
 For document i with n tokens, whose sites s = 1 … S have inner values h_s = A_s x (`model.lora`):
 
-    [sum | beside] = [base | 0] + γ ⊙ [h_1 B_1 | … | h_S B_S]
+    [sum | beside] = [base + more | 0] + γ ⊙ [h_1 B_1 | … | h_S B_S]
 
 sum has the columns of the first sites, to which the model itself has something to add (queries,
-keys and values); those of the others (a branch beside the layer) are a tensor of their own. γ is a
-constant factor per column. With y for both,
+keys and values; the MLP's result and, as `more`, the residual stream); those of the others (a
+branch beside the layer) are a tensor of their own. γ is a constant factor per column. With y for
+both,
 
-    dh_s = (γ ⊙ dy_s) B_sᵀ,  dB_s = h_sᵀ (γ ⊙ dy_s),  dbase = dsum
+    dh_s = (γ ⊙ dy_s) B_sᵀ,  dB_s = h_sᵀ (γ ⊙ dy_s),  dbase = dmore = dsum
 
 In test-time training a chunk of few tokens is a recorded graph whose time is the number of its
 kernels. A product and a sum for each site, and two products for their gradients, are here one
@@ -92,10 +93,10 @@ def _columns(token, before, sum_ptr, beside_ptr, ALL: tl.constexpr, BASE: tl.con
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def low_rank_kernel(
-    inner_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, base_ptr, scale_ptr, sum_ptr, beside_ptr, new,
-    stride0, stride1, stride2, stride3, base_stride, WIDTHS: tl.constexpr, RANK: tl.constexpr,
-    ALL: tl.constexpr, BASE: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    inner_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, base_ptr, more_ptr, scale_ptr, sum_ptr, beside_ptr,
+    new, stride0, stride1, stride2, stride3, base_stride, more_stride, WIDTHS: tl.constexpr,
+    RANK: tl.constexpr, ALL: tl.constexpr, BASE: tl.constexpr, MORE: tl.constexpr,
+    SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """A tile of one site's columns, for a tile of one document's tokens."""
     token, row = tl.program_id(1) * TOKENS, tl.program_id(2).to(tl.int64)
@@ -110,6 +111,11 @@ def low_rank_kernel(
     base_ptr += row * new * base_stride + before
     covered = tl.minimum(width, BASE - before)
     base = _tile(base_ptr, token, new, column, covered, base_stride, TOKENS, COLUMNS)
+    base = base.to(tl.float32)
+    if MORE:
+        more_ptr += row * new * more_stride + before
+        more = _tile(more_ptr, token, new, column, covered, more_stride, TOKENS, COLUMNS)
+        base += more.to(tl.float32)
     factor = tl.full((1, COLUMNS), 1, tl.float32)
     if SCALED:
         factor = _factor(scale_ptr + before, column, width, COLUMNS)
@@ -118,7 +124,7 @@ def low_rank_kernel(
         h = _tile(inner_ptr, token, new, rank, RANK, INNER, TOKENS, STEP)
         b = _tile(b_ptr, rank, RANK, column, width, width, STEP, COLUMNS)
         y += product(h, b)
-    y = y * factor + base.to(tl.float32)
+    y = y * factor + base
     out_ptr, out_stride = _columns(row * new, before, sum_ptr, beside_ptr, ALL, BASE)
     at, inside = _place(token, new, column, width, out_stride, TOKENS, COLUMNS)
     tl.store(out_ptr + at, y.to(sum_ptr.dtype.element_ty), mask=inside)
@@ -216,6 +222,14 @@ def _packed(factors: Sequence[Tensor]) -> list[Tensor]:
     return [b if b.stride()[1:] == (b.shape[2], 1) else b.contiguous() for b in factors]
 
 
+def _rows(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """x, copied unless rows are whole, and the distance of its rows."""
+    if x is None:
+        return None, 0
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return x, x.stride(0)
+
+
 def _padded(values: Sequence[Any]) -> list[Any]:
     """As many as kernels take; those of no site are never used."""
     return [*values, *[values[0]] * (SITES - len(values))]
@@ -235,9 +249,13 @@ def plan(new: int, rank: int, widths: Sequence[int]) -> dict[str, Any]:
 
 @torch.library.custom_op("pocketlm::low_rank_sum", mutates_args=())
 def low_rank_operation(
-    inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
+    inner: Tensor,
+    factors: Sequence[Tensor],
+    base: Tensor,
+    scale: Tensor | None,
+    more: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`low_rank_sum`, without defaults: autograd miscounts what is left out beside lists."""
+    """`low_rank_sum`."""
     rows, new, columns = inner.shape
     widths, covered = [b.shape[2] for b in factors], base.shape[1]
     total = inner.new_empty(rows * new, covered)
@@ -245,19 +263,19 @@ def low_rank_operation(
     if rows * new == 0:
         return total, beside
     inner, factors = inner.contiguous(), _packed(factors)
-    base = base if base.stride(1) == 1 else base.contiguous()
+    (first, base_stride), (second, more_stride) = _rows(base), _rows(more)
     cut = plan(new, columns // len(factors), widths)
     low_rank_kernel[_tiles(widths, COLUMNS), triton.cdiv(new, cut["TOKENS"]), rows](
-        inner, *_padded(factors), base, scale, total, beside, new,
-        *_padded([b.stride(0) for b in factors]), base.stride(0), BASE=covered,
-        SCALED=scale is not None, **cut,
+        inner, *_padded(factors), first, second, scale, total, beside, new,
+        *_padded([b.stride(0) for b in factors]), base_stride, more_stride, BASE=covered,
+        MORE=more is not None, SCALED=scale is not None, **cut,
     )  # fmt: skip
     return total, beside
 
 
 @low_rank_operation.register_fake
 def _(
-    inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
+    inner: Tensor, factors: Sequence[Tensor], base: Tensor, *_others: Any
 ) -> tuple[Tensor, Tensor]:
     tokens, rest = inner.shape[0] * inner.shape[1], sum(b.shape[2] for b in factors) - base.shape[1]
     return inner.new_empty(tokens, base.shape[1]), inner.new_empty(tokens, rest)
@@ -293,26 +311,33 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    inner, factors, _base, scale = inputs
+    inner, factors, _base, scale, more = inputs
+    ctx.two = more is not None
     ctx.save_for_backward(inner, scale, *factors)
 
 
 def _backward(ctx: Any, dsum: Tensor, dbeside: Tensor) -> tuple[Any, ...]:
     inner, scale, *factors = ctx.saved_tensors
-    return *low_rank_backward(dsum, dbeside, inner, factors, scale), dsum, None
+    gradients = low_rank_backward(dsum, dbeside, inner, factors, scale)
+    return *gradients, dsum, None, dsum if ctx.two else None
 
 
 low_rank_operation.register_autograd(_backward, setup_context=_save)
 
 
 def low_rank_sum(
-    inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
+    inner: Tensor,
+    factors: Sequence[Tensor],
+    base: Tensor,
+    scale: Tensor | None,
+    more: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """sum (R·n, C₀) and beside (R·n, C − C₀) in the dtype of inner, C all outputs of the sites.
 
     inner (R, n, S·r): h of the S sites side by side, for R documents of n tokens; factors: B of
-    each site, (R, r, outputs), 1 to 4 of them, views of one tensor or not; base (R·n, C₀), rows any
-    distance apart, C₀ the outputs of the first sites. All have one dtype. scale: γ (C,), any dtype,
-    or None; it has no gradient, as it is frozen where documents have adapters.
+    each site, (R, r, outputs), 1 to 4 of them, views of one tensor or not; base and more (R·n, C₀),
+    rows any distance apart, C₀ the outputs of the first sites; more: None for nothing. All have one
+    dtype. scale: γ (C,), any dtype, or None; it has no gradient, as it is frozen where documents
+    have adapters.
     """
-    return low_rank_operation(inner, factors, base, scale)
+    return low_rank_operation(inner, factors, base, scale, more)

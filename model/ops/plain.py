@@ -64,7 +64,11 @@ def summed_norm(
 
 
 def low_rank_sum(
-    inner: Tensor, factors: Sequence[Tensor], base: Tensor, scale: Tensor | None
+    inner: Tensor,
+    factors: Sequence[Tensor],
+    base: Tensor,
+    scale: Tensor | None,
+    more: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `model.ops.low_rank_sum`."""
     products = zip(inner.chunk(len(factors), -1), factors, strict=True)
@@ -72,6 +76,7 @@ def low_rank_sum(
     if scale is not None:
         y = y * scale.to(y.dtype)
     columns = base.shape[1]
+    base = base if more is None else more + base
     return base + y[:, :columns], y[:, columns:]
 
 
