@@ -17,6 +17,7 @@ from workflow.preset import compose, render
 ROOT = Path(__file__).parents[1]
 KEYS = {"device", "versions", "commit", "window_tokens_per_s", "cached_tokens_per_s"}
 KEYS |= {"window_nats", "cached_nats", "best_nats", "no_ttt_nats", "startup_s", "two_gpu_speedup"}
+KEYS |= {"published_window_nats"}
 
 
 @pytest.mark.parametrize("mode", ["window", "cached"])
