@@ -207,11 +207,12 @@ def shared_queue(group: Group, sizes: Sequence[int], progress: SharedProgress) -
     """Yield the numbers of pieces of work, each to one process of `group`.
 
     sizes: targets in each piece; `progress` learns of the pieces that other processes took, and
-    the caller tells it of this process's own. All processes must begin the same queues in the
-    same order.
+    the caller tells it of this process's own. All processes must begin the same queues of the group
+    in the same order; what a process does alone between them has none.
     """
     before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    for number in group.work_queue(f"losses{next(_queues)}", len(sizes)):
+    queue = next(_queues) if group.size > 1 else None
+    for number in group.work_queue(f"losses{queue}", len(sizes)):
         progress.reach(int(before[number]))
         yield number
     progress.reach(int(before[-1]))
