@@ -180,22 +180,23 @@ def varied(ttt: TTTParams, text: str) -> TTTParams:
 def summary(readings: Sequence["Reading"], lengths: Sequence[int]) -> dict[str, float | None]:
     """Figures of the best readings.
 
-    The speed of `cached` is that of the fastest reading whose loss is not above the lowest of
-    `window`, if there is one. published_window_nats: the loss with the published settings.
+    `cached` is the fastest reading whose loss is not above the lowest of `window`, or, if there is
+    none, that of the lowest loss. published_window_nats: the loss with the published settings.
     """
     tokens = sum(lengths)
     window, cached = ([r for r in readings if r.ttt.mode == m] for m in ("window", "cached"))
     nats = min((r.nats for r in window), default=None)
-    as_good = [r for r in cached if nats is None or r.nats <= nats] or cached
+    as_good = [r for r in cached if nats is None or r.nats <= nats]
     fastest = min(as_good, key=lambda r: r.seconds, default=None)
+    chosen = fastest or min(cached, key=lambda r: r.nats, default=None)
     read = [read_tokens(lengths, r.ttt) / r.seconds for r in window]
     published = [r.nats for r in window if r.ttt == r.ttt.model_copy(update=PUBLISHED)]
     return {
         "published_window_nats": min(published, default=None),
         "window_tokens_per_s": max(read, default=None),
-        "cached_tokens_per_s": tokens / fastest.seconds if fastest else None,
+        "cached_tokens_per_s": tokens / chosen.seconds if chosen else None,
         "window_nats": nats,
-        "cached_nats": fastest.nats if fastest else None,
+        "cached_nats": chosen.nats if chosen else None,
         "best_nats": min((r.nats for r in readings), default=None),
     }
 

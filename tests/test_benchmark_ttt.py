@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.ttt import floor_work, read_tokens
+from benchmarks.ttt import Reading, floor_work, read_tokens, summary
 from model.layers.linear import Linear
 from model.ttt.adapters import initial_parameters
 from tests.models import small_model, ttt_params
@@ -40,6 +41,25 @@ def test_floors_count_every_token_pair_and_value(mode: str) -> None:
     flops, moved = floor_work(model, ttt, lengths)
     assert flops == tokens * (4 * frozen + 6 * adapted) + 12 * 4 * 4 * 8 * pairs
     assert moved == (4 + 1) * adapted * 36  # chunks trained on; fp32
+
+
+def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_best() -> None:
+    def reading(seconds: float, nats: float, **changes: Any) -> Reading:
+        ttt = compose("record").ttt.model_copy(update=changes)
+        return Reading(ttt, seconds, nats, 0.0, (0.0, 0.0))
+
+    window = [reading(40.0, 1.9, lr=2e-4), reading(50.0, 1.8, lr=3e-4)]
+    cached = [reading(s, n, mode="cached") for s, n in ((2.0, 2.0), (8.0, 1.79), (4.0, 1.8))]
+    found = summary([*window, *cached], [100, 300])
+    assert found["cached_tokens_per_s"] == 400 / 4
+    assert (found["cached_nats"], found["window_nats"]) == (1.8, 1.8)
+    assert (found["published_window_nats"], found["best_nats"]) == (1.9, 1.79)
+    assert found["window_tokens_per_s"] == read_tokens([100, 300], window[0].ttt) / 40
+    worse = summary(
+        [*window, reading(2.0, 2.0, mode="cached"), reading(3.0, 1.81, mode="cached")], [60]
+    )
+    assert (worse["cached_tokens_per_s"], worse["cached_nats"]) == (20, 1.81)
+    assert summary(cached, [60])["published_window_nats"] is None
 
 
 def test_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
