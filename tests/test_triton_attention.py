@@ -98,6 +98,18 @@ def ops_attention(projected, documents, gain, turns, width, exclusive):
 
 
 @interpreted
+def test_gains_may_be_fixed():
+    (projected, gain), documents, turns, weight = operands(LENGTHS[1], SHAPES[0])
+    both = results(
+        fused_attention.self_attention, 16, True, [projected, gain], documents, turns, weight
+    )
+    gain = gain.detach()
+    y = fused_attention.self_attention(projected, documents, gain, turns, 16, True)
+    (found,) = torch.autograd.grad((y * weight).sum(), [projected])
+    assert torch.equal(found, both[1])
+
+
+@interpreted
 @pytest.mark.parametrize("exclusive", [False, True], ids=["plain", "exclusive"])
 def test_a_single_token_sees_itself(exclusive):
     leaves, documents, turns, weight = operands([1], SHAPES[0])

@@ -81,8 +81,9 @@ def fused_attention_backward(
     turned: Tensor,
     lse: Tensor,
     share: Tensor,
+    trained: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of projected and gain."""
+    """Gradients of projected and, if it is trained, of gain (else empty)."""
     heads, width = z.shape[1:]
     projected, turning = projected.contiguous(), turned.shape[1]
     gradient, dturned = torch.empty_like(projected), torch.empty_like(turned)
@@ -93,12 +94,13 @@ def fused_attention_backward(
     dgain = query_key.prepare_backward(
         dturned, projected[:, :turning], gain, cosines, sines, gradient[:, :turning], width
     )
-    return gradient, dgain.sum(0)
+    return gradient, dgain.sum(0) if trained else gain.new_empty(0)
 
 
 @fused_attention_backward.register_fake
-def _(dz: Tensor, projected: Tensor, gain: Tensor, *_others: Tensor) -> tuple[Tensor, Tensor]:
-    return projected.new_empty(projected.shape), torch.empty_like(gain)
+def _(dz: Tensor, projected: Tensor, gain: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    trained = others[-1]
+    return projected.new_empty(projected.shape), gain.new_empty(gain.shape if trained else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -108,7 +110,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dz: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *fused_attention_backward(dz, *ctx.saved_tensors), *(None,) * 5
+    trained = ctx.needs_input_grad[1]
+    gradient, dgain = fused_attention_backward(dz, *ctx.saved_tensors, trained)
+    return gradient, dgain if trained else None, *(None,) * 5
 
 
 fused_attention.register_autograd(_backward, setup_context=_save)

@@ -122,8 +122,9 @@ class Session:
                     self._adapters.keep_first(rows)
                 losses[:rows, start:end] = self._chunk(number, rows)
                 progress.advance(int((lengths.clip(start, end) - start).sum()))
-            found = losses.cpu().numpy()
-        return [row[:n] for row, n in zip(found, lengths, strict=False)]
+            present = [row[:n] for row, n in zip(losses, lengths, strict=False)]
+            found = torch.cat(present).cpu().numpy()
+        return np.split(found, np.cumsum(lengths)[:-1])
 
     def running(self, over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
         """Rows that run in each of the passes over documents of these lengths."""
@@ -179,9 +180,11 @@ def _padded(
 ) -> Tensor:
     """int64 (rows, length) of documents, zero where they end.
 
-    The padding follows a document's last token, where nothing that counts can see it.
+    The padding follows a document's last token, where nothing that counts can see it. It is made on
+    the device, as few documents are as long as the longest.
     """
-    padded = np.zeros((rows, length), np.int64)
-    for row, values in zip(padded, documents, strict=False):
-        row[: values.size] = values
-    return to_indices(padded, device)
+    padded = torch.zeros(rows, length, dtype=torch.int64, device=device)
+    packed = to_indices(np.concatenate(documents), device)
+    for row, values in zip(padded, packed.split([d.size for d in documents]), strict=False):
+        row[: values.numel()] = values
+    return padded
