@@ -51,7 +51,8 @@ from steps.common import COMPILE_CACHE, TOKENS
 from workflow.params import Params, TTTParams
 
 QUEUE_SIZES = (1, 2, 8)
-PUBLISHED = {"mode": "window", "chunk": 32, "lr": 2e-4, "rank": 96, "beta2": 0.999}  # settings
+# What was published of the settings.
+PUBLISHED = {"mode": "window", "chunk": 32, "lr": 2e-4, "beta2": 0.999, "weight_decay": 0.5}
 
 
 @dataclass(frozen=True)

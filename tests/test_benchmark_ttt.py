@@ -48,7 +48,8 @@ def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_be
         ttt = compose("record").ttt.model_copy(update=changes)
         return Reading(ttt, seconds, nats, 0.0, (0.0, 0.0))
 
-    window = [reading(40.0, 1.9, lr=2e-4), reading(50.0, 1.8, lr=3e-4)]
+    published = {"lr": 2e-4, "beta2": 0.999, "weight_decay": 0.5}
+    window = [reading(40.0, 1.9, **published), reading(50.0, 1.8, lr=3e-4)]
     cached = [reading(s, n, mode="cached") for s, n in ((2.0, 2.0), (8.0, 1.79), (4.0, 1.8))]
     found = summary([*window, *cached], [100, 300])
     assert found["cached_tokens_per_s"] == 400 / 4
