@@ -282,6 +282,12 @@ class TTTParams(Section):
             "make it chunk, or larger",
         )
         _require(
+            self.reach == 0 or self.mode == "cached",
+            "reach",
+            f"{self.reach} asks to run chunks again, but in mode window the whole context does",
+            "set reach to 0, or mode to cached",
+        )
+        _require(
             self.refresh == 0 or (self.mode == "cached" and self.context > self.longest_pass),
             "refresh",
             f"{self.refresh} asks to renew keys and values, but none are kept",

@@ -61,7 +61,9 @@ class Attention(nn.Module):
         adapters: of the sites that read n; cache: earlier keys and values of the documents; part:
         the tokens (`model.documents`) that are wanted; None: all.
         """
-        if part is not None or not (adapters is None or adapters.sites[:3] == PROJECTIONS):
+        if part is not None or not (
+            adapters is None or adapters.sites[: len(PROJECTIONS)] == PROJECTIONS
+        ):
             q, k, v, beside = self._project_apart(n, documents, turns, values, adapters, part)
         else:
             projected, beside = self._project(n, values, adapters)

@@ -35,7 +35,8 @@ class CachedReader:
 
     `begin` a batch; for each chunk `move_to` it, ask for `losses` once or more, `close` it.
     Between the first `losses` and `close` every tensor read lies in memory taken here, so that the
-    work can be recorded for one chunk and replayed for others.
+    work can be recorded for one chunk and replayed for others: `recorded` or not, which is the same
+    to this reader.
     """
 
     def __init__(
