@@ -80,15 +80,17 @@ class DocumentParameters(Mapping[str, Tensor]):
         rmsprop_step(values, second_moments, gradient, working, scalars, ttt.beta2, ttt.epsilon)
 
 
-def step_scalars(ttt: "TTTParams", starts: Sequence[int], device: torch.device) -> Tensor:
+def step_scalars(
+    ttt: "TTTParams", starts: Sequence[int], device: torch.device, factor: float = 1.0
+) -> Tensor:
     """Rates, shrinkages and corrections of every step, from the begin of every chunk.
 
-    fp32 (chunks·steps, 3). The rate falls with the tokens read: η / (1 + start /
-    ttt.lr_decay_tokens). It is the same for chunks of any size.
+    fp32 (chunks·steps, 3). The rate, factor·ttt.lr, falls with the tokens read: it is divided by
+    1 + start / ttt.lr_decay_tokens. It is the same for chunks of any size.
     """
     steps = torch.arange(len(starts) * ttt.steps, dtype=torch.float64)
     position = torch.tensor(starts, dtype=torch.float64).repeat_interleave(ttt.steps)
     decay = 1 + position / ttt.lr_decay_tokens if ttt.lr_decay_tokens else torch.ones_like(steps)
-    rate = ttt.lr / decay
+    rate = factor * ttt.lr / decay
     correction = (1 - ttt.beta2 ** (steps + 1)).rsqrt()
     return torch.stack((rate, 1 - rate * ttt.weight_decay, correction), 1).float().to(device)

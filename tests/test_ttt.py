@@ -125,8 +125,10 @@ class Naive:
 
     def run(self) -> np.ndarray:
         ttt = self.ttt
+        factors = {n: ttt.hash_rate if n == HASH_TABLE else 1.0 for n in self.weights}
+        alone = [{"params": [w], "factor": factors[n]} for n, w in self.weights.items()]
         optimizer = torch.optim.AdamW(
-            self.weights.values(), ttt.lr, (0.0, ttt.beta2), ttt.epsilon, ttt.weight_decay
+            alone, ttt.lr, (0.0, ttt.beta2), ttt.epsilon, ttt.weight_decay
         )
         scores = []
         for number, (start, full_end) in enumerate(self.spans):
@@ -136,7 +138,7 @@ class Naive:
                 scores.append(self.losses(start, end))
             for group in optimizer.param_groups:
                 decay = 1 + start / ttt.lr_decay_tokens if ttt.lr_decay_tokens else 1
-                group["lr"] = ttt.lr / decay
+                group["lr"] = group["factor"] * ttt.lr / decay
             for _ in range(ttt.steps if end < len(self.tokens) else 0):
                 optimizer.zero_grad()
                 self.losses(start, end).mean().backward()
@@ -261,13 +263,20 @@ class NaiveCached(Naive):
         {"hash_buckets": 16},
         {"hash_buckets": 16, "sites": []},
         {"chunk": 100, "context": 100},
-        {"steps": 3, "lr_decay_tokens": 20, "hash_buckets": 16},
+        {"steps": 3, "lr_decay_tokens": 20, "hash_buckets": 16, "hash_rate": 3.0},
         {"mode": "cached", "context": 64, "hash_buckets": 16},
         {"mode": "cached", "chunk": 5, "context": 13},
         {"mode": "cached", "chunk": 7, "context": 31, "batch": 3, "steps": 2},
         {"mode": "cached", "chunk": 8, "context": 8},
         {"mode": "cached", "chunk": 8, "context": 12, "lr_decay_tokens": 9},
-        {"mode": "cached", "chunk": 8, "context": 29, "refresh": 2, "hash_buckets": 16},
+        {
+            "mode": "cached",
+            "chunk": 8,
+            "context": 29,
+            "refresh": 2,
+            "hash_buckets": 16,
+            "hash_rate": 3.0,
+        },
         {"chunk": 4, "largest_chunk": 16, "lr_decay_tokens": 9},
         {"mode": "cached", "chunk": 4, "largest_chunk": 16, "context": 40, "refresh": 5},
         {"mode": "cached", "chunk": 5, "context": 29, "reach": 2, "hash_buckets": 16},

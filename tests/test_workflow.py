@@ -215,7 +215,7 @@ def test_row_1_dvc_then_snakemake(fresh: Checkout, tmp_path: Path) -> None:
 
 
 def test_row_2_a_ttt_value(checkout: Checkout, engine: list[str]) -> None:
-    checkout.set("ttt.lr", "3e-4")
+    checkout.set("ttt.lr", "5e-4")
     assert checkout.steps_run_by(*engine) == sorted([*TTT, *REPORT])
 
 
@@ -248,7 +248,7 @@ def test_clone_without_pull_says_so(finished: Checkout, tmp_path: Path) -> None:
 
 
 def test_row_6_clone_and_a_ttt_value(clone: Checkout, engine: list[str]) -> None:
-    clone.set("ttt.lr", "3e-4")
+    clone.set("ttt.lr", "5e-4")
     assert clone.steps_run_by(*engine) == sorted([*TTT, *REPORT])
 
 
@@ -296,7 +296,7 @@ def test_row_8_given_files(checkout: Checkout, engine: list[str]) -> None:
 
 
 def test_row_9_a_step_dies(checkout: Checkout, engine: list[str]) -> None:
-    checkout.set("ttt.lr", "3e-4")
+    checkout.set("ttt.lr", "5e-4")
     first = checkout.steps_run_by(*engine, succeeds=False, DIE_IN="ttt_eval@1")
     assert "ttt_eval@1" in first
     assert "ttt_eval@1" in checkout.run("dvc", "status")
@@ -309,7 +309,7 @@ def test_row_9_a_step_dies(checkout: Checkout, engine: list[str]) -> None:
     "pair", [("snakemake", "snakemake"), ("dvc", "dvc"), ("snakemake", "dvc")], ids="-".join
 )
 def test_row_10_two_runs_at_once(checkout: Checkout, pair: tuple[str, str]) -> None:
-    checkout.set("ttt.lr", "3e-4")
+    checkout.set("ttt.lr", "5e-4")
     runs = [checkout.start(*ENGINES[name]) for name in pair]
     outputs = [run.communicate()[0] for run in runs]
     clear = ("cannot be locked", "is busy", "Unable to acquire lock", "waiting for it")
@@ -323,7 +323,7 @@ def test_row_10_two_runs_at_once(checkout: Checkout, pair: tuple[str, str]) -> N
 
 def test_a_killed_run_can_be_continued(checkout: Checkout) -> None:
     """The lock that a killed Snakemake leaves is explained, and --unlock frees it."""
-    checkout.set("ttt.lr", "3e-4")
+    checkout.set("ttt.lr", "5e-4")
     checkout.record.write_text("")
     process = checkout.start(*SNAKEMAKE)
     while "ttt_eval" not in checkout.record.read_text():

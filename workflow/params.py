@@ -264,6 +264,7 @@ class TTTParams(Section):
     epsilon: Positive = about("added to the root of the second moment")
     weight_decay: NonNegative = about("decoupled", "1/(lr*step)")
     hash_buckets: Natural = about("rows of the eval-time hash embedding; 0 = off", "rows")
+    hash_rate: Positive = about("rate of the hash embedding, times lr")
     batch: Count = about(
         "most documents adapted side by side; on CUDA fewer if memory asks for it", "documents"
     )

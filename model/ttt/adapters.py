@@ -1,11 +1,12 @@
 """What adapts to a document: low-rank adapters and the hash embedding, as `model.gpt.Adapters`."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from model.document_parameters import DocumentParameters
+from model.document_parameters import DocumentParameters, step_scalars
 from model.gpt import GPT, Adapters
 from model.hash_embedding import HashTable, initial_table
 from model.lora import BlockAdapters, initial_adapters, low_rank, side_by_side
@@ -28,7 +29,7 @@ class DocumentAdapters:
     """The adapters of up to `capacity` documents and their optimizer; `tensors` for the model.
 
     The matrices are used in the activations' dtype, the hash table, which is looked up and not
-    multiplied, in fp32.
+    multiplied, in fp32. A row of it is seldom read, and moves `hash_rate` times as far as others.
     """
 
     tensors: Adapters
@@ -38,12 +39,19 @@ class DocumentAdapters:
         initial = initial_parameters(model.params, ttt)
         table = {HASH_TABLE: initial.pop(HASH_TABLE)} if HASH_TABLE in initial else {}
         matrices = side_by_side(initial, ttt.sites, self._layers)
+        groups = [(matrices, model.dtype, 1.0), (table, torch.float32, ttt.hash_rate)]
+        groups = [group for group in groups if group[0]]
         self._groups = [
             DocumentParameters({k: t.to(model.device) for k, t in tensors.items()}, capacity, dtype)
-            for tensors, dtype in ((matrices, model.dtype), (table, torch.float32))
-            if tensors
+            for tensors, dtype, _ in groups
         ]
+        self._factors = [factor for *_, factor in groups]
         self._use()
+
+    def scalars(self, starts: Sequence[int], device: torch.device) -> Tensor:
+        """What `step` takes for every step of chunks that begin there, fp32 (steps, groups, 3)."""
+        of_groups = [step_scalars(self._ttt, starts, device, factor) for factor in self._factors]
+        return torch.stack(of_groups, 1)
 
     def reset(self, documents: int) -> None:
         """Begin so many documents with fresh adapters."""
@@ -65,10 +73,10 @@ class DocumentAdapters:
         self.tensors = Adapters(blocks, layers[0].get("head"), table)
 
     def step(self, loss: Tensor, scalars: Tensor) -> None:
-        """One optimizer step down the gradient of `loss`; scalars: a row of `step_scalars`."""
+        """One optimizer step down the gradient of `loss`; scalars: (groups, 3) of `scalars`."""
         gradients = torch.autograd.grad(loss, [group.leaf for group in self._groups])
-        for group, gradient in zip(self._groups, gradients, strict=True):
-            group.step(gradient, scalars, self._ttt)
+        for group, gradient, own in zip(self._groups, gradients, scalars, strict=True):
+            group.step(gradient, own, self._ttt)
 
 
 def values_per_document(model: "ModelParams", ttt: "TTTParams") -> int:

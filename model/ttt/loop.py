@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from model.distributed import Group
-from model.document_parameters import step_scalars
 from model.documents import Documents
 from model.evaluation import (
     ReportProgress,
@@ -107,7 +106,8 @@ class Session:
         self._model, self._ttt, self._replay = model, ttt, replay
         self._adapters = DocumentAdapters(model, ttt, capacity)
         self._reader = READERS[ttt.mode](model, self._adapters, ttt, capacity, replay.recorded)
-        self._scalars = torch.zeros(ttt.steps, 3, device=model.device)
+        # Where recorded steps find their numbers.
+        self._scalars = self._adapters.scalars([0], model.device)
 
     def losses(self, documents: Sequence[np.ndarray], progress: SharedProgress) -> list[np.ndarray]:
         """Losses of documents, the longest first, that start from fresh adapters."""
@@ -142,8 +142,8 @@ class Session:
         targets = _padded([targets_of(d) for d in documents], rows, length, device)
         self._adapters.reset(rows)
         self._reader.begin(tokens, targets)
-        scalars = step_scalars(self._ttt, [one.start for one in self._passes], device)
-        self._steps = scalars.view(-1, self._ttt.steps, 3)
+        scalars = self._adapters.scalars([one.start for one in self._passes], device)
+        self._steps = scalars.unflatten(0, (-1, self._ttt.steps))
         return torch.zeros(rows, length, device=device)
 
     def _chunk(self, number: int, rows: int) -> Tensor:
