@@ -359,10 +359,10 @@ def test_bad_parameters_stop_the_dry_run(checkout: Checkout) -> None:
 def test_experiment_keeps_hand_edits(checkout: Checkout) -> None:
     """`dvc exp run -S` changes the parameters in force, and a preset is not one of them."""
     checkout.set("report.significance", "0.02")
-    ran = checkout.steps_run_by("dvc", "exp", "run", "-S", "ttt.lr=3e-4")
+    ran = checkout.steps_run_by("dvc", "exp", "run", "-S", "ttt.lr=5e-4")
     assert ran == sorted([*TTT, *REPORT])
     values = yaml.safe_load((checkout.path / "params.yaml").read_text())
-    assert (values["ttt"]["lr"], values["report"]["significance"]) == (3e-4, 0.02)
+    assert (values["ttt"]["lr"], values["report"]["significance"]) == (5e-4, 0.02)
     assert values["train"]["steps"] == 12
     assert "ttt.lr" in checkout.run("dvc", "params", "diff")
     checkout.run("dvc", "exp", "run", "-S", "preset=h100", succeeds=False)
