@@ -331,7 +331,7 @@ def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> No
             return share * (one + slope * (count - 1))
 
         with fixed_weights(model):
-            rows_run = Session(model, changed, limit).running
+            rows_run = Session(model, changed, 1).running  # which does not ask for its capacity
         for processes in QUEUE_SIZES:
             batches = document_batches(lengths, changed, limit, processes)
             plan = simulate(lengths, batches, changed, processes, seconds, rows_run)

@@ -5,10 +5,11 @@ program is a group of one and every collective is the identity. The backend is N
 process has a GPU of its own, gloo otherwise.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,11 +24,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that share one job, as seen from one of them."""
+    """The processes that share one job, as seen from one of them.
+
+    queues: numbers for work queues; processes that begin the same ones in the same order agree.
+    """
 
     rank: int
     size: int
     device: torch.device
+    queues: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:

@@ -28,8 +28,6 @@ from model.gpt import GPT
 
 ReportProgress = Callable[[int], None]
 
-_queues = itertools.count()  # every process scores in the same order, so they agree on the number
-
 
 @dataclass(frozen=True)
 class Score:
@@ -208,11 +206,10 @@ def shared_queue(group: Group, sizes: Sequence[int], progress: SharedProgress) -
 
     sizes: targets in each piece; `progress` learns of the pieces that other processes took, and
     the caller tells it of this process's own. All processes must begin the same queues of the group
-    in the same order; what a process does alone between them has none.
+    in the same order.
     """
     before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    queue = next(_queues) if group.size > 1 else None
-    for number in group.work_queue(f"losses{queue}", len(sizes)):
+    for number in group.work_queue(f"losses{next(group.queues)}", len(sizes)):
         progress.reach(int(before[number]))
         yield number
     progress.reach(int(before[-1]))

@@ -48,14 +48,8 @@ def _windows_of_several_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 Weights = Mapping[str, Tensor]
 
 
-class NaiveSites:
-    """Adapters of one document at some sites, written from the definition."""
-
-    def __init__(self, weights: Weights, sites: Sequence[str], layer: int) -> None:
-        self.weights = weights
-        ordered = [site for group in READERS.values() for site in group if site in sites]
-        self.sites = tuple(ordered)
-        self.names = {site: site_name(site, layer) for site in ordered}
+class Added:
+    """What `LowRank` makes of `deltas`, which a class made of this one defines."""
 
     def inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
@@ -68,6 +62,19 @@ class NaiveSites:
         more: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         return added(self.deltas(x), base if more is None else base + more, scale)
+
+    def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class NaiveSites(Added):
+    """Adapters of one document at some sites, written from the definition."""
+
+    def __init__(self, weights: Weights, sites: Sequence[str], layer: int) -> None:
+        self.weights = weights
+        ordered = [site for group in READERS.values() for site in group if site in sites]
+        self.sites = tuple(ordered)
+        self.names = {site: site_name(site, layer) for site in ordered}
 
     def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
         found = {}
@@ -159,24 +166,12 @@ class Naive:
         return self.model.losses(self.tokens[window], self.targets[window], packed, adapters)
 
 
-class Spliced:
+class Spliced(Added):
     """Every piece of the text adapted by something of its own: the sizes of pieces, and what."""
 
     def __init__(self, sizes: list[int], parts: Sequence[Any]) -> None:
         self.sizes, self.parts = sizes, parts
         self.sites = getattr(parts[0], "sites", None)
-
-    def inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
-
-    def added(
-        self,
-        x: Tensor,
-        base: Tensor,
-        scale: Tensor | None = None,
-        more: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return added(self.deltas(x), base if more is None else base + more, scale)
 
     def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
         assert part is None

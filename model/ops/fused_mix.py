@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.layers.norm import EPSILON
-from model.ops.hopper import multiprocessors
+from model.ops.hopper import multiprocessors, whole_rows
 
 ROWS, WARPS = 1, 2  # tokens of a program at a time, and what works on them
 PER_MULTIPROCESSOR = 8  # programs of the backward pass
@@ -153,14 +153,6 @@ def frozen_mix_backward_kernel(
         tl.store(dearlier_ptr + at, dearlier.to(dearlier_ptr.dtype.element_ty), mask=mask)
 
 
-def _rows(earlier: Tensor | None) -> tuple[Tensor | None, int]:
-    """The earlier output, copied unless rows are whole, and the distance of its rows."""
-    if earlier is None:
-        return None, 0
-    earlier = earlier if earlier.stride(1) == 1 else earlier.contiguous()
-    return earlier, earlier.stride(0)
-
-
 def _sizes(x: Tensor, skip: bool) -> dict[str, Any]:
     width = x.shape[1]
     sizes = {"WIDTH": width, "COLUMNS": triton.next_power_of_2(width), "ROWS": ROWS}
@@ -188,7 +180,7 @@ def mixed_norm(
     """
     x, x0 = x.contiguous(), x0.contiguous()
     mix = _ones(x.shape[1], x.device) if mix is None else mix
-    earlier, stride = _rows(earlier)
+    earlier, stride = whole_rows(earlier)
     u, n = torch.empty_like(x), torch.empty_like(x)
     if tokens := x.shape[0]:
         mix_kernel[(triton.cdiv(tokens, ROWS),)](
@@ -216,7 +208,7 @@ def mixed_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, x0 and earlier (empty if there is none), and (3, width) of mix and weight."""
     du, dn, x, x0 = (t.contiguous() for t in (du, dn, x, x0))
-    earlier, stride = _rows(earlier)
+    earlier, stride = whole_rows(earlier)
     dx, dx0 = torch.empty_like(x), torch.empty_like(x0)
     dearlier = x.new_empty(0) if earlier is None else torch.empty_like(x)
     tokens, width = x.shape

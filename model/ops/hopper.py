@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 TMA_BYTES = 16  # alignment of addresses and rows that the tensor memory accelerator wants
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -25,3 +26,11 @@ def portion(x, v):
 def product(a, b):
     """a b in fp32; fp32 operands are not rounded to TF32."""
     return tl.dot(a, b, input_precision="ieee")
+
+
+def whole_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """x, copied unless each of its rows lies in one piece, and the distance of its rows."""
+    if x is None:
+        return None, 0
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return x, x.stride(0)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.ops.hopper import product
+from model.ops.hopper import product, whole_rows
 
 SITES = 4  # at most
 COLUMNS = 64  # outputs in a tile
@@ -222,14 +222,6 @@ def _packed(factors: Sequence[Tensor]) -> list[Tensor]:
     return [b if b.stride()[1:] == (b.shape[2], 1) else b.contiguous() for b in factors]
 
 
-def _rows(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """x, copied unless rows are whole, and the distance of its rows."""
-    if x is None:
-        return None, 0
-    x = x if x.stride(1) == 1 else x.contiguous()
-    return x, x.stride(0)
-
-
 def _padded(values: Sequence[Any]) -> list[Any]:
     """As many as kernels take; those of no site are never used."""
     return [*values, *[values[0]] * (SITES - len(values))]
@@ -248,14 +240,21 @@ def plan(new: int, rank: int, widths: Sequence[int]) -> dict[str, Any]:
 
 
 @torch.library.custom_op("pocketlm::low_rank_sum", mutates_args=())
-def low_rank_operation(
+def low_rank_sum(
     inner: Tensor,
     factors: Sequence[Tensor],
     base: Tensor,
     scale: Tensor | None,
     more: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`low_rank_sum`."""
+    """sum (R·n, C₀) and beside (R·n, C − C₀) in the dtype of inner, C all outputs of the sites.
+
+    inner (R, n, S·r): h of the S sites side by side, for R documents of n tokens; factors: B of
+    each site, (R, r, outputs), 1 to 4 of them, views of one tensor or not; base and more (R·n, C₀),
+    rows any distance apart, C₀ the outputs of the first sites; more: None for nothing. All have one
+    dtype. scale: γ (C,), any dtype, or None; it has no gradient, as it is frozen where documents
+    have adapters.
+    """
     rows, new, columns = inner.shape
     widths, covered = [b.shape[2] for b in factors], base.shape[1]
     total = inner.new_empty(rows * new, covered)
@@ -263,7 +262,7 @@ def low_rank_operation(
     if rows * new == 0:
         return total, beside
     inner, factors = inner.contiguous(), _packed(factors)
-    (first, base_stride), (second, more_stride) = _rows(base), _rows(more)
+    (first, base_stride), (second, more_stride) = whole_rows(base), whole_rows(more)
     cut = plan(new, columns // len(factors), widths)
     low_rank_kernel[_tiles(widths, COLUMNS), triton.cdiv(new, cut["TOKENS"]), rows](
         inner, *_padded(factors), first, second, scale, total, beside, new,
@@ -273,7 +272,7 @@ def low_rank_operation(
     return total, beside
 
 
-@low_rank_operation.register_fake
+@low_rank_sum.register_fake
 def _(
     inner: Tensor, factors: Sequence[Tensor], base: Tensor, *_others: Any
 ) -> tuple[Tensor, Tensor]:
@@ -322,22 +321,4 @@ def _backward(ctx: Any, dsum: Tensor, dbeside: Tensor) -> tuple[Any, ...]:
     return *gradients, dsum, None, dsum if ctx.two else None
 
 
-low_rank_operation.register_autograd(_backward, setup_context=_save)
-
-
-def low_rank_sum(
-    inner: Tensor,
-    factors: Sequence[Tensor],
-    base: Tensor,
-    scale: Tensor | None,
-    more: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """sum (R·n, C₀) and beside (R·n, C − C₀) in the dtype of inner, C all outputs of the sites.
-
-    inner (R, n, S·r): h of the S sites side by side, for R documents of n tokens; factors: B of
-    each site, (R, r, outputs), 1 to 4 of them, views of one tensor or not; base and more (R·n, C₀),
-    rows any distance apart, C₀ the outputs of the first sites; more: None for nothing. All have one
-    dtype. scale: γ (C,), any dtype, or None; it has no gradient, as it is frozen where documents
-    have adapters.
-    """
-    return low_rank_operation(inner, factors, base, scale, more)
+low_rank_sum.register_autograd(_backward, setup_context=_save)

@@ -13,7 +13,8 @@ according to the work (`model.ttt.rows`) of each batch.
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cache
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,27 +56,27 @@ def document_batches(
     long = [number for number in order if lengths[number] > ttt.chunk]
     total = sum(lengths[number] for number in long)
     limits = [part * total / processes for part in PARTS] if processes > 1 else [total]
-    cuts = [_cut(long, lengths, ttt, rows, limit) for limit in limits]
-    if processes > 1:
-        cuts.sort(key=lambda cut: makespan([_work(cut, lengths, ttt) for cut in cut], processes))
+    cuts = list(dict.fromkeys(_cut(long, lengths, ttt, rows, limit) for limit in limits))
+    if len(cuts) > 1:  # many documents are cut by memory alone
+        work_of = cache(lambda begin, end: _work(long[begin:end], lengths, ttt))
+        cuts.sort(key=lambda cut: makespan((work_of(*span) for span in pairwise(cut)), processes))
+    adapting = [Batch(long[begin:end], True) for begin, end in pairwise(cuts[0])]
     short = order[len(long) :]
     count = max(1, ttt.tokens_per_batch // ttt.chunk)
     packed = [short[at : at + count] for at in range(0, len(short), count)]
-    return [Batch(cut, True) for cut in cuts[0]] + [Batch(members, False) for members in packed]
+    return adapting + [Batch(members, False) for members in packed]
 
 
 def _cut(
     long: list[int], lengths: Sequence[int], ttt: "TTTParams", rows: int, limit: float
-) -> list[list[int]]:
-    """Documents in batches of up to `limit` tokens, but at least one document."""
-    cut = []
-    while long:
-        count = min(rows, rows_that_read(lengths[long[0]], ttt))
-        tokens = accumulate(lengths[number] for number in long[:count])
-        count = max(1, sum(total <= limit for total in tokens))
-        cut.append(long[:count])
-        long = long[count:]
-    return cut
+) -> tuple[int, ...]:
+    """Where batches of up to `limit` tokens, but at least one document, begin; and the end."""
+    cut = [0]
+    while (begin := cut[-1]) < len(long):
+        count = min(rows, rows_that_read(lengths[long[begin]], ttt))
+        tokens = accumulate(lengths[number] for number in long[begin : begin + count])
+        cut.append(begin + max(1, sum(total <= limit for total in tokens)))
+    return tuple(cut)
 
 
 def _work(members: list[int], lengths: Sequence[int], ttt: "TTTParams") -> int:
