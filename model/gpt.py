@@ -273,7 +273,7 @@ class GPT(nn.Module):
         before = previous(tokens, documents, past.token if past else NO_TOKEN)
         x = F.embedding(tokens, self.embedding)
         if self.bigram is not None:
-            x = x + self.bigram(tokens, before, self.dtype)
+            x = self.bigram(x, tokens, before, self.dtype)
         if table is not None:
             x = x + table.rows(tokens, before)
         normed = rms_norm(x).to(self.dtype)

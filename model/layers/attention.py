@@ -135,8 +135,11 @@ class Attention(nn.Module):
         """x, whose last columns are values, with the embeddings of its layer added to them."""
         if self.value_gain is None or values is None:
             return x
-        embeddings = self.value_gain.to(values.dtype) * values
-        return x + F.pad(embeddings, (x.shape[1] - values.shape[1], 0))
+        embeddings, width = self.value_gain.to(values.dtype) * values, values.shape[1]
+        if embeddings.requires_grad:
+            return x + F.pad(embeddings, (x.shape[1] - width, 0))
+        x.data[:, -width:] += embeddings  # where x lies: a constant changes no gradient
+        return x
 
     def _products(
         self, n: Tensor, documents: Documents, part: Tensor | None

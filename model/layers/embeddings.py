@@ -33,10 +33,10 @@ class BigramEmbedding(nn.Module):
         pair = torch.bitwise_xor(36313 * tokens, 27191 * before) % max(last, 1)
         return torch.where(before == NO_TOKEN, last, pair)
 
-    def forward(self, tokens: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed the pairs, multiplying in `dtype`: (T, width), fp32."""
+    def forward(self, x: Tensor, tokens: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
+        """Add the embeddings of the pairs, multiplied in `dtype`, to x, fp32 (T, width)."""
         rows = F.embedding(self.bucket(tokens, before), self.table)
-        return self.scale * self.projection(rows.to(dtype)).float()
+        return torch.addcmul(x, self.scale, self.projection(rows.to(dtype)))
 
 
 class SmearGate(nn.Module):

@@ -24,6 +24,7 @@ from model.gpt import GPT
 from model.ttt.adapters import values_per_document
 from model.ttt.chunks import passes
 from model.ttt.rows import running_rows, work
+from model.ttt.window import WindowReader
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
@@ -32,7 +33,6 @@ MEMORY_SHARE = (
     0.8  # of what is free; the rest is for fragmentation and what the estimate leaves out
 )
 PARTS = [part / 20 for part in range(6, 30)]  # of what each process would get of all tokens
-SIMILAR = 256  # tokens that passes of one recorded shape may differ by, for the estimate of work
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def _work(members: list[int], lengths: Sequence[int], ttt: "TTTParams") -> int:
     counts = [int((present > one.start).sum()) for one in over]
     window = ttt.mode == "window"
     tokens = [min(one.end, ttt.context) if window else one.end - one.first for one in over]
+    bucket = WindowReader.BUCKET
     shapes = [
-        (-(-read // SIMILAR), one.end - one.start) for read, one in zip(tokens, over, strict=True)
+        (-(-read // bucket), one.end - one.start) for read, one in zip(tokens, over, strict=True)
     ]
     return work(running_rows(counts, tokens, shapes), tokens, shapes)
 

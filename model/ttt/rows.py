@@ -17,7 +17,7 @@ from itertools import groupby
 # In tokens that run through the model meanwhile, as measured on an H100 at record size.
 PASS = 3_000  # a pass, however little it does
 STEP = 100  # a row's optimizer step
-RECORDING = 50_000  # tracing a pass by Python, of which the device does not notice all
+RECORDING = 25_000  # tracing a pass by Python, of which the device does not notice all
 
 
 def running_rows(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class WindowReader:
     """Losses of chunks by recomputed windows; see `CachedReader` for the order of the calls."""
 
-    BUCKET = 256  # tokens that recorded windows grow by: few shapes, and little work on zeros
+    BUCKET = 128  # tokens that recorded windows grow by: few shapes, and little work on zeros
 
     def __init__(
         self,
