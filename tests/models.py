@@ -45,8 +45,12 @@ def small_model(seed: int = 0, **changes: Any) -> GPT:
 
 
 def ttt_params(**changes: Any) -> TTTParams:
-    """The ttt section of the record preset at the size of `small_model`, with `changes`."""
-    small = {"chunk": 8, "context": 32, "rank": 4, "lr": 0.005, "batch": 4}
+    """The ttt section of the record preset at the size of `small_model`, with `changes`.
+
+    Mode `window`, of which the other is a variation, without a hash embedding.
+    """
+    small: dict[str, Any] = {"chunk": 8, "context": 32, "rank": 4, "lr": 0.005, "batch": 4}
+    small |= {"mode": "window", "reach": 0, "hash_buckets": 0, "hash_rate": 1.0}
     small["largest_chunk"] = changes.get("chunk", 8)
     return TTTParams(**{**yaml.safe_load(RECORD.read_text())["ttt"], **small, **changes})
 

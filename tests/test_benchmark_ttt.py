@@ -45,16 +45,21 @@ def test_floors_count_every_token_pair_and_value(mode: str) -> None:
 
 def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_best() -> None:
     def reading(seconds: float, nats: float, **changes: Any) -> Reading:
-        ttt = compose("record").ttt.model_copy(update=changes)
+        settings = {"mode": "window", "largest_chunk": 32, "hash_buckets": 0} | changes
+        ttt = compose("record").ttt.model_copy(update=settings)
         return Reading(ttt, seconds, nats, 0.0, (0.0, 0.0))
 
     published = {"lr": 2e-4, "beta2": 0.999, "weight_decay": 0.5}
     window = [reading(40.0, 1.9, **published), reading(50.0, 1.8, lr=3e-4)]
-    cached = [reading(s, n, mode="cached") for s, n in ((2.0, 2.0), (8.0, 1.79), (4.0, 1.8))]
+    window += [reading(60.0, 1.79, hash_buckets=64), reading(70.0, 1.85, **published | {"rank": 8})]
+    figures = ((2.0, 2.0), (8.0, 1.78), (4.0, 1.8))
+    cached = [reading(s, n, mode="cached", hash_buckets=64) for s, n in figures]
     found = summary([*window, *cached], [100, 300])
     assert found["cached_tokens_per_s"] == 400 / 4
     assert (found["cached_nats"], found["window_nats"]) == (1.8, 1.8)
-    assert (found["published_window_nats"], found["best_nats"]) == (1.9, 1.79)
+    assert (found["strict_cached_tokens_per_s"], found["strict_cached_nats"]) == (400 / 8, 1.78)
+    assert (found["published_window_nats"], found["best_window_nats"]) == (1.85, 1.79)
+    assert found["best_nats"] == 1.78
     assert found["window_tokens_per_s"] == read_tokens([100, 300], window[0].ttt) / 40
     worse = summary(
         [*window, reading(2.0, 2.0, mode="cached"), reading(3.0, 1.81, mode="cached")], [60]

@@ -1,3 +1,6 @@
+import pkgutil
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -66,6 +69,17 @@ def test_auto_says_why_it_did_not_take_the_faster_ones():
     assert (choice.attention, choice.mix, choice.mlp) == ("padded", "reference", "reference")
     assert "flash_attn_2: needs a CUDA device" in choice.reasons["attention"]
     assert "mlp: reference (triton: needs a CUDA device)" in str(choice)
+
+
+def test_all_kernels_are_found_and_no_module_takes_the_place_of_an_operation(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(ops, "_bound", {})
+    monkeypatch.setattr(ops, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(varlen, "obstacle", lambda *_: None)
+    ops.configure("triton", torch.device("cpu"), *["triton"] * 4)
+    assert all(callable(function) for function in vars(ops._bound["cpu"]).values())
+    for module in pkgutil.iter_modules(ops.__path__):
+        assert isinstance(getattr(ops, module.name, ops), ModuleType)
 
 
 def test_an_implementation_that_is_named_is_taken_as_asked():

@@ -23,7 +23,6 @@ from model.documents import Documents, part_of
 from model.layers.linear import Linear
 from model.lora import PROJECTIONS, LowRank
 from model.ops import plain
-from model.ops.cached import grouped_attention
 
 if TYPE_CHECKING:
     from workflow.params import ModelParams
@@ -176,6 +175,5 @@ class Attention(nn.Module):
     ) -> Tensor:
         own = part_of(v, documents, part)
         q, k, v = (x.unflatten(0, (documents.count, -1)) for x in (q, k, v))
-        visible = torch.arange(k.shape[1], device=k.device) <= part[:, None]
-        y = grouped_attention(q, k, v, visible).flatten(0, 1)
+        y = ops.part_attention(q, k, v, part).flatten(0, 1)
         return plain.exclude_own_value(y, own) if self.exclusive else y

@@ -52,6 +52,7 @@ class _Bound:
     exclusive: Callable[..., Tensor] | None
     turned: Callable[..., Tensor] | None
     self_attention: Callable[..., Tensor] | None
+    part_attention: Callable[..., Tensor] | None
     ring: Callable[..., Tensor] | None
     mix: Callable[..., tuple[Tensor, Tensor]] | None
     summed_norm: Callable[..., tuple[Tensor, Tensor]] | None
@@ -98,6 +99,7 @@ def configure(
         exclusive=kernel("attention", "triton_attention", "triton_attention"),
         turned=kernel("attention", "query_key", "turned"),
         self_attention=kernel("attention", "fused_attention", "self_attention"),
+        part_attention=kernel("attention", "query_part", "part_attention"),
         ring=kernel("ring", "chunk_attention", "ring_attention"),
         mix=kernel("mix", "fused_mix", "mixed_norm"),
         summed_norm=kernel("mix", "fused_mix", "summed_norm"),
@@ -224,6 +226,19 @@ def self_attention(
         return varlen_attention(q, k, v, documents, exclusive)
 
     return plain.attend(projected, gain, turns, width, attention)
+
+
+def part_attention(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> Tensor:
+    """Attention of some tokens of each document: q (rows, m, heads, d) of a part (m,), int64.
+
+    k and v (rows, n, kv_heads, d) of all n tokens; a query sees those up to its own position.
+    Returns (rows, m, heads, d).
+    """
+    fused = _chosen(q.device).part_attention
+    if fused is None or not _taken(q, q.shape[3]):
+        visible = torch.arange(k.shape[1], device=k.device) <= part[:, None]
+        return cached.grouped_attention(q, k, v, visible)
+    return fused(q, k, v, part)
 
 
 def find_pieces(documents: Documents, device: torch.device) -> None:

@@ -339,15 +339,15 @@ def plan(rows: int, new: int, group: int, kv_heads: int, capacity: int, processo
     return Plan(tile, new_keys, tiles, parts + 1 if parts > 1 else 1)
 
 
-def _stride(x: Tensor) -> int:
+def token_stride(x: Tensor) -> int:
     """From token to token of x (rows, new, heads, d)."""
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
-def _packed(x: Tensor) -> Tensor:
+def packed_rows(x: Tensor) -> Tensor:
     """x (rows, new, heads, d), copied unless one stride leads through all tokens."""
     rows, new, _, width = x.shape
-    even = rows == 1 or x.stride(0) == new * _stride(x)
+    even = rows == 1 or x.stride(0) == new * token_stride(x)
     return x if even and x.stride()[2:] == (width, 1) else x.contiguous()
 
 
@@ -366,7 +366,7 @@ def _launch(
         "KEYS": KEYS, "EXCLUSIVE": exclusive, "num_warps": WARPS,
         "num_stages": STAGES,
     }  # fmt: skip
-    strides = [*map(_stride, (q, k, v)), ring.stride(0)]
+    strides = [*map(token_stride, (q, k, v)), ring.stride(0)]
     return cut, [cut.parts, new, *strides, size, scale], constants
 
 
@@ -389,7 +389,7 @@ def chunk_attention(
     int64 (), hold something. One dtype but for `filled`. exclusive: z is y without its own value;
     else it is y, and c is 0. q, k and v have gradients, the ring none.
     """
-    q, k, v = map(_packed, (q, k, v))
+    q, k, v = map(packed_rows, (q, k, v))
     z = q.new_empty(q.shape)
     lse, share = (q.new_empty(q.shape[:-1], dtype=torch.float32) for _ in range(2))
     if q.numel() == 0:
@@ -405,7 +405,7 @@ def chunk_attention(
         outputs = (part_y, part_lse, share)
         ring_attention_kernel[grid](*operands, *outputs, *numbers, WHOLE=False, **constants)
         ring_attention_combine_kernel[(lse.numel(),)](
-            part_y, part_lse, v, z, lse, share, cut.parts, lse.numel(), _stride(v),
+            part_y, part_lse, v, z, lse, share, cut.parts, lse.numel(), token_stride(v),
             HEADS=q.shape[2], GROUP=constants["GROUP"], EXCLUSIVE=exclusive, **_joining(ring_keys),
         )  # fmt: skip
     return z, lse, share
@@ -423,7 +423,7 @@ def chunk_attention_backward(
     filled: Tensor, z: Tensor, lse: Tensor, share: Tensor, exclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv from dz; the other arguments and z, lse, c as in the forward pass."""
-    dz, q, k, v = dz.contiguous(), *map(_packed, (q, k, v))
+    dz, q, k, v = dz.contiguous(), *map(packed_rows, (q, k, v))
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if q.numel() == 0:
         return dq, dk, dv

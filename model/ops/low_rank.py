@@ -31,9 +31,9 @@ from model.ops.hopper import product, whole_rows
 SITES = 4  # at most
 COLUMNS = 64  # outputs in a tile
 SMALLEST_TILE = 16  # that a matrix product takes
-MOST_TOKENS = 64  # in a tile
+MOST_TOKENS = 128  # in a tile
 MOST_RANKS = 128  # of the rank in a tile
-WARPS, STAGES = 4, 3
+WARPS, STAGES = 4, 3  # twice the warps for the largest tiles
 ANY_VALUE = ["new"]  # tokens of a document: one compiled kernel serves all numbers
 WHOLE = tl.constexpr(2**30)  # more columns than a site has
 
@@ -236,7 +236,8 @@ def plan(new: int, rank: int, widths: Sequence[int]) -> dict[str, Any]:
     tokens = max(SMALLEST_TILE, min(MOST_TOKENS, triton.next_power_of_2(new)))
     step = max(SMALLEST_TILE, min(MOST_RANKS, triton.next_power_of_2(rank)))
     sizes = {"WIDTHS": tuple(widths), "RANK": rank, "ALL": sum(widths), "TOKENS": tokens}
-    return {**sizes, "COLUMNS": COLUMNS, "STEP": step, "num_warps": WARPS, "num_stages": STAGES}
+    warps = 2 * WARPS if tokens == MOST_TOKENS else WARPS
+    return {**sizes, "COLUMNS": COLUMNS, "STEP": step, "num_warps": warps, "num_stages": STAGES}
 
 
 @torch.library.custom_op("pocketlm::low_rank_sum", mutates_args=())

@@ -21,6 +21,8 @@ from torch import Tensor
 from model.layers.norm import EPSILON
 
 TOKENS = 16  # of a program
+FEW_TOKENS = 8192  # with fewer, a program takes some heads alone, as most of a GPU would be idle
+SOME_HEADS = 4
 
 
 @triton.jit
@@ -43,17 +45,18 @@ def _partner(column, HALF: tl.constexpr):
 @triton.jit
 def turn_kernel(
     x_ptr, gain_ptr, cosine_ptr, sine_ptr, y_ptr, T, x_stride, HEADS: tl.constexpr,
-    ALL: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, EPSILON: tl.constexpr,
-    TOKENS: tl.constexpr,
+    ALL: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    EPSILON: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """All heads of some tokens; the first HEADS of ALL are queries."""
+    """PART of all heads of some tokens; the first HEADS of ALL are queries."""
     column = tl.arange(0, WIDTH)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside, wide = token < T, token.to(tl.int64)[:, None]
     mask = inside[:, None]
     if HALF > 0:
         cosine, sine = _turn(cosine_ptr, sine_ptr, token, inside, column, HALF)
-    for head in tl.range(0, ALL):
+    first = tl.program_id(1) * PART
+    for head in tl.range(first, tl.minimum(first + PART, ALL)):
         row = x_ptr + wide * x_stride + head * WIDTH
         x = tl.load(row + column[None, :], mask=mask, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + EPSILON)
@@ -68,17 +71,18 @@ def turn_kernel(
 @triton.jit
 def turn_backward_kernel(
     dy_ptr, x_ptr, gain_ptr, cosine_ptr, sine_ptr, dx_ptr, dgain_ptr, T, x_stride, dx_stride,
-    HEADS: tl.constexpr, ALL: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
-    EPSILON: tl.constexpr, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr, ALL: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr,
+    HALF: tl.constexpr, EPSILON: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all heads of some tokens, and their part of the gradient of the gains."""
+    """Gradients of PART of all heads of some tokens, and their share of that of the gains."""
     column = tl.arange(0, WIDTH)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside, wide = token < T, token.to(tl.int64)[:, None]
     mask = inside[:, None]
     if HALF > 0:
         cosine, sine = _turn(cosine_ptr, sine_ptr, token, inside, column, HALF)
-    for head in tl.range(0, ALL):
+    first = tl.program_id(1) * PART
+    for head in tl.range(first, tl.minimum(first + PART, ALL)):
         here = head * WIDTH + column[None, :]
         row = dy_ptr + wide * (ALL * WIDTH) + head * WIDTH
         dn = tl.load(row + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -106,10 +110,10 @@ def prepare(
     """
     tokens, columns = x.shape
     y = x.new_empty(tokens, columns)
-    turn_kernel[(triton.cdiv(tokens, TOKENS),)](
-        x, gain, cosines, sines, y, tokens, x.stride(0), **_sizes(x, cosines, heads, width),
-        num_warps=4,
-    )  # fmt: skip
+    sizes = _sizes(x, cosines, heads, width)
+    turn_kernel[triton.cdiv(tokens, TOKENS), triton.cdiv(sizes["ALL"], sizes["PART"])](
+        x, gain, cosines, sines, y, tokens, x.stride(0), **sizes, num_warps=4
+    )
     return y
 
 
@@ -129,17 +133,19 @@ def prepare_backward(
     """
     tokens, heads = x.shape[0], gain.numel()
     programs = triton.cdiv(tokens, TOKENS)
-    partial = gain.new_empty(programs, heads)
-    turn_backward_kernel[(programs,)](
-        dy, x, gain, cosines, sines, dx, partial, tokens, x.stride(0), dx.stride(0),
-        **_sizes(x, cosines, heads, width), num_warps=4,
+    partial, sizes = gain.new_empty(programs, heads), _sizes(x, cosines, heads, width)
+    turn_backward_kernel[programs, triton.cdiv(sizes["ALL"], sizes["PART"])](
+        dy, x, gain, cosines, sines, dx, partial, tokens, x.stride(0), dx.stride(0), **sizes,
+        num_warps=4,
     )  # fmt: skip
     return partial
 
 
-def _sizes(x: Tensor, cosines: Tensor, heads: int, width: int) -> dict[str, float]:
-    sizes = {"HEADS": heads, "ALL": x.shape[1] // width, "WIDTH": width, "HALF": cosines.shape[-1]}
-    return {**sizes, "EPSILON": EPSILON, "TOKENS": TOKENS}
+def _sizes(x: Tensor, cosines: Tensor, heads: int, width: int) -> dict[str, Any]:
+    every = x.shape[1] // width
+    part = min(every, SOME_HEADS) if x.shape[0] < FEW_TOKENS else every
+    sizes = {"HEADS": heads, "ALL": every, "PART": part, "WIDTH": width}
+    return {**sizes, "HALF": cosines.shape[-1], "EPSILON": EPSILON, "TOKENS": TOKENS}
 
 
 @torch.library.custom_op("pocketlm::turned", mutates_args=())
