@@ -24,14 +24,14 @@ from model.gpt import GPT, Adapters
 from model.lora import READERS, BlockAdapters, low_rank, side_by_side, site_name
 from model.ops.plain import exclude_own_value
 from model.replay import Replay
-from model.ttt import ttt_losses
+from model.ttt import ttt_losses, window
 from model.ttt.adapters import HASH_TABLE, DocumentAdapters, initial_parameters
 from model.ttt.batches import Batch, bytes_per_document, document_batches, rows_that_read
 from model.ttt.cached import CachedReader
 from model.ttt.chunks import Pass, chunks, passes
 from model.ttt.loop import Session
 from model.ttt.rows import PASS, STEP
-from model.ttt.window import WindowReader
+from model.ttt.window import WindowReader, window_shape
 from model.working_weights import fixed_weights
 from tests.models import random_documents, small_model, ttt_params
 from tests.processes import run_processes
@@ -42,7 +42,8 @@ LENGTHS = [1, 2, 7, 8, 9, 30, 55, 64]
 
 @pytest.fixture(autouse=True)
 def _windows_of_several_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WindowReader, "BUCKET", 16)
+    monkeypatch.setattr(window, "STEP", 16)
+    monkeypatch.setattr(window, "GROWTH", 0)
 
 
 Weights = Mapping[str, Tensor]
@@ -429,6 +430,8 @@ def test_chunks_that_run_again_count_as_read() -> None:
         for reach in (0, 2)
     )
     assert reaching > alone
+    hashing = bytes_per_document(small_model(), ttt.model_copy(update={"hash_buckets": 64}))
+    assert hashing - alone == 64 * 32 * 16  # values, second moments, gradients twice; fp32
 
 
 def as_many(over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
@@ -454,6 +457,30 @@ def test_several_processes_get_pieces_small_enough_to_keep_all_busy() -> None:
 
     assert makespan(4, 4) < 0.5 * makespan(1, 1)
     assert makespan(4, 4) < 0.6 * makespan(4, 1)
+
+
+def test_only_the_first_batches_are_smaller_for_several_processes() -> None:
+    lengths = [5000, 4000, 1000, *[300] * 40]
+    ttt = ttt_params(mode="cached", chunk=32, context=2048, tokens_per_batch=65536)
+    for processes in (2, 3):
+        sizes = [len(batch.members) for batch in document_batches(lengths, ttt, 16, processes)]
+        assert 1 < len(sizes) <= processes + 3
+        assert all(size == 16 for size in sizes[processes:-1])
+        assert sizes[0] < 3
+
+
+def test_windows_of_few_documents_grow_by_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "STEP", 128)
+    monkeypatch.setattr(window, "GROWTH", 2048)
+    ttt = ttt_params(chunk=32, context=2048)
+    over, counts = passes(4096, ttt), (1, 2, 7, 16, 500)
+    found = {n: {window_shape(one, n, ttt).tokens for one in over} for n in counts}
+    assert [min(found[n]) for n in counts] == [2048, 1024, 512, 128, 128]
+    for number, lengths in found.items():
+        step = min(lengths)
+        assert lengths == set(range(step, 2049, step))
+        for one in over:
+            assert window_shape(one, number, ttt).tokens >= min(one.end, 2048)
 
 
 def test_simulation_of_a_queue_worked_out_by_hand() -> None:
@@ -560,8 +587,8 @@ def test_windows_filled_up_equal_those_that_end_with_the_chunk(
     model, ttt = small_model(), ttt_params(context=40, hash_buckets=16)
     tokens = torch.tensor(np.stack(random_documents([64] * 3)).astype(np.int64))
 
-    def found(bucket: int) -> list[tuple[int, list[Tensor]]]:
-        monkeypatch.setattr(WindowReader, "BUCKET", bucket)
+    def found(step: int) -> list[tuple[int, list[Tensor]]]:
+        monkeypatch.setattr(window, "STEP", step)
         torch.manual_seed(0)
         adapters = DocumentAdapters(model, ttt, 3)
         leaves = [group.leaf for group in adapters._groups]
@@ -572,7 +599,7 @@ def test_windows_filled_up_equal_those_that_end_with_the_chunk(
         results = []
         for one in passes(64, ttt):
             reader._window_tokens.fill_(5)  # left by others
-            reader.move_to(one)
+            reader.move_to(one, reader.shape(one, 3))
             assert not reader._window.view(3, -1)[:, one.end :].any()
             losses = reader.losses(first=True)
             gradients = torch.autograd.grad(losses.sum(), leaves)
@@ -596,7 +623,7 @@ def test_only_recorded_windows_are_filled_up(recorded: bool, lengths: list[int])
     ttt = ttt_params(context=30)
     with fixed_weights(small_model()):
         session = Session(small_model(), ttt, 3, Replay(recorded))
-        found = [session._reader.shape(one).tokens for one in passes(32, ttt)]
+        found = [session._reader.shape(one, 3).tokens for one in passes(32, ttt)]
     assert found == [min(length, 30) for length in lengths]
 
 

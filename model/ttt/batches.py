@@ -5,8 +5,9 @@ long to read is begun early. Documents of a single chunk are never trained on; t
 they are, packed, at the very end, where their small pieces of work fill the gaps.
 
 Every batch takes at least as long as its longest document, however few rows are left at its end: so
-batches are as large as memory allows, unless several processes share them. Then none has more than
-a part of all tokens, and that part is the one of PARTS with which all processes are done first
+batches are as large as memory allows, unless several processes share them. Then the first batches,
+one for each process or for each but one, have at most a part of all tokens, so that the longest
+documents are spread; that part is the one of PARTS with which all processes are done first
 according to the work (`model.ttt.rows`) of each batch.
 """
 
@@ -14,7 +15,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,9 +23,9 @@ import torch
 
 from model.gpt import GPT
 from model.ttt.adapters import values_per_document
-from model.ttt.chunks import passes
+from model.ttt.chunks import Shape, passes
 from model.ttt.rows import running_rows, work
-from model.ttt.window import WindowReader
+from model.ttt.window import window_shape
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
@@ -56,7 +57,8 @@ def document_batches(
     long = [number for number in order if lengths[number] > ttt.chunk]
     total = sum(lengths[number] for number in long)
     limits = [part * total / processes for part in PARTS] if processes > 1 else [total]
-    cuts = list(dict.fromkeys(_cut(long, lengths, ttt, rows, limit) for limit in limits))
+    choices = product(limits, {max(1, processes - 1), processes})
+    cuts = list(dict.fromkeys(_cut(long, lengths, ttt, rows, *choice) for choice in choices))
     if len(cuts) > 1:  # many documents are cut by memory alone
         work_of = cache(lambda begin, end: _work(long[begin:end], lengths, ttt))
         cuts.sort(key=lambda cut: makespan((work_of(*span) for span in pairwise(cut)), processes))
@@ -68,14 +70,19 @@ def document_batches(
 
 
 def _cut(
-    long: list[int], lengths: Sequence[int], ttt: "TTTParams", rows: int, limit: float
+    long: list[int], lengths: Sequence[int], ttt: "TTTParams", rows: int, limit: float, limited: int
 ) -> tuple[int, ...]:
-    """Where batches of up to `limit` tokens, but at least one document, begin; and the end."""
+    """Where batches begin, and the end: the first `limited` of up to `limit` tokens.
+
+    All have at least one document.
+    """
     cut = [0]
     while (begin := cut[-1]) < len(long):
         count = min(rows, rows_that_read(lengths[long[begin]], ttt))
-        tokens = accumulate(lengths[number] for number in long[begin : begin + count])
-        cut.append(begin + max(1, sum(total <= limit for total in tokens)))
+        if len(cut) <= limited:
+            tokens = accumulate(lengths[number] for number in long[begin : begin + count])
+            count = max(1, sum(total <= limit for total in tokens))
+        cut.append(min(begin + count, len(long)))
     return tuple(cut)
 
 
@@ -84,12 +91,11 @@ def _work(members: list[int], lengths: Sequence[int], ttt: "TTTParams") -> int:
     present = np.array([lengths[member] for member in members])
     over = passes(int(present[0]), ttt)
     counts = [int((present > one.start).sum()) for one in over]
-    window = ttt.mode == "window"
-    tokens = [min(one.end, ttt.context) if window else one.end - one.first for one in over]
-    bucket = WindowReader.BUCKET
-    shapes = [
-        (-(-read // bucket), one.end - one.start) for read, one in zip(tokens, over, strict=True)
-    ]
+    if ttt.mode == "window":
+        shapes = [window_shape(one, len(members), ttt) for one in over]
+    else:
+        shapes = [Shape(one.end - one.first, one.end - one.start, one.leaving) for one in over]
+    tokens = [shape.tokens for shape in shapes]
     return work(running_rows(counts, tokens, shapes), tokens, shapes)
 
 
@@ -120,12 +126,13 @@ def bytes_per_document(model: GPT, ttt: "TTTParams") -> int:
     """Estimate of the memory one document takes while it adapts.
 
     Masters and second moments in fp32; working copy and gradients, these both in parts and as one
-    matrix, in the activations' dtype; keys and values of the context; activations of a pass kept
-    for the gradient (mode `window`: bounded by ttt.tokens_per_batch instead, so only the chunk is
-    counted here as well).
+    matrix, in the activations' dtype, but for the hash table, which has all in fp32 and no copy;
+    keys and values of the context; activations of a pass kept for the gradient (mode `window`:
+    bounded by ttt.tokens_per_batch instead, so only the chunk is counted here as well).
     """
     params, size = model.params, model.dtype.itemsize
-    adapted = values_per_document(params, ttt) * (8 + 3 * size)
+    table = ttt.hash_buckets * params.width
+    adapted = (values_per_document(params, ttt) - table) * (8 + 3 * size) + table * 16
     kept = 2 * params.layers * ttt.context * params.kv_heads * params.head_width * size
     per_token = params.layers * (6 * params.width + 3 * params.mlp_width) * size
     activations = ttt.longest_pass * per_token + ttt.largest_chunk * 12 * params.vocabulary

@@ -67,18 +67,18 @@ class CachedReader:
         self._tokens, self._targets = self._tokens[:rows], self._targets[:rows]
         self._cache.keep_first(rows)
 
-    def shape(self, present: Pass) -> Shape:
-        """Shape of a pass."""
+    def shape(self, present: Pass, documents: int) -> Shape:
+        """Shape of a pass, whatever the number of documents."""
         start, end, first, leaving = present
         slots = self._cache.capacity
         if not ops.reads_filled_slots(self._model.device):
             slots = slots_at(first, self._ttt.chunk, slots)
         return Shape(end - first, end - start, leaving, slots)
 
-    def move_to(self, present: Pass) -> None:
+    def move_to(self, present: Pass, shape: Shape) -> None:
         """Go to a chunk."""
         rows, (start, end, first, _) = self._tokens.shape[0], present
-        length, size, self._leaving, slots = self.shape(present)
+        length, size, self._leaving, slots = shape
         self._packed = self._layouts.of(rows, length)
         self._present, self._wanted = slice(rows * length), slice(rows * size)
         self._pass_tokens[self._present].view(rows, -1).copy_(self._tokens[:, first:end])

@@ -129,13 +129,14 @@ class Session:
     def running(self, over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
         """Rows that run in each of the passes over documents of these lengths."""
         counts = [int((lengths > one.start).sum()) for one in over]
-        shapes = [self._reader.shape(one) for one in over]
+        shapes = [self._reader.shape(one, len(lengths)) for one in over]
         recording = RECORDING if self._replay.recorded else 0
         return running_rows(counts, [shape.tokens for shape in shapes], shapes, recording)
 
     def _begin(self, documents: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
         """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""
         self._passes = passes(documents[0].size, self._ttt)
+        self._shapes = [self._reader.shape(one, len(documents)) for one in self._passes]
         self._running = self.running(self._passes, lengths)
         rows, length, device = self._running[0], self._passes[-1].end, self._model.device
         tokens = _padded(documents, rows, length, device)
@@ -153,9 +154,9 @@ class Session:
         trains = number + 1 < len(self._passes) or self._replay.recorded
         if self._ttt.refresh and number and number % self._ttt.refresh == 0:
             self._reader.refresh(present)
-        self._reader.move_to(present)
+        self._reader.move_to(present, self._shapes[number])
         self._scalars.copy_(self._steps[number])
-        key = (rows, self._reader.shape(present))
+        key = (rows, self._shapes[number])
         return self._replay.run(key, lambda: self._score_and_step(trains))
 
     def _score_and_step(self, trains: bool) -> Tensor:

@@ -5,15 +5,19 @@ the chunk goes through the output head and the last block, but for its keys and 
 
 Launched one kernel after the other, a pass takes longer to launch than to run; recorded and
 replayed it does not, which needs the same shapes again and again. So recorded windows grow by
-buckets: until it is as long as the context, a window begins with the document and is filled up with
+steps: until it is as long as the context, a window begins with the document and is filled up with
 zeros behind the chunk. The model is causal: what follows a chunk changes nothing before it, and has
 no gradient, as no loss of it is asked for. It is zeros and not the document's own next tokens, so
 that no score can depend on them.
 
-    window   [0 ...... start| chunk |end 0 0 0]   a multiple of BUCKET
+    window   [0 ...... start| chunk |end 0 0 0]   a multiple of a step
     then     [end − context .......| chunk |end   context
+
+A step is large enough to keep the device busy while the next shape is recorded: windows of few
+documents grow by more, as their passes take no time to speak of.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,11 +32,19 @@ from model.ttt.layouts import Layouts
 if TYPE_CHECKING:
     from workflow.params import TTTParams
 
+STEP = 128  # tokens that recorded windows grow by: few shapes, and little work on zeros
+GROWTH = 2048  # tokens that those of all documents of a batch grow by, at least
+
+
+def window_shape(present: Pass, documents: int, ttt: "TTTParams") -> Shape:
+    """Shape of a recorded pass over a batch that began with so many documents."""
+    step = STEP * 2 ** math.ceil(math.log2(max(1.0, GROWTH / (STEP * documents))))
+    length = present.end + -present.end % step
+    return Shape(min(length, ttt.context), present.end - present.start)
+
 
 class WindowReader:
     """Losses of chunks by recomputed windows; see `CachedReader` for the order of the calls."""
-
-    BUCKET = 128  # tokens that recorded windows grow by: few shapes, and little work on zeros
 
     def __init__(
         self,
@@ -43,7 +55,7 @@ class WindowReader:
         recorded: bool,
     ) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
-        self._bucket = self.BUCKET if recorded else 1
+        self._recorded = recorded
         sizes = [rows * ttt.context, rows * ttt.largest_chunk, ttt.largest_chunk]
         buffers = torch.zeros(sum(sizes), dtype=torch.int64, device=model.device).split(sizes)
         self._window_tokens, self._chunk_targets, self._chunk_positions = buffers
@@ -57,21 +69,22 @@ class WindowReader:
         """Continue only the first `rows` documents."""
         self._tokens, self._targets = self._tokens[:rows], self._targets[:rows]
 
-    def shape(self, present: Pass) -> Shape:
-        """Shape of a pass."""
-        length = present.end + -present.end % self._bucket
-        return Shape(min(length, self._ttt.context), present.end - present.start)
+    def shape(self, present: Pass, documents: int) -> Shape:
+        """Shape of a pass over a batch that began with so many documents."""
+        if self._recorded:
+            return window_shape(present, documents, self._ttt)
+        return Shape(min(present.end, self._ttt.context), present.end - present.start)
 
     def _arrange(self, rows: int, length: int) -> Documents:
         """Describe the rows; what is not recorded has many lengths, none of them worth keeping."""
-        if self._bucket == 1:
+        if not self._recorded:
             return Documents.from_rows(rows, length, self._model.device)
         return self._layouts.of(rows, length)
 
-    def move_to(self, present: Pass) -> None:
+    def move_to(self, present: Pass, shape: Shape) -> None:
         """Go to a chunk."""
         rows, (start, end, *_) = self._tokens.shape[0], present
-        length, size, *_ = self.shape(present)
+        length, size, *_ = shape
         begin = max(0, end - length)
         self._packed = self._arrange(rows, length)
         self._window = self._window_tokens[: rows * length]
