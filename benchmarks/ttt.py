@@ -5,8 +5,8 @@
 on one GPU or CPU; what a reading does not name is the preset's. Under `torchrun --standalone
 --nproc-per-node 2` each reading is done by one process and by both together, for the speed-up
 (the last one's is two_gpu_speedup); with the same --json, the figures of one process are kept. The
-model is that of
---artifact, the documents are those of artifacts/tokenize; without them, random ones.
+model is that of --artifact, the documents are those of artifacts/tokenize; without them, random
+ones.
 
 Floor of one reading: model FLOPs at the measured rate of a large product plus the bytes of adapters
 and optimizer at the measured rate of a copy. Per token that is read, 4 FLOPs for each value of the

@@ -58,7 +58,7 @@ def _rows(ptr, start, end, stride, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def _queries(ptr, place, inside, D: tl.constexpr, WIDTH: tl.constexpr):
+def rows_at(ptr, place, inside, D: tl.constexpr, WIDTH: tl.constexpr):
     """Rows of D columns that begin at the places, zero where not `inside`."""
     columns = tl.arange(0, WIDTH)
     mask = inside[:, None] & (columns < D)[None, :]
@@ -116,7 +116,7 @@ def ring_attention_kernel(
     query = token * HEADS + m % GROUP  # from the first token and head of this document and group
     base = row * new * HEADS + head * GROUP
     q_ptr += row * new * q_stride + head * GROUP * D
-    q = _queries(q_ptr, token * q_stride + m % GROUP * D, inside, D, WIDTH)
+    q = rows_at(q_ptr, token * q_stride + m % GROUP * D, inside, D, WIDTH)
     largest = tl.full((TILE,), float("-inf"), tl.float32)
     total, y = tl.zeros((TILE,), tl.float32), tl.zeros((TILE, WIDTH), tl.float32)
 
@@ -202,9 +202,9 @@ def _query_side(
 ):  # fmt: skip
     """q, dy, lse and rowsum(dy ⊙ y) of a tile of queries, and what their own values get of dz."""
     token = m // GROUP
-    q = _queries(q_ptr, token * q_stride + m % GROUP * D, inside, D, WIDTH)
-    dz = _queries(dz_ptr, query * D, inside, D, WIDTH).to(tl.float32)
-    z = _queries(z_ptr, query * D, inside, D, WIDTH).to(tl.float32)
+    q = rows_at(q_ptr, token * q_stride + m % GROUP * D, inside, D, WIDTH)
+    dz = rows_at(dz_ptr, query * D, inside, D, WIDTH).to(tl.float32)
+    z = rows_at(z_ptr, query * D, inside, D, WIDTH).to(tl.float32)
     lse = tl.load(lse_ptr + query, mask=inside, other=float("inf"))
     y, dy, excluded = z, dz, tl.zeros_like(dz)
     if EXCLUSIVE:

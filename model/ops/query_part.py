@@ -33,6 +33,7 @@ from model.ops.chunk_attention import (
     packed_rows,
     ring_attention_combine_kernel,
     ring_attention_sum_kernel,
+    rows_at,
     token_stride,
 )
 from model.ops.hopper import product
@@ -48,14 +49,6 @@ BACKWARD = {"num_warps": 8, "num_stages": 2}
 LOWEST = tl.constexpr(-1e30)  # below any score, and finite: its difference to itself is 0
 # What differs between chunks and numbers of documents: one compiled kernel serves them all.
 ANY_VALUE = ["m", "n", "size"]
-
-
-@triton.jit
-def _load(ptr, at, inside, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of D columns that begin at the places, zero where not `inside`."""
-    columns = tl.arange(0, WIDTH)
-    mask = inside[:, None] & (columns < D)[None, :]
-    return tl.load(ptr + at[:, None] + columns[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -87,15 +80,15 @@ def part_attention_kernel(
     q_ptr += row * m * q_stride + head * GROUP * D
     k_ptr += row * n * k_stride + head * D
     v_ptr += row * n * v_stride + head * D
-    q = _load(q_ptr, token * q_stride + member * D, inside, D, WIDTH)
+    q = rows_at(q_ptr, token * q_stride + member * D, inside, D, WIDTH)
     largest = tl.full((TILE,), LOWEST, tl.float32)
     total, y = tl.zeros((TILE,), tl.float32), tl.zeros((TILE, WIDTH), tl.float32)
     first = tl.program_id(1) * SLICE
     end = tl.minimum(tl.minimum(first + SLICE, n), tl.max(last, 0) + 1)
     for start in tl.range(first, end, KEYS):
         key = start + tl.arange(0, KEYS)
-        k = _load(k_ptr, key * k_stride, key < end, D, WIDTH)
-        v = _load(v_ptr, key * v_stride, key < end, D, WIDTH)
+        k = rows_at(k_ptr, key * k_stride, key < end, D, WIDTH)
+        v = rows_at(v_ptr, key * v_stride, key < end, D, WIDTH)
         seen = key[None, :] <= last[:, None]
         s = tl.where(seen, product(q, tl.trans(k)) * scale, float("-inf"))
         before, largest = largest, tl.maximum(largest, tl.max(s, 1))
@@ -126,15 +119,15 @@ def part_attention_backward_kernel(
     dq_ptr += (tl.program_id(0).to(tl.int64) * size + base) * D
     k_ptr += row * n * k_stride + head * D
     v_ptr += row * n * v_stride + head * D
-    k = _load(k_ptr, key * k_stride, key < n, D, WIDTH)
-    v = _load(v_ptr, key * v_stride, key < n, D, WIDTH)
+    k = rows_at(k_ptr, key * k_stride, key < n, D, WIDTH)
+    v = rows_at(v_ptr, key * v_stride, key < n, D, WIDTH)
     dk, dv = tl.zeros((KEYS, WIDTH), tl.float32), tl.zeros((KEYS, WIDTH), tl.float32)
     for first in tl.range(0, m * GROUP, TILE):
         token, member, inside, last = _queries(part_ptr, first, m, GROUP, TILE)
         query = token * HEADS + member
-        q = _load(q_ptr, token * q_stride + member * D, inside, D, WIDTH)
-        dy = _load(dy_ptr + base * D, query * D, inside, D, WIDTH)
-        y = _load(y_ptr + base * D, query * D, inside, D, WIDTH)
+        q = rows_at(q_ptr, token * q_stride + member * D, inside, D, WIDTH)
+        dy = rows_at(dy_ptr + base * D, query * D, inside, D, WIDTH)
+        y = rows_at(y_ptr + base * D, query * D, inside, D, WIDTH)
         lse = tl.load(lse_ptr + base + query, mask=inside, other=0)
         delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
         seen = key[:, None] <= last[None, :]
