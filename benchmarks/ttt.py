@@ -45,7 +45,7 @@ from model.start_up import seconds_since_start, use_compile_cache
 from model.ttt import ttt_losses
 from model.ttt.adapters import values_per_document
 from model.ttt.batches import document_batches, rows_that_fit, rows_that_read
-from model.ttt.chunks import chunks
+from model.ttt.chunks import Pass, chunks
 from model.ttt.loop import Session
 from model.working_weights import fixed_weights
 from steps.common import COMPILE_CACHE, TOKENS
@@ -320,9 +320,9 @@ def measured_speed_up(
     ttt: TTTParams, model: GPT, documents: list[np.ndarray], group: Group
 ) -> float:
     """Time of the main process alone over the time of all together, all of them warm."""
-    warm_up(ttt, model, documents, Group(0, 1, group.device))
-    times = []
-    for members in (Group(0, 1, group.device), group):
+    alone, times = Group(0, 1, group.device), []
+    warm_up(ttt, model, documents, alone)
+    for members in (alone, group):
         group.barrier()
         began = time.perf_counter()
         if group.is_main or members is group:
@@ -356,7 +356,13 @@ def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> No
             return share * (one + slope * (count - 1))
 
         with fixed_weights(model):
-            rows_run = Session(model, changed, 1).running  # which does not ask for its capacity
+            session = Session(model, changed, 1)  # whose plan does not ask for its capacity
+
+        def rows_run(
+            over: Sequence[Pass], lengths: np.ndarray, session: Session = session
+        ) -> list[int]:
+            return session.plan(over, lengths)[1]
+
         for processes in QUEUE_SIZES:
             batches = document_batches(lengths, changed, limit, processes)
             plan = simulate(lengths, batches, changed, processes, seconds, rows_run)

@@ -66,7 +66,8 @@ def rows_at(ptr, place, inside, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store(ptr, x, rows, inside, D: tl.constexpr, WIDTH: tl.constexpr):
+def store_rows(ptr, x, rows, inside, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Write x to these rows of a matrix of D columns, where `inside`."""
     columns = tl.arange(0, WIDTH)
     mask = inside[:, None] & (columns < D)[None, :]
     tl.store(ptr + rows[:, None] * D + columns[None, :], x.to(ptr.dtype.element_ty), mask=mask)
@@ -91,13 +92,21 @@ def _slots(filled, part, parts, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _absorb(q, k, v, seen, scale, largest, total, y):
+def absorb(q, k, v, seen, scale, largest, total, y):
     """Take a tile of keys and values into the running softmax."""
     s = tl.where(seen, product(q, tl.trans(k)) * scale, float("-inf"))
     before, largest = largest, tl.maximum(largest, tl.max(s, 1))
     p, shrink = tl.exp(s - largest[:, None]), tl.exp(before - largest)
     y = y * shrink[:, None] + product(p.to(v.dtype), v)
     return largest, total * shrink + tl.sum(p, 1), y
+
+
+@triton.jit
+def normalised(largest, total, y):
+    """Result and lse of a running softmax; 0 and -inf where it met no key."""
+    some = total > 0
+    total = tl.where(some, total, 1)
+    return y / total[:, None], tl.where(some, largest + tl.log(total), float("-inf"))
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
@@ -126,7 +135,7 @@ def ring_attention_kernel(
         k = _rows(ring_k_ptr + ring, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
         v = _rows(ring_v_ptr + ring, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
         seen = (slot + tl.arange(0, KEYS) < end)[None, :]
-        largest, total, y = _absorb(q, k, v, seen, scale, largest, total, y)
+        largest, total, y = absorb(q, k, v, seen, scale, largest, total, y)
     k_ptr += row * new * k_stride + head * D
     v_ptr += row * new * v_stride + head * D
     if part == parts - 1:
@@ -134,11 +143,9 @@ def ring_attention_kernel(
             k = _rows(k_ptr, key, new, k_stride, KEYS, D, WIDTH)
             v = _rows(v_ptr, key, new, v_stride, KEYS, D, WIDTH)
             seen = (key + tl.arange(0, KEYS))[None, :] <= token[:, None]
-            largest, total, y = _absorb(q, k, v, seen, scale, largest, total, y)
+            largest, total, y = absorb(q, k, v, seen, scale, largest, total, y)
 
-    some = total > 0  # else this part has no key
-    y = y / tl.where(some, total, 1)[:, None]
-    lse = tl.where(some, largest + tl.log(tl.where(some, total, 1)), float("-inf"))
+    y, lse = normalised(largest, total, y)
     if WHOLE:  # else the parts are combined first
         share = tl.zeros((TILE,), tl.float32)
         if EXCLUSIVE:
@@ -147,7 +154,7 @@ def ring_attention_kernel(
             y -= share[:, None] * own
         tl.store(share_ptr + base + query, share, mask=inside)
     base += part.to(tl.int64) * size
-    _store(y_ptr + base * D, y, query, inside, D, WIDTH)
+    store_rows(y_ptr + base * D, y, query, inside, D, WIDTH)
     tl.store(lse_ptr + base + query, lse, mask=inside)
 
 
@@ -172,7 +179,7 @@ def ring_attention_combine_kernel(
         own = _rows(v_ptr, 0, 1, D, 1, D, WIDTH).to(tl.float32)
         share = portion(y, own)
         y -= share[:, None] * own
-    _store(y_ptr + query * D, y, one, one < 1, D, WIDTH)
+    store_rows(y_ptr + query * D, y, one, one < 1, D, WIDTH)
     tl.store(lse_ptr + query, largest + tl.log(total))
     tl.store(share_ptr + query + one, share)
 
@@ -184,7 +191,7 @@ def ring_attention_sum_kernel(
     """Add up the parts of one query's gradient."""
     query, one = tl.program_id(0).to(tl.int64), tl.arange(0, 1)
     x = _rows(x_ptr + query * D, 0, parts, size.to(tl.int64) * D, PADDED, D, WIDTH)
-    _store(y_ptr + query * D, tl.sum(x, 0)[None, :], one, one < 1, D, WIDTH)
+    store_rows(y_ptr + query * D, tl.sum(x, 0)[None, :], one, one < 1, D, WIDTH)
 
 
 @triton.jit
@@ -249,7 +256,7 @@ def _query_gradient(
             seen = (key + tl.arange(0, KEYS))[None, :] <= token[:, None]
             _p, ds = _slopes(q, k, v, dy, lse, delta, seen, scale)
             dq += product(ds.to(k.dtype), k)
-    _store(dq_ptr, dq * scale, query, inside, D, WIDTH)
+    store_rows(dq_ptr, dq * scale, query, inside, D, WIDTH)
 
 
 @triton.jit
@@ -279,8 +286,8 @@ def _key_gradient(
             dv += product(same.to(q.dtype), excluded.to(q.dtype))
         dk += product(tl.trans(ds).to(q.dtype), q)
     out = key * (HEADS // GROUP)
-    _store(dk_ptr, dk * scale, out, key < new, D, WIDTH)
-    _store(dv_ptr, dv, out, key < new, D, WIDTH)
+    store_rows(dk_ptr, dk * scale, out, key < new, D, WIDTH)
+    store_rows(dv_ptr, dv, out, key < new, D, WIDTH)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
@@ -370,11 +377,15 @@ def _launch(
     return cut, [cut.parts, new, *strides, size, scale], constants
 
 
-def _joining(ring: Tensor) -> dict[str, int]:
-    """The constants of the kernels that join parts, for any number that a ring is cut into."""
-    _, capacity, _, width = ring.shape
-    padded = triton.next_power_of_2(capacity // SMALLEST_PART + 1)
+def joining(most_parts: int, width: int) -> dict[str, int]:
+    """The constants of the kernels that join parts, for any number up to a power of two."""
+    padded = triton.next_power_of_2(most_parts)
     return {"PADDED": padded, "D": width, "WIDTH": triton.next_power_of_2(width), "num_warps": 1}
+
+
+def _joining(ring: Tensor) -> dict[str, int]:
+    """`joining` for any number of parts that a ring is cut into."""
+    return joining(ring.shape[1] // SMALLEST_PART + 1, ring.shape[3])
 
 
 @torch.library.custom_op("pocketlm::chunk_attention", mutates_args=())

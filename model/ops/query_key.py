@@ -110,10 +110,8 @@ def prepare(
     """
     tokens, columns = x.shape
     y = x.new_empty(tokens, columns)
-    sizes = _sizes(x, cosines, heads, width)
-    turn_kernel[triton.cdiv(tokens, TOKENS), triton.cdiv(sizes["ALL"], sizes["PART"])](
-        x, gain, cosines, sines, y, tokens, x.stride(0), **sizes, num_warps=4
-    )
+    grid, sizes = _launch(x, cosines, heads, width)
+    turn_kernel[grid](x, gain, cosines, sines, y, tokens, x.stride(0), **sizes, num_warps=4)
     return y
 
 
@@ -132,20 +130,24 @@ def prepare_backward(
     heads), to be added.
     """
     tokens, heads = x.shape[0], gain.numel()
-    programs = triton.cdiv(tokens, TOKENS)
-    partial, sizes = gain.new_empty(programs, heads), _sizes(x, cosines, heads, width)
-    turn_backward_kernel[programs, triton.cdiv(sizes["ALL"], sizes["PART"])](
+    grid, sizes = _launch(x, cosines, heads, width)
+    partial = gain.new_empty(grid[0], heads)
+    turn_backward_kernel[grid](
         dy, x, gain, cosines, sines, dx, partial, tokens, x.stride(0), dx.stride(0), **sizes,
         num_warps=4,
     )  # fmt: skip
     return partial
 
 
-def _sizes(x: Tensor, cosines: Tensor, heads: int, width: int) -> dict[str, Any]:
-    every = x.shape[1] // width
-    part = min(every, SOME_HEADS) if x.shape[0] < FEW_TOKENS else every
-    sizes = {"HEADS": heads, "ALL": every, "PART": part, "WIDTH": width}
-    return {**sizes, "HALF": cosines.shape[-1], "EPSILON": EPSILON, "TOKENS": TOKENS}
+def _launch(
+    x: Tensor, cosines: Tensor, heads: int, width: int
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid and the constants of both kernels."""
+    tokens, every = x.shape[0], x.shape[1] // width
+    part = min(every, SOME_HEADS) if tokens < FEW_TOKENS else every
+    sizes = {"HEADS": heads, "ALL": every, "PART": part, "WIDTH": width, "TOKENS": TOKENS}
+    grid = triton.cdiv(tokens, TOKENS), triton.cdiv(every, part)
+    return grid, {**sizes, "HALF": cosines.shape[-1], "EPSILON": EPSILON}
 
 
 @torch.library.custom_op("pocketlm::turned", mutates_args=())

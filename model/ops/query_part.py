@@ -30,10 +30,16 @@ import triton.language as tl
 from torch import Tensor
 
 from model.ops.chunk_attention import (
+    LARGEST_TILE,
+    SMALLEST_TILE,
+    absorb,
+    joining,
+    normalised,
     packed_rows,
     ring_attention_combine_kernel,
     ring_attention_sum_kernel,
     rows_at,
+    store_rows,
     token_stride,
 )
 from model.ops.hopper import product
@@ -41,21 +47,12 @@ from model.ops.hopper import product
 SLICE = 256  # keys that are worth a program of their own
 KEYS = 64  # keys in a tile
 GRADIENT_KEYS = 128  # in the backward pass, where each tile leaves a sum for every query
-LARGEST_TILE = 64  # queries in a tile, those of a group's heads counted singly
-SMALLEST_TILE = 16  # that a matrix product takes
 USUAL_SLICES = 16  # or fewer, which one compiled kernel joins
 FORWARD = {"num_warps": 4, "num_stages": 3}
 BACKWARD = {"num_warps": 8, "num_stages": 2}
 LOWEST = tl.constexpr(-1e30)  # below any score, and finite: its difference to itself is 0
 # What differs between chunks and numbers of documents: one compiled kernel serves them all.
 ANY_VALUE = ["m", "n", "size"]
-
-
-@triton.jit
-def _store(ptr, x, at, inside, D: tl.constexpr, WIDTH: tl.constexpr):
-    columns = tl.arange(0, WIDTH)
-    mask = inside[:, None] & (columns < D)[None, :]
-    tl.store(ptr + at[:, None] + columns[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -90,17 +87,11 @@ def part_attention_kernel(
         k = rows_at(k_ptr, key * k_stride, key < end, D, WIDTH)
         v = rows_at(v_ptr, key * v_stride, key < end, D, WIDTH)
         seen = key[None, :] <= last[:, None]
-        s = tl.where(seen, product(q, tl.trans(k)) * scale, float("-inf"))
-        before, largest = largest, tl.maximum(largest, tl.max(s, 1))
-        p, shrink = tl.exp(s - largest[:, None]), tl.exp(before - largest)
-        total = total * shrink + tl.sum(p, 1)
-        y = y * shrink[:, None] + product(p.to(v.dtype), v)
-    some = total > 0  # else no key of this slice is seen
-    y = y / tl.where(some, total, 1)[:, None]
-    lse = tl.where(some, largest + tl.log(tl.where(some, total, 1)), float("-inf"))
+        largest, total, y = absorb(q, k, v, seen, scale, largest, total, y)
+    y, lse = normalised(largest, total, y)
     base = tl.program_id(1).to(tl.int64) * size + row * m * HEADS + head * GROUP
     query = token * HEADS + member
-    _store(y_ptr + base * D, y, query * D, inside, D, WIDTH)
+    store_rows(y_ptr + base * D, y, query, inside, D, WIDTH)
     tl.store(lse_ptr + base + query, lse, mask=inside)
 
 
@@ -136,10 +127,10 @@ def part_attention_backward_kernel(
         ds = (p * (product(v, tl.trans(dy)) - delta[None, :])).to(q.dtype)
         dv += product(p.to(dy.dtype), dy)
         dk += product(ds, q)
-        _store(dq_ptr, product(tl.trans(ds), k) * scale, query * D, inside, D, WIDTH)
-    base, out = (row * n * KV_HEADS + head) * D, key * KV_HEADS * D
-    _store(dk_ptr + base, dk * scale, out, key < n, D, WIDTH)
-    _store(dv_ptr + base, dv, out, key < n, D, WIDTH)
+        store_rows(dq_ptr, product(tl.trans(ds), k) * scale, query, inside, D, WIDTH)
+    base, out = (row * n * KV_HEADS + head) * D, key * KV_HEADS
+    store_rows(dk_ptr + base, dk * scale, out, key < n, D, WIDTH)
+    store_rows(dv_ptr + base, dv, out, key < n, D, WIDTH)
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[int | float], dict[str, int]]:
@@ -153,12 +144,6 @@ def _launch(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[int | float], dict[st
     }  # fmt: skip
     numbers = [m, k.shape[1], *map(token_stride, (q, k, v)), rows * m * heads, width**-0.5]
     return numbers, constants
-
-
-def _joining(slices: int, width: int) -> dict[str, int]:
-    """The constants of the kernels that join slices."""
-    padded = max(USUAL_SLICES, triton.next_power_of_2(slices))
-    return {"PADDED": padded, "D": width, "WIDTH": triton.next_power_of_2(width), "num_warps": 1}
 
 
 @torch.library.custom_op("pocketlm::part_attention", mutates_args=())
@@ -183,7 +168,8 @@ def attention_of_part(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> tuple[Te
     )  # fmt: skip
     ring_attention_combine_kernel[(lse.numel(),)](
         slice_y, slice_lse, v, y, lse, torch.empty_like(lse), slices, lse.numel(), token_stride(v),
-        HEADS=heads, GROUP=constants["GROUP"], EXCLUSIVE=False, **_joining(slices, width),
+        HEADS=heads, GROUP=constants["GROUP"], EXCLUSIVE=False,
+        **joining(max(USUAL_SLICES, slices), width),
     )  # fmt: skip
     return y, lse
 
@@ -210,7 +196,7 @@ def attention_of_part_backward(
         **constants, **BACKWARD,
     )  # fmt: skip
     ring_attention_sum_kernel[(lse.numel(),)](
-        tile_dq, dq, tiles, lse.numel(), **_joining(tiles, q.shape[3])
+        tile_dq, dq, tiles, lse.numel(), **joining(max(USUAL_SLICES, tiles), q.shape[3])
     )  # fmt: skip
     return dq, dk, dv
 

@@ -23,7 +23,8 @@ import torch
 
 from model.gpt import GPT
 from model.ttt.adapters import values_per_document
-from model.ttt.chunks import Shape, passes
+from model.ttt.cached import cached_shape
+from model.ttt.chunks import passes
 from model.ttt.rows import running_rows, work
 from model.ttt.window import window_shape
 
@@ -94,7 +95,7 @@ def _work(members: list[int], lengths: Sequence[int], ttt: "TTTParams") -> int:
     if ttt.mode == "window":
         shapes = [window_shape(one, len(members), ttt) for one in over]
     else:
-        shapes = [Shape(one.end - one.first, one.end - one.start, one.leaving) for one in over]
+        shapes = [cached_shape(one) for one in over]
     tokens = [shape.tokens for shape in shapes]
     return work(running_rows(counts, tokens, shapes), tokens, shapes)
 

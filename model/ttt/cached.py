@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from workflow.params import TTTParams
 
 
+def cached_shape(present: Pass, slots: int = 0) -> Shape:
+    """Shape of a pass that looks at so many slots of the ring."""
+    start, end, first, leaving = present
+    return Shape(end - first, end - start, leaving, slots)
+
+
 class CachedReader:
     """Losses of chunks against a `SlidingCache`.
 
@@ -69,11 +75,10 @@ class CachedReader:
 
     def shape(self, present: Pass, documents: int) -> Shape:
         """Shape of a pass, whatever the number of documents."""
-        start, end, first, leaving = present
         slots = self._cache.capacity
         if not ops.reads_filled_slots(self._model.device):
-            slots = slots_at(first, self._ttt.chunk, slots)
-        return Shape(end - first, end - start, leaving, slots)
+            slots = slots_at(present.first, self._ttt.chunk, slots)
+        return cached_shape(present, slots)
 
     def move_to(self, present: Pass, shape: Shape) -> None:
         """Go to a chunk."""

@@ -22,7 +22,7 @@ from model.replay import CUDAReplay, Replay
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.batches import document_batches, rows_that_fit
 from model.ttt.cached import CachedReader
-from model.ttt.chunks import Pass, passes
+from model.ttt.chunks import Pass, Shape, passes
 from model.ttt.rows import RECORDING, running_rows
 from model.ttt.window import WindowReader
 from model.working_weights import fixed_weights
@@ -126,18 +126,18 @@ class Session:
             found = torch.cat(present).cpu().numpy()
         return np.split(found, np.cumsum(lengths)[:-1])
 
-    def running(self, over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
-        """Rows that run in each of the passes over documents of these lengths."""
+    def plan(self, over: Sequence[Pass], lengths: np.ndarray) -> tuple[list[Shape], list[int]]:
+        """Shape of each of the passes over documents of these lengths, and the rows that run."""
         counts = [int((lengths > one.start).sum()) for one in over]
         shapes = [self._reader.shape(one, len(lengths)) for one in over]
         recording = RECORDING if self._replay.recorded else 0
-        return running_rows(counts, [shape.tokens for shape in shapes], shapes, recording)
+        tokens = [shape.tokens for shape in shapes]
+        return shapes, running_rows(counts, tokens, shapes, recording)
 
     def _begin(self, documents: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
         """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""
         self._passes = passes(documents[0].size, self._ttt)
-        self._shapes = [self._reader.shape(one, len(documents)) for one in self._passes]
-        self._running = self.running(self._passes, lengths)
+        self._shapes, self._running = self.plan(self._passes, lengths)
         rows, length, device = self._running[0], self._passes[-1].end, self._model.device
         tokens = _padded(documents, rows, length, device)
         targets = _padded([targets_of(d) for d in documents], rows, length, device)
