@@ -41,10 +41,10 @@ from model.gpt import GPT
 from model.layers.linear import Linear
 from model.memory import peak_memory_mib
 from model.run_log import environment
-from model.start_up import seconds_since_start, use_compile_cache
+from model.start_up import seconds_since_start, use_compile_cache, use_growing_segments
 from model.ttt import ttt_losses
 from model.ttt.adapters import values_per_document
-from model.ttt.batches import document_batches, rows_that_fit, rows_that_read
+from model.ttt.batches import document_batches, rows_that_fit, tokens_at_once
 from model.ttt.chunks import Pass, chunks
 from model.ttt.loop import Session
 from model.working_weights import fixed_weights
@@ -97,6 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     params = common.load(options.preset)
     use_compile_cache(COMPILE_CACHE)
+    use_growing_segments()
     with process_group() as group:
         ops.configure(device=group.device, **params.ops.model_dump())
         model, documents = subject(params, options, group)
@@ -319,9 +320,14 @@ def floor_work(model: GPT, ttt: TTTParams, lengths: Sequence[int]) -> tuple[floa
 def measured_speed_up(
     ttt: TTTParams, model: GPT, documents: list[np.ndarray], group: Group
 ) -> float:
-    """Time of the main process alone over the time of all together, all of them warm."""
+    """Time of the main process alone over the time of all together.
+
+    All of them have read the documents before, as libraries load the kernels of a shape when it
+    first occurs, for which they wait until the device has nothing left to do.
+    """
     alone, times = Group(0, 1, group.device), []
     warm_up(ttt, model, documents, alone)
+    ttt_losses(model, documents, ttt, alone)
     for members in (alone, group):
         group.barrier()
         began = time.perf_counter()
@@ -339,7 +345,7 @@ def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> No
         limit = min(
             len(lengths),
             rows_that_fit(model, changed),
-            rows_that_read(changed.context, changed),
+            max(1, changed.tokens_per_batch // tokens_at_once(changed.context, changed)),
         )
         one, many = chunk_seconds(model, changed, 1), chunk_seconds(model, changed, limit)
         slope = (many - one) / max(1, limit - 1)

@@ -1,4 +1,4 @@
-"""What happens before the first step: the compile cache, and how long it all took.
+"""What happens before the first step: the compile cache, the allocator, and how long it all took.
 
 Compiled graphs and kernels are kept in one directory, which a later run of the same code with the
 same torch on the same kind of device reads instead of compiling; torch's own keys see to that.
@@ -17,6 +17,15 @@ def use_compile_cache(directory: Path) -> None:
     """Keep what torch and Triton compile from now on in `directory`, unless the user chose one."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.resolve()))
     os.environ.setdefault("TRITON_CACHE_DIR", str((directory / "triton").resolve()))
+
+
+def use_growing_segments() -> None:
+    """Let CUDA's memory be taken in segments that grow, unless the user chose otherwise.
+
+    Recorded passes of ever larger shapes then leave no holes that nothing fits into. To be called
+    before the first tensor on the device.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def compile_statistics() -> dict[str, int]:

@@ -28,7 +28,7 @@ from model.evaluation import (
 from model.files import atomic_file
 from model.gpt import GPT
 from model.memory import peak_memory_mib
-from model.start_up import use_compile_cache
+from model.start_up import use_compile_cache, use_growing_segments
 from model.ttt import ttt_losses
 from steps.common import COMPILE_CACHE, TOKENS, Step, progress, run
 
@@ -52,6 +52,7 @@ def main(step: Step) -> None:
     """Score, and publish losses and metrics."""
     step.open_log(SECTIONS)
     use_compile_cache(COMPILE_CACHE)
+    use_growing_segments()
     manifest = Manifest.load(TOKENS)
     tokenizer = Tokenizer(manifest.tokenizer)
     documents = validation_documents(manifest, step.params.evaluate.documents)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,12 +28,12 @@ from model.ops.plain import exclude_own_value
 from model.replay import Replay
 from model.ttt import ttt_losses, window
 from model.ttt.adapters import HASH_TABLE, DocumentAdapters, initial_parameters
-from model.ttt.batches import Batch, bytes_per_document, document_batches, rows_that_read
+from model.ttt.batches import Batch, bytes_per_document, document_batches, tokens_at_once
 from model.ttt.cached import CachedReader
-from model.ttt.chunks import Pass, chunks, passes
+from model.ttt.chunks import Pass, chunks, documents_left, passes
 from model.ttt.loop import Session
 from model.ttt.rows import PASS, STEP
-from model.ttt.window import WindowReader, window_shape
+from model.ttt.window import WindowReader, window_shape, window_step
 from model.working_weights import fixed_weights
 from tests.models import random_documents, small_model, ttt_params
 from tests.processes import run_processes
@@ -303,7 +305,9 @@ def test_passes_reach_back_by_chunks_of_their_size_and_run_nothing_that_was_left
     found = passes(45, ttt)
     assert [(one.start, one.end) for one in found] == list(chunks(45, ttt))
     assert [one.first for one in found] == [0, 0, 0, 4, 4, 8, 16, 24]
-    assert [one.leaving for one in found] == [0, 0, 4, 0, 4, 8, 8, 0]
+    assert [one.leaving for one in found] == [0, 0, 4, 0, 4, 8, 8, 8]
+    for length in range(1, 45):
+        assert passes(length, ttt) == [one for one in found if one.start < length]
 
 
 def test_chunks_grow_with_what_was_read_up_to_the_largest() -> None:
@@ -406,7 +410,7 @@ def test_two_processes_equal_one() -> None:
         np.testing.assert_allclose(one, other, atol=3e-5)
 
 
-@pytest.mark.parametrize(("mode", "rows"), [("window", [2, 2, 3, 2]), ("cached", [3, 3, 1, 2])])
+@pytest.mark.parametrize(("mode", "rows"), [("window", [2, 3, 2, 2]), ("cached", [3, 3, 1, 2])])
 def test_batches_hold_each_document_once_longest_first_within_both_bounds(
     mode: str, rows: list[int]
 ) -> None:
@@ -421,10 +425,31 @@ def test_batches_hold_each_document_once_longest_first_within_both_bounds(
     assert [batch.adapts for batch in batches] == [True, True, True, False]
 
 
+@given(
+    st.lists(st.integers(1, 4000), min_size=1, max_size=60),
+    st.integers(1, 4),
+    st.sampled_from([3000, 20_000]),
+)
+def test_what_is_read_at_once_is_bounded_pass_by_pass(
+    lengths: list[int], processes: int, limit: int
+) -> None:
+    ttt = ttt_params(chunk=32, context=2048, tokens_per_batch=limit)
+    batches = document_batches(lengths, ttt, 40, processes)
+    assert sorted(n for batch in batches for n in batch.members) == list(range(len(lengths)))
+    for batch in (batch for batch in batches if batch.adapts):
+        members = np.array([lengths[number] for number in batch.members])
+        assert members.tolist() == sorted(members, reverse=True)
+        assert members.size <= 40
+        over = passes(int(members[0]), ttt)
+        for one, left in zip(over, documents_left(over, members), strict=True):
+            # A window ends with a chunk, up to one token short of it behind the document's end.
+            assert left * (min(one.end, 2048) - 31) <= limit or left == 1
+
+
 def test_chunks_that_run_again_count_as_read() -> None:
     ttt = ttt_params(mode="cached", chunk=8, context=64, tokens_per_batch=70)
-    assert rows_that_read(90, ttt) == 8
-    assert rows_that_read(90, ttt.model_copy(update={"reach": 2})) == 2
+    assert tokens_at_once(90, ttt) == 8
+    assert tokens_at_once(90, ttt.model_copy(update={"reach": 2})) == 24
     alone, reaching = (
         bytes_per_document(small_model(), ttt.model_copy(update={"reach": reach}))
         for reach in (0, 2)
@@ -432,10 +457,6 @@ def test_chunks_that_run_again_count_as_read() -> None:
     assert reaching > alone
     hashing = bytes_per_document(small_model(), ttt.model_copy(update={"hash_buckets": 64}))
     assert hashing - alone == 64 * 32 * 16  # values, second moments, gradients twice; fp32
-
-
-def as_many(over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
-    return [int((lengths > one.start).sum()) for one in over]
 
 
 def always_two(over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
@@ -453,7 +474,7 @@ def test_several_processes_get_pieces_small_enough_to_keep_all_busy() -> None:
     def makespan(processes: int, known: int) -> float:
         batches = document_batches(lengths, ttt, 256, known)
         assert sorted(n for batch in batches for n in batch.members) == list(range(400))
-        return simulate(lengths, batches, ttt, processes, seconds, as_many).makespan
+        return simulate(lengths, batches, ttt, processes, seconds, documents_left).makespan
 
     assert makespan(4, 4) < 0.5 * makespan(1, 1)
     assert makespan(4, 4) < 0.6 * makespan(4, 1)
@@ -474,13 +495,13 @@ def test_windows_of_few_documents_grow_by_more(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(window, "GROWTH", 2048)
     ttt = ttt_params(chunk=32, context=2048)
     over, counts = passes(4096, ttt), (1, 2, 7, 16, 500)
-    found = {n: {window_shape(one, n, ttt).tokens for one in over} for n in counts}
+    found = {n: {window_shape(one, window_step(n), ttt).tokens for one in over} for n in counts}
     assert [min(found[n]) for n in counts] == [2048, 1024, 512, 128, 128]
     for number, lengths in found.items():
         step = min(lengths)
         assert lengths == set(range(step, 2049, step))
         for one in over:
-            assert window_shape(one, number, ttt).tokens >= min(one.end, 2048)
+            assert window_shape(one, window_step(number), ttt).tokens >= min(one.end, 2048)
 
 
 def test_simulation_of_a_queue_worked_out_by_hand() -> None:
@@ -488,7 +509,7 @@ def test_simulation_of_a_queue_worked_out_by_hand() -> None:
     batches = [Batch([0, 1], True), Batch([2, 3], True), Batch([4], False)]
     lengths = [24, 10, 9, 7, 5]
     ttt = ttt_params()
-    alone = simulate(lengths, batches, ttt, 1, lambda rows, start, end: rows, as_many)
+    alone = simulate(lengths, batches, ttt, 1, lambda rows, start, end: rows, documents_left)
     assert (alone.busy, alone.makespan, alone.longest, alone.wasted_rows) == (9, 9, 5, 0)
     two = simulate(lengths, batches, ttt, 2, lambda rows, start, end: rows, always_two)
     assert (two.busy, two.makespan, two.longest) == (12, 6, 6)

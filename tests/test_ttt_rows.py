@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.ttt.rows import PASS, RECORDING, STEP, running_rows, work
+from model.ttt.rows import PASS, STEP, TRACING, running_rows, work
 
 
 def cost(rows: Sequence[int], tokens: Sequence[int], shapes: Sequence[str], recording: int) -> int:
@@ -29,7 +29,7 @@ def cheapest(
 
 
 PASSES = st.lists(
-    st.tuples(st.integers(1, 9), st.integers(1, 2000), st.sampled_from("ab")),
+    st.tuples(st.integers(1, 9), st.integers(1, 2000), st.sampled_from("abc")),
     min_size=1,
     max_size=8,
 )
@@ -38,7 +38,7 @@ PASSES = st.lists(
 @given(PASSES, st.sampled_from([0, 300, 5000, 50_000]))
 def test_no_other_choice_is_cheaper(passes: list[tuple[int, int, str]], recording: int) -> None:
     counts = sorted((count for count, *_ in passes), reverse=True)
-    tokens, shapes = [read for _, read, _ in passes], [shape for *_, shape in passes]
+    tokens, shapes = [read for _, read, _ in passes], sorted(shape for *_, shape in passes)
     rows = running_rows(counts, tokens, shapes, recording)
     assert all(row >= count for row, count in zip(rows, counts, strict=True))
     assert rows == sorted(rows, reverse=True)
@@ -50,6 +50,9 @@ def test_what_recording_costs_decides(recording: int, expected: list[int]) -> No
     assert running_rows([9, 8, 8, 2], [100] * 4, "xxxx", recording) == expected
 
 
-def test_work_counts_rows_passes_and_recordings() -> None:
-    passes = 3 * (PASS + 2 * (10 + STEP)) + PASS + 1 * (20 + STEP)
-    assert work([2, 2, 2, 1], [10, 10, 10, 20], "xxyy") == passes + 3 * RECORDING
+def test_work_waits_only_for_what_is_not_yet_traced() -> None:
+    short = PASS + 2 * (10 + STEP)
+    assert short < TRACING
+    assert work([2, 2, 2, 1], [10, 10, 10, 20], "xxyy") == 3 * TRACING + PASS + 20 + STEP
+    long = PASS + 2 * (TRACING + STEP)
+    assert work([2, 2, 1], [TRACING, TRACING, 20], "xyy") == TRACING + 2 * long + PASS + 20 + STEP

@@ -1,21 +1,26 @@
 """Which documents adapt side by side, and in which order.
 
-Batches hold documents of similar lengths and begin with the longest, so that a document that takes
-long to read is begun early. Documents of a single chunk are never trained on; they are scored as
-they are, packed, at the very end, where their small pieces of work fill the gaps.
+Batches begin with the longest documents, so that a document that takes long to read is begun early.
+Documents of a single chunk are never trained on; they are scored as they are, packed, at the very
+end, where their small pieces of work fill the gaps.
 
 Every batch takes at least as long as its longest document, however few rows are left at its end: so
-batches are as large as memory allows, unless several processes share them. Then the first batches,
-one for each process or for each but one, have at most a part of all tokens, so that the longest
-documents are spread; that part is the one of PARTS with which all processes are done first
-according to the work (`model.ttt.rows`) of each batch.
+batches are as large as memory allows. A batch that begins with many documents has fewer by the time
+their windows are long: what it reads at once is bounded when the k-th longest document is read to
+its end, k of them side by side.
+
+Several processes share the batches. Then the first ones, one for each process or for each but one,
+have at most a part of all tokens, so that the longest documents are spread, and are filled up with
+shorter documents, so that they take alike; that part is the one of PARTS with which all processes
+are done first according to the work (`model.ttt.rows`) of each batch.
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise, product
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,9 +29,9 @@ import torch
 from model.gpt import GPT
 from model.ttt.adapters import values_per_document
 from model.ttt.cached import cached_shape
-from model.ttt.chunks import passes
+from model.ttt.chunks import Shape, documents_left, passes
 from model.ttt.rows import running_rows, work
-from model.ttt.window import window_shape
+from model.ttt.window import window_shape, window_step
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
 MEMORY_SHARE = (
     0.8  # of what is free; the rest is for fragmentation and what the estimate leaves out
 )
-PARTS = [part / 20 for part in range(6, 30)]  # of what each process would get of all tokens
+PARTS = [part / 40 for part in range(12, 41)]  # of what each process would get of all tokens
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,15 @@ def document_batches(
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     long = [number for number in order if lengths[number] > ttt.chunk]
-    total = sum(lengths[number] for number in long)
-    limits = [part * total / processes for part in PARTS] if processes > 1 else [total]
-    choices = product(limits, {max(1, processes - 1), processes})
-    cuts = list(dict.fromkeys(_cut(long, lengths, ttt, rows, *choice) for choice in choices))
-    if len(cuts) > 1:  # many documents are cut by memory alone
-        work_of = cache(lambda begin, end: _work(long[begin:end], lengths, ttt))
-        cuts.sort(key=lambda cut: makespan((work_of(*span) for span in pairwise(cut)), processes))
-    adapting = [Batch(long[begin:end], True) for begin, end in pairwise(cuts[0])]
+    cuts = [_cut(long, lengths, ttt, rows)]
+    if processes > 1 and long:
+        largest, *_ = tokens = [sum(lengths[number] for number in batch) for batch in cuts[0]]
+        limits = {min(largest, part * sum(tokens) / processes) for part in PARTS}
+        choices = product(sorted(limits), {max(1, processes - 1), processes})
+        cuts = list(dict.fromkeys(_cut(long, lengths, ttt, rows, *choice) for choice in choices))
+        work_of = estimate(lengths, ttt)
+        cuts.sort(key=lambda cut: makespan(map(work_of, cut), processes))
+    adapting = [Batch(list(members), True) for members in cuts[0]]
     short = order[len(long) :]
     count = max(1, ttt.tokens_per_batch // ttt.chunk)
     packed = [short[at : at + count] for at in range(0, len(short), count)]
@@ -71,33 +77,58 @@ def document_batches(
 
 
 def _cut(
-    long: list[int], lengths: Sequence[int], ttt: "TTTParams", rows: int, limit: float, limited: int
-) -> tuple[int, ...]:
-    """Where batches begin, and the end: the first `limited` of up to `limit` tokens.
+    long: list[int],
+    lengths: Sequence[int],
+    ttt: "TTTParams",
+    rows: int,
+    limit: float = math.inf,
+    limited: int = 0,
+) -> tuple[tuple[int, ...], ...]:
+    """Documents of each batch: in the first `limited`, the longest that still fit into `limit`.
 
     All have at least one document.
     """
-    cut = [0]
-    while (begin := cut[-1]) < len(long):
-        count = min(rows, rows_that_read(lengths[long[begin]], ttt))
-        if len(cut) <= limited:
-            tokens = accumulate(lengths[number] for number in long[begin : begin + count])
-            count = max(1, sum(total <= limit for total in tokens))
-        cut.append(min(begin + count, len(long)))
-    return tuple(cut)
+    batches, left = list[tuple[int, ...]](), long
+    while left:
+        room = limit if len(batches) < limited else math.inf
+        members = list[int]()
+        for number in left[:rows]:
+            # As many as are left of the batch when this document has been read.
+            read = (len(members) + 1) * tokens_at_once(lengths[number], ttt)
+            if members and read > ttt.tokens_per_batch:
+                break
+            if not members or lengths[number] <= room:
+                members.append(number)
+                room -= lengths[number]
+        batches.append(tuple(members))
+        taken = set(members)
+        left = [number for number in left[:rows] if number not in taken] + left[rows:]
+    return tuple(batches)
 
 
-def _work(members: list[int], lengths: Sequence[int], ttt: "TTTParams") -> int:
-    """Estimate of what a batch takes, in tokens."""
-    present = np.array([lengths[member] for member in members])
-    over = passes(int(present[0]), ttt)
-    counts = [int((present > one.start).sum()) for one in over]
-    if ttt.mode == "window":
-        shapes = [window_shape(one, len(members), ttt) for one in over]
-    else:
-        shapes = [cached_shape(one) for one in over]
-    tokens = [shape.tokens for shape in shapes]
-    return work(running_rows(counts, tokens, shapes), tokens, shapes)
+def estimate(lengths: Sequence[int], ttt: "TTTParams") -> Callable[[tuple[int, ...]], int]:
+    """What a batch of these documents takes, the longest first, in tokens."""
+    over = passes(max(lengths), ttt)
+
+    @cache
+    def shapes_of(step: int) -> tuple[list[Shape], list[int]]:
+        """Of all passes, and the tokens of each."""
+        if ttt.mode == "window":
+            shapes = [window_shape(one, step, ttt) for one in over]
+        else:
+            shapes = [cached_shape(one) for one in over]
+        return shapes, [shape.tokens for shape in shapes]
+
+    @cache
+    def work_of(members: tuple[int, ...]) -> int:
+        counts = documents_left(over, np.array([lengths[member] for member in members]))
+        end = counts.index(0) if 0 in counts else len(counts)
+        step = window_step(len(members)) if ttt.mode == "window" else 0
+        shapes, tokens = shapes_of(step)
+        rows = running_rows(counts[:end], tokens[:end], shapes[:end])
+        return work(rows, tokens[:end], shapes[:end])
+
+    return work_of
 
 
 def makespan(times: Iterable[float], processes: int) -> float:
@@ -108,10 +139,9 @@ def makespan(times: Iterable[float], processes: int) -> float:
     return max(clocks)
 
 
-def rows_that_read(longest: int, ttt: "TTTParams") -> int:
-    """Documents of up to so many tokens that read at most ttt.tokens_per_batch at once."""
-    read = min(longest, ttt.context) if ttt.mode == "window" else ttt.chunk * (1 + ttt.reach)
-    return max(1, ttt.tokens_per_batch // read)
+def tokens_at_once(length: int, ttt: "TTTParams") -> int:
+    """Most tokens that a document of this length reads in a pass."""
+    return min(length, ttt.context) if ttt.mode == "window" else ttt.chunk * (1 + ttt.reach)
 
 
 def rows_that_fit(model: GPT, ttt: "TTTParams") -> int:

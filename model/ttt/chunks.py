@@ -13,8 +13,11 @@ in its chunk. Where a chunk begins depends on the position alone: never on the t
 come first as before, and documents read side by side stay side by side.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING:
     from workflow.params import TTTParams
@@ -43,7 +46,7 @@ class Pass(NamedTuple):
     """A chunk [start, end), and what mode `cached` runs with it: all tokens from `first` on.
 
     leaving: how many of these, from the first on, the next pass does not run; their keys and values
-    are kept.
+    are kept. The last pass of a document is like those before it, as if another followed.
     """
 
     start: int
@@ -55,16 +58,25 @@ class Pass(NamedTuple):
 def passes(length: int, ttt: "TTTParams") -> list[Pass]:
     """The chunks of a document with `ttt.reach` chunks of their size before them.
 
-    A token that a pass has left behind is not run again, also where chunks have grown.
+    A token that a pass has left behind is not run again, also where chunks have grown. Those of a
+    shorter document are the first of a longer one's.
     """
     spans, firsts = list(chunks(length, ttt)), [0]
-    for start, end in spans[1:]:
-        firsts.append(max(firsts[-1], start - ttt.reach * (end - start)))
-    following = [*firsts[1:], firsts[-1]]
+    following = spans[-1][1]
+    for start, size in [(s, e - s) for s, e in spans[1:]] + [
+        (following, chunk_size(following, ttt))
+    ]:
+        firsts.append(max(firsts[-1], start - ttt.reach * size))
     return [
         Pass(start, end, first, after - first)
-        for (start, end), first, after in zip(spans, firsts, following, strict=True)
+        for (start, end), (first, after) in zip(spans, pairwise(firsts), strict=True)
     ]
+
+
+def documents_left(over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
+    """How many of the documents, the longest first, have a token in each of the passes."""
+    starts = [one.start for one in over]
+    return (lengths.size - np.searchsorted(lengths[::-1], starts, side="right")).tolist()
 
 
 class Shape(NamedTuple):

@@ -22,7 +22,7 @@ from model.replay import CUDAReplay, Replay
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.batches import document_batches, rows_that_fit
 from model.ttt.cached import CachedReader
-from model.ttt.chunks import Pass, Shape, passes
+from model.ttt.chunks import Pass, Shape, documents_left, passes
 from model.ttt.rows import RECORDING, running_rows
 from model.ttt.window import WindowReader
 from model.working_weights import fixed_weights
@@ -128,11 +128,10 @@ class Session:
 
     def plan(self, over: Sequence[Pass], lengths: np.ndarray) -> tuple[list[Shape], list[int]]:
         """Shape of each of the passes over documents of these lengths, and the rows that run."""
-        counts = [int((lengths > one.start).sum()) for one in over]
         shapes = [self._reader.shape(one, len(lengths)) for one in over]
         recording = RECORDING if self._replay.recorded else 0
         tokens = [shape.tokens for shape in shapes]
-        return shapes, running_rows(counts, tokens, shapes, recording)
+        return shapes, running_rows(documents_left(over, lengths), tokens, shapes, recording)
 
     def _begin(self, documents: Sequence[np.ndarray], lengths: np.ndarray) -> Tensor:
         """Take up a batch; returns where its losses go, fp32 (rows, a multiple of chunk)."""

@@ -36,9 +36,13 @@ STEP = 128  # tokens that recorded windows grow by: few shapes, and little work 
 GROWTH = 2048  # tokens that those of all documents of a batch grow by, at least
 
 
-def window_shape(present: Pass, documents: int, ttt: "TTTParams") -> Shape:
-    """Shape of a recorded pass over a batch that began with so many documents."""
-    step = STEP * 2 ** math.ceil(math.log2(max(1.0, GROWTH / (STEP * documents))))
+def window_step(documents: int) -> int:
+    """Tokens that recorded windows of a batch grow by that began with so many documents."""
+    return STEP * 2 ** math.ceil(math.log2(max(1.0, GROWTH / (STEP * documents))))
+
+
+def window_shape(present: Pass, step: int, ttt: "TTTParams") -> Shape:
+    """Shape of a recorded pass whose window grows by `step`."""
     length = present.end + -present.end % step
     return Shape(min(length, ttt.context), present.end - present.start)
 
@@ -72,7 +76,7 @@ class WindowReader:
     def shape(self, present: Pass, documents: int) -> Shape:
         """Shape of a pass over a batch that began with so many documents."""
         if self._recorded:
-            return window_shape(present, documents, self._ttt)
+            return window_shape(present, window_step(documents), self._ttt)
         return Shape(min(present.end, self._ttt.context), present.end - present.start)
 
     def _arrange(self, rows: int, length: int) -> Documents:
