@@ -322,19 +322,21 @@ def measured_speed_up(
 ) -> float:
     """Time of the main process alone over the time of all together.
 
-    All of them have read the documents before, as libraries load the kernels of a shape when it
-    first occurs, for which they wait until the device has nothing left to do.
+    Both are the second of two readings: libraries load the kernels of a shape when it first occurs,
+    for which they wait until the device has nothing left to do.
     """
     alone, times = Group(0, 1, group.device), []
     warm_up(ttt, model, documents, alone)
-    ttt_losses(model, documents, ttt, alone)
     for members in (alone, group):
-        group.barrier()
-        began = time.perf_counter()
-        if group.is_main or members is group:
-            ttt_losses(model, documents, ttt, members)
-        group.barrier()
-        times.append(time.perf_counter() - began)
+        for _ in range(2):
+            group.barrier()
+            began = time.perf_counter()
+            if group.is_main or members is group:
+                ttt_losses(model, documents, ttt, members)
+            group.barrier()
+            seconds = time.perf_counter() - began
+            say(f"{members.size} processes: {seconds:.2f} s", group.is_main)
+        times.append(seconds)
     return times[0] / times[1]
 
 

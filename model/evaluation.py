@@ -206,10 +206,13 @@ def shared_queue(group: Group, sizes: Sequence[int], progress: SharedProgress) -
 
     sizes: targets in each piece; `progress` learns of the pieces that other processes took, and
     the caller tells it of this process's own. All processes must begin the same queues of the group
-    in the same order.
+    in the same order. The first pieces go to the processes in order, so that a process that does
+    the same work again begins with the same piece; the others go to whoever is free.
     """
     before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    for number in group.work_queue(f"losses{next(group.queues)}", len(sizes)):
+    first = range(len(sizes))[group.rank : group.rank + 1]
+    others = group.work_queue(f"losses{next(group.queues)}", len(sizes) - group.size)
+    for number in itertools.chain(first, (group.size + number for number in others)):
         progress.reach(int(before[number]))
         yield number
     progress.reach(int(before[-1]))

@@ -486,7 +486,7 @@ def test_only_the_first_batches_are_smaller_for_several_processes() -> None:
     for processes in (2, 3):
         sizes = [len(batch.members) for batch in document_batches(lengths, ttt, 16, processes)]
         assert 1 < len(sizes) <= processes + 3
-        assert all(size == 16 for size in sizes[processes:-1])
+        assert all(size == 16 for size in sizes[processes - 1 : -1])
         assert sizes[0] < 3
 
 

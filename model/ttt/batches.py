@@ -9,18 +9,18 @@ batches are as large as memory allows. A batch that begins with many documents h
 their windows are long: what it reads at once is bounded when the k-th longest document is read to
 its end, k of them side by side.
 
-Several processes share the batches. Then the first ones, one for each process or for each but one,
-have at most a part of all tokens, so that the longest documents are spread, and are filled up with
-shorter documents, so that they take alike; that part is the one of PARTS with which all processes
-are done first according to the work (`model.ttt.rows`) of each batch.
+Several processes share the batches. Then the first ones, for each process but one, have at most a
+part of all tokens, so that the longest documents are spread, and are filled up with shorter
+documents, so that they take alike. The part is such that all processes are done at about the same
+time, according to the work (`model.ttt.rows`) of each batch.
 """
 
 import heapq
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MEMORY_SHARE = (
     0.8  # of what is free; the rest is for fragmentation and what the estimate leaves out
 )
-PARTS = [part / 40 for part in range(12, 41)]  # of what each process would get of all tokens
+PARTS = [part / 80 for part in range(24, 81)]  # of what each process would get of all tokens
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,41 @@ def document_batches(
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     long = [number for number in order if lengths[number] > ttt.chunk]
-    cuts = [_cut(long, lengths, ttt, rows)]
-    if processes > 1 and long:
-        largest, *_ = tokens = [sum(lengths[number] for number in batch) for batch in cuts[0]]
-        limits = {min(largest, part * sum(tokens) / processes) for part in PARTS}
-        choices = product(sorted(limits), {max(1, processes - 1), processes})
-        cuts = list(dict.fromkeys(_cut(long, lengths, ttt, rows, *choice) for choice in choices))
-        work_of = estimate(lengths, ttt)
-        cuts.sort(key=lambda cut: makespan(map(work_of, cut), processes))
-    adapting = [Batch(list(members), True) for members in cuts[0]]
+    cut = _cut(long, lengths, ttt, rows)
+    if processes > 1 and len(long) > 1:
+        cut = _spread(long, lengths, ttt, rows, processes)
+    adapting = [Batch(list(members), True) for members in cut]
     short = order[len(long) :]
     count = max(1, ttt.tokens_per_batch // ttt.chunk)
     packed = [short[at : at + count] for at in range(0, len(short), count)]
     return adapting + [Batch(members, False) for members in packed]
+
+
+Cut = tuple[tuple[int, ...], ...]
+
+
+def _spread(
+    long: list[int], lengths: Sequence[int], ttt: "TTTParams", rows: int, processes: int
+) -> Cut:
+    """The cut with which all processes are done first, of those with a part of PARTS.
+
+    The larger the part, the longer take the first batches, and the shorter the others: the best is
+    near the least part with which the first ones end last.
+    """
+    share = sum(lengths[number] for number in long) / processes
+    work_of = estimate(lengths, ttt)
+
+    @cache
+    def cut_at(at: int) -> tuple[float, Cut]:
+        cut = _cut(long, lengths, ttt, rows, PARTS[at] * share, processes - 1)
+        return makespan(map(work_of, cut), processes), cut
+
+    def first_end_last(at: int) -> bool:
+        time, cut = cut_at(at)
+        return max(map(work_of, cut[: processes - 1])) >= time
+
+    found = bisect_left(range(len(PARTS) - 1), True, key=first_end_last)
+    return min(map(cut_at, range(max(0, found - 2), min(len(PARTS), found + 2))))[1]
 
 
 def _cut(
@@ -83,7 +105,7 @@ def _cut(
     rows: int,
     limit: float = math.inf,
     limited: int = 0,
-) -> tuple[tuple[int, ...], ...]:
+) -> Cut:
     """Documents of each batch: in the first `limited`, the longest that still fit into `limit`.
 
     All have at least one document.

@@ -27,7 +27,9 @@ from typing import NamedTuple
 PASS = 3_000  # a pass, however little it does
 STEP = 100  # a row's optimizer step
 TRACING = 100_000  # of a pass by Python, to record it
-RECORDING = 25_000  # what the device notices of that on average, as it has other work meanwhile
+RECORDING = (
+    60_000  # what the device notices of that, in a first run with all its loading of kernels
+)
 
 
 def running_rows(
@@ -43,8 +45,7 @@ def running_rows(
     what one costs, in tokens (0: as many rows as documents).
     """
     groups = [
-        (*key, sum(1 for _ in same))
-        for key, same in groupby(zip(counts, tokens, shapes, strict=True))
+        (*key, len(list(alike))) for key, alike in groupby(zip(counts, tokens, shapes, strict=True))
     ]
     envelope, first = _Envelope(), list[int]()
     best = read_before = kinds = 0
@@ -115,9 +116,9 @@ def work(rows: Sequence[int], tokens: Sequence[int], shapes: Sequence[Hashable])
     """
     traced = done = 0
     known = set[tuple[int, Hashable]]()
-    for row, read, shape in zip(rows, tokens, shapes, strict=True):
+    for (row, read, shape), alike in groupby(zip(rows, tokens, shapes, strict=True)):
         if (row, shape) not in known:
             known.add((row, shape))
             traced += TRACING
-        done = max(done, traced) + PASS + row * (read + STEP)
+        done = max(done, traced) + len(list(alike)) * (PASS + row * (read + STEP))
     return done
