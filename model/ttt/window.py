@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from workflow.params import TTTParams
 
 STEP = 128  # tokens that recorded windows grow by: few shapes, and little work on zeros
-GROWTH = 2048  # tokens that those of all documents of a batch grow by, at least
+GROWTH = 4096  # tokens that those of all documents of a batch grow by, at least
 
 
 def window_step(documents: int) -> int:
