@@ -2,11 +2,13 @@
 
     python -m benchmarks.ttt --reading mode=window --reading mode=cached,chunk=16,lr=4e-4
 
-on one GPU or CPU; what a reading does not name is the preset's. Under `torchrun --standalone
---nproc-per-node 2` each reading is done by one process and by both together, for the speed-up
-(the last one's is two_gpu_speedup); with the same --json, the figures of one process are kept. The
-model is that of --artifact, the documents are those of artifacts/tokenize; without them, random
-ones.
+on one GPU or CPU; what a reading does not name is the preset's. The model is that of --artifact,
+the documents are those of artifacts/tokenize; without them, random ones.
+
+Under `torchrun --standalone --nproc-per-node 2` each reading is done by one process and by both
+together, twice each: the first time, libraries load the kernels of every new shape, for which they
+wait until the device has nothing left to do. speed_ups are of the second times, two_gpu_speedup is
+the first reading's; with the same --json, the figures of one process are kept.
 
 Floor of one reading: model FLOPs at the measured rate of a large product plus the bytes of adapters
 and optimizer at the measured rate of a copy. Per token that is read, 4 FLOPs for each value of the
@@ -129,17 +131,10 @@ def measure(
     alone = Group(0, 1, group.device)
     named = options.reading or ["mode=window", "mode=cached"]
     wanted = {text: varied(params.ttt, text) for text in named}
-    warm_up(wanted[named[-1]], model, documents, alone)
+    warm_up(wanted[named[0]], model, documents, alone)
     start_up = seconds_since_start(group.device)
     if group.size > 1:
-        speed_ups = {
-            text: measured_speed_up(ttt, model, documents, group) for text, ttt in wanted.items()
-        }
-        if group.is_main:
-            say(f"{group.size} processes, start-up {start_up:.1f} s: {speed_ups} times one")
-            known = read_json(options.json) if options.json and options.json.exists() else {}
-            last = speed_ups[named[-1]] if group.size == 2 else None
-            write_figures(options.json, known | {"two_gpu_speedup": last, "speed_ups": speed_ups})
+        compare(wanted, options.json, model, documents, group)
         return
     plain = mean_loss(plain_losses(model, documents, params.evaluate.tokens_per_batch, alone))
     lengths = [document.size for document in documents]
@@ -317,27 +312,43 @@ def floor_work(model: GPT, ttt: TTTParams, lengths: Sequence[int]) -> tuple[floa
     ) * ttt.steps
 
 
-def measured_speed_up(
-    ttt: TTTParams, model: GPT, documents: list[np.ndarray], group: Group
-) -> float:
-    """Time of the main process alone over the time of all together.
+def compare(
+    wanted: Mapping[str, TTTParams],
+    path: Path | None,
+    model: GPT,
+    documents: list[np.ndarray],
+    group: Group,
+) -> None:
+    """Write how much faster all processes are than one, after every reading what is known."""
+    known = read_json(path) if path and path.exists() else {}
+    times: dict[str, list[list[float]]] = {}
+    for text, ttt in wanted.items():
+        times[text] = alone, together = measured_times(ttt, model, documents, group)
+        if group.is_main:
+            say(f"{text}: {alone} s alone, {together} s by {group.size} processes")
+            speed_ups = {name: one[1] / all_[1] for name, (one, all_) in times.items()}
+            first = next(iter(speed_ups.values())) if group.size == 2 else None
+            found = {"two_gpu_speedup": first, "speed_ups": speed_ups, "times": times}
+            write_figures(path, known | found)
 
-    Both are the second of two readings: libraries load the kernels of a shape when it first occurs,
-    for which they wait until the device has nothing left to do.
-    """
-    alone, times = Group(0, 1, group.device), []
+
+def measured_times(
+    ttt: TTTParams, model: GPT, documents: list[np.ndarray], group: Group
+) -> list[list[float]]:
+    """Seconds of the first and second time by the main process alone, and by all together."""
+    alone = Group(0, 1, group.device)
     warm_up(ttt, model, documents, alone)
+    times: list[list[float]] = []
     for members in (alone, group):
+        times.append([])
         for _ in range(2):
             group.barrier()
             began = time.perf_counter()
             if group.is_main or members is group:
                 ttt_losses(model, documents, ttt, members)
             group.barrier()
-            seconds = time.perf_counter() - began
-            say(f"{members.size} processes: {seconds:.2f} s", group.is_main)
-        times.append(seconds)
-    return times[0] / times[1]
+            times[-1].append(time.perf_counter() - began)
+    return times
 
 
 def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> None:

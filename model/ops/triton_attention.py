@@ -68,19 +68,10 @@ STEP = 128  # queries that a tile of keys meets at a time: wide products read le
 
 
 @triton.jit
-def _tile(tiles_ptr, number):
-    """A tile: where its document begins, where it begins, where its document ends."""
-    at = tiles_ptr + number * 3
+def _tile(tiles_ptr):
+    """This program's tile: where its document begins, where it begins, where its document ends."""
+    at = tiles_ptr + tl.program_id(0) * 3
     return tl.load(at), tl.load(at + 1), tl.load(at + 2)
-
-
-@triton.jit
-def _backwards():
-    """This program's place from the last to the first.
-
-    Queries at the end of a document take longest. Where they come first, short ones fill the end.
-    """
-    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit
@@ -133,7 +124,7 @@ def attention_kernel(
     EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """The queries of one tile, of SHARING heads."""
-    begin, first, end = _tile(tiles_ptr, _backwards())
+    begin, first, end = _tile(tiles_ptr)
     if first >= end:
         return
     QUERIES: tl.constexpr = SHARING * TILE
@@ -182,7 +173,7 @@ def attention_query_kernel(
     SHARING: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile and SHARING heads, and δ; if exclusive also t and dy."""
-    begin, first, end = _tile(tiles_ptr, _backwards())
+    begin, first, end = _tile(tiles_ptr)
     if first >= end:
         return
     QUERIES: tl.constexpr = SHARING * TILE
@@ -242,7 +233,7 @@ def attention_key_kernel(
     WIDTH: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile and group."""
-    _begin, first, end = _tile(tiles_ptr, tl.program_id(0))
+    _begin, first, end = _tile(tiles_ptr)
     if first >= end:
         return
     group = tl.program_id(1)

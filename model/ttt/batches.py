@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MEMORY_SHARE = (
     0.8  # of what is free; the rest is for fragmentation and what the estimate leaves out
 )
-PARTS = [part / 80 for part in range(24, 81)]  # of what each process would get of all tokens
+PARTS = [part / 200 for part in range(60, 201)]  # of what each process would get of all tokens
 
 
 @dataclass(frozen=True)
