@@ -24,6 +24,7 @@ from model import ops
 from model.cache import NO_TOKEN, Cache
 from model.documents import Documents
 from model.hash_embedding import HashTable
+from model.layers import initial
 from model.layers.block import Block, depth_scale
 from model.layers.embeddings import BigramEmbedding, SmearGate, ValueEmbedding
 from model.layers.linear import Linear
@@ -96,7 +97,9 @@ class GPT(nn.Module):
         self.params = params
         self.compute_dtype: torch.dtype | None = None
         width = params.width
-        self.embedding = nn.Parameter(params.embedding_std * torch.randn(params.vocabulary, width))
+        self.embedding = nn.Parameter(
+            initial.normal(params.embedding_std, params.vocabulary, width)
+        )
         self.bigram: BigramEmbedding | None = None
         if params.bigram_buckets:
             self.bigram = BigramEmbedding(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.cache import NO_TOKEN
 from model.documents import Documents
+from model.layers import initial
 from model.layers.linear import Linear
 from model.layers.previous import previous
 
@@ -57,7 +58,7 @@ class ValueEmbedding(nn.Module):
 
     def __init__(self, vocabulary: int, inner: int, width: int, scale: float) -> None:
         super().__init__()
-        self.table = nn.Parameter(0.01 * torch.randn(vocabulary, inner))
+        self.table = nn.Parameter(initial.normal(0.01, vocabulary, inner))
         self.projection = Linear(inner, width)
         self.scale = nn.Parameter(torch.tensor(scale))
 

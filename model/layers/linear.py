@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.layers import initial
+
 
 class Linear(nn.Module):
     """A bias-free projection from `inputs` to `outputs` values, weight (outputs, inputs) in fp32.
@@ -18,9 +20,8 @@ class Linear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, zero: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(outputs, inputs))
-        if not zero:
-            nn.init.orthogonal_(self.weight)
+        weight = torch.zeros(outputs, inputs) if zero else initial.orthogonal(outputs, inputs)
+        self.weight = nn.Parameter(weight)
         self.working: Tensor | None = None
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
