@@ -193,10 +193,12 @@ def test_flash_attn_4_keeps_what_it_promises_the_compiler(monkeypatch):
 
     q, k, v, dy = inputs(12)
     boundaries = torch.tensor([0, 3, 12, 12], dtype=torch.int32)
-    torch.library.opcheck(flash_attn_4.forward, (q, k, v, boundaries, 9))
+    torch.library.opcheck(flash_attn_4.forward.sealed, (q, k, v, boundaries, 9))
     plain = [x.detach() for x in (q, k, v)]
     y, lse = flash_attn_4.forward(*plain, boundaries, 9)
-    torch.library.opcheck(flash_attn_4.backward, (dy.detach(), *plain, y, lse, boundaries, 9))
+    torch.library.opcheck(
+        flash_attn_4.backward.sealed, (dy.detach(), *plain, y, lse, boundaries, 9)
+    )
 
 
 def test_choice_is_bound_before_anything_is_compiled(monkeypatch):

@@ -193,10 +193,10 @@ def test_operations_keep_what_they_promise_the_compiler(parts, monkeypatch):
     *operands, dy = inputs((2, 5, 4, 2, 16, 70, 66))
     for ring in operands[3:5]:
         ring[:, 66:] = 0
-    torch.library.opcheck(ca.chunk_attention, (*operands, True))
+    torch.library.opcheck(ca.chunk_attention.sealed, (*operands, True))
     operands = [x.detach() for x in operands]
     found = ca.chunk_attention(*operands, True)
-    torch.library.opcheck(ca.chunk_attention_backward, (dy, *operands, *found, True))
+    torch.library.opcheck(ca.chunk_attention_backward.sealed, (dy, *operands, *found, True))
 
 
 def test_kernels_compile_for_hopper(tmp_path):

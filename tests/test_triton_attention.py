@@ -177,11 +177,11 @@ def test_operations_keep_what_they_promise_the_compiler(exclusive):
     (projected, gain), documents, turns, _ = operands([5, 3], SHAPES[0])
     tiles = documents.tiles
     torch.library.opcheck(
-        fused_attention.fused_attention, (projected, gain, *turns, tiles, 16, exclusive)
+        fused_attention.fused_attention.sealed, (projected, gain, *turns, tiles, 16, exclusive)
     )
-    torch.library.opcheck(query_key.turned_operation, (projected[:, :64], gain, *turns, 16))
+    torch.library.opcheck(query_key.turned_operation.sealed, (projected[:, :64], gain, *turns, 16))
     q, k, v = (torch.randn(8, n, 16, requires_grad=True) for n in (4, 2, 2))
-    torch.library.opcheck(triton_attention.attention, (q, k, v, tiles, exclusive))
+    torch.library.opcheck(triton_attention.attention.sealed, (q, k, v, tiles, exclusive))
 
 
 def test_kernels_compile_for_hopper_and_fit_its_shared_memory(tmp_path):

@@ -37,6 +37,7 @@ from torch import Tensor
 from model.cache import SlidingLayer
 from model.documents import Documents
 from model.ops.hopper import multiprocessors, portion, product
+from model.ops.operation import operation
 
 KEYS = 64  # keys in a tile
 LARGEST_TILE = 64  # queries in a tile, those of a group's heads counted singly
@@ -388,7 +389,7 @@ def _joining(ring: Tensor) -> dict[str, int]:
     return joining(ring.shape[1] // SMALLEST_PART + 1, ring.shape[3])
 
 
-@torch.library.custom_op("pocketlm::chunk_attention", mutates_args=())
+@operation("chunk_attention")
 def chunk_attention(
     q: Tensor, k: Tensor, v: Tensor, ring_keys: Tensor, ring_values: Tensor, filled: Tensor,
     exclusive: bool,
@@ -428,7 +429,7 @@ def _(q: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), lse, share
 
 
-@torch.library.custom_op("pocketlm::chunk_attention_backward", mutates_args=())
+@operation("chunk_attention_backward")
 def chunk_attention_backward(
     dz: Tensor, q: Tensor, k: Tensor, v: Tensor, ring_keys: Tensor, ring_values: Tensor,
     filled: Tensor, z: Tensor, lse: Tensor, share: Tensor, exclusive: bool,

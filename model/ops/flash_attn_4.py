@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.documents import Documents
+from model.ops.operation import operation
 
 KERNEL_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"  # the package reads it when imported
 
@@ -28,7 +29,7 @@ def package() -> Any:
     return interface
 
 
-@torch.library.custom_op("pocketlm::flash_attn_4", mutates_args=())
+@operation("flash_attn_4")
 def forward(
     q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int
 ) -> tuple[Tensor, Tensor]:
@@ -52,7 +53,7 @@ def _(q: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("pocketlm::flash_attn_4_backward", mutates_args=())
+@operation("flash_attn_4_backward")
 def backward(
     dy: Tensor,
     q: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.documents import Documents
 from model.ops import query_key
+from model.ops.operation import operation
 from model.ops.triton_attention import attention_backward, attention_forward
 
 
@@ -30,7 +31,7 @@ def _turning(projected: Tensor, heads: int, width: int) -> int:
     return (projected.shape[1] // width + heads) // 2 * width
 
 
-@torch.library.custom_op("pocketlm::fused_attention", mutates_args=())
+@operation("fused_attention")
 def fused_attention(
     projected: Tensor,
     gain: Tensor,
@@ -69,7 +70,7 @@ def _(
     return z, projected.new_empty(tokens, turning), lse, share
 
 
-@torch.library.custom_op("pocketlm::fused_attention_backward", mutates_args=())
+@operation("fused_attention_backward")
 def fused_attention_backward(
     dz: Tensor,
     projected: Tensor,

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from model.layers.norm import EPSILON
 from model.ops.hopper import multiprocessors, whole_rows
+from model.ops.operation import operation
 
 ROWS, WARPS = 1, 2  # tokens of a program at a time, and what works on them
 PER_MULTIPROCESSOR = 8  # programs of the backward pass
@@ -164,7 +165,7 @@ def _ones(width: int, device: torch.device) -> Tensor:
     return torch.ones(2, width, device=device)
 
 
-@torch.library.custom_op("pocketlm::mixed_norm", mutates_args=())
+@operation("mixed_norm")
 def mixed_norm(
     x: Tensor,
     x0: Tensor,
@@ -195,7 +196,7 @@ def _(x: Tensor, *_others: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@torch.library.custom_op("pocketlm::mixed_norm_backward", mutates_args=())
+@operation("mixed_norm_backward")
 def mixed_norm_backward(
     du: Tensor,
     dn: Tensor,
@@ -238,7 +239,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(x.shape), dearlier, mix.new_empty(3, x.shape[1])
 
 
-@torch.library.custom_op("pocketlm::frozen_mixed_norm_backward", mutates_args=())
+@operation("frozen_mixed_norm_backward")
 def frozen_backward(
     du: Tensor,
     dn: Tensor,

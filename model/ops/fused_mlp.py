@@ -28,6 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.ops.hopper import TMA_BYTES, multiprocessors
+from model.ops.operation import operation
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _product(x: Tensor, w: Tensor, h: Tensor, backward: bool) -> Tensor:
     return result
 
 
-@torch.library.custom_op("pocketlm::mlp_hidden", mutates_args=())
+@operation("mlp_hidden")
 def mlp_hidden(r: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """h = r upᵀ and a = f(h), both (T, hidden): r (T, width), up (hidden, width)."""
     h = r.new_empty(r.shape[0], up.shape[0])
@@ -130,7 +131,7 @@ def _(r: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return r.new_empty(shape), r.new_empty(shape)
 
 
-@torch.library.custom_op("pocketlm::mlp_hidden_backward", mutates_args=())
+@operation("mlp_hidden_backward")
 def mlp_hidden_backward(dy: Tensor, down: Tensor, h: Tensor) -> Tensor:
     """dh = (dy down) ⊙ f′(h), (T, hidden): dy (T, width), down (width, hidden)."""
     return _product(dy, down, _aligned(h), backward=True)
@@ -141,7 +142,7 @@ def _(dy: Tensor, down: Tensor, h: Tensor) -> Tensor:
     return h.new_empty(h.shape)
 
 
-@torch.library.custom_op("pocketlm::mlp", mutates_args=())
+@operation("mlp")
 def mlp(r: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y = f(r upᵀ) downᵀ (T, width); h and a (T, hidden) for the backward pass."""
     h, a = mlp_hidden(r, up)

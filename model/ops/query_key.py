@@ -13,12 +13,12 @@ over tokens leave each program as one value per head, and are added in a fixed o
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from model.layers.norm import EPSILON
+from model.ops.operation import operation
 
 TOKENS = 16  # of a program
 FEW_TOKENS = 8192  # with fewer, a program takes some heads alone, as most of a GPU would be idle
@@ -150,7 +150,7 @@ def _launch(
     return grid, {**sizes, "HALF": cosines.shape[-1], "EPSILON": EPSILON}
 
 
-@torch.library.custom_op("pocketlm::turned", mutates_args=())
+@operation("turned")
 def turned_operation(x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, width: int) -> Tensor:
     """`prepare` of x (T, heads·width), whose first columns have gains."""
     return prepare(x, gain, cosines, sines, gain.numel(), width)
@@ -161,7 +161,7 @@ def _(x: Tensor, *_others: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("pocketlm::turned_backward", mutates_args=())
+@operation("turned_backward")
 def turned_backward(
     dy: Tensor, x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,7 @@ from model.ops.chunk_attention import (
     token_stride,
 )
 from model.ops.hopper import product
+from model.ops.operation import operation
 
 SLICE = 256  # keys that are worth a program of their own
 KEYS = 64  # keys in a tile
@@ -146,7 +147,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[int | float], dict[st
     return numbers, constants
 
 
-@torch.library.custom_op("pocketlm::part_attention", mutates_args=())
+@operation("part_attention")
 def attention_of_part(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
     """y (rows, m, heads, d) in the dtype of q, and lse, fp32 (rows, m, heads).
 
@@ -179,7 +180,7 @@ def _(q: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("pocketlm::part_attention_backward", mutates_args=())
+@operation("part_attention_backward")
 def attention_of_part_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, part: Tensor, y: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

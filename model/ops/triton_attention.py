@@ -36,6 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.documents import TILE, Documents
 from model.ops.hopper import TMA_BYTES, portion
+from model.ops.operation import operation
 
 LOG2E = tl.constexpr(1.4426950408889634)
 EIGHT = tl.constexpr(8.0)
@@ -345,7 +346,7 @@ def attention_backward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("pocketlm::attention", mutates_args=())
+@operation("attention")
 def attention(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, exclusive: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -361,7 +362,7 @@ def _(
     return q.new_empty(q.shape), lse, torch.empty_like(lse) if exclusive else lse.new_empty(0)
 
 
-@torch.library.custom_op("pocketlm::attention_backward", mutates_args=())
+@operation("attention_backward")
 def _backward_operation(
     dz: Tensor,
     q: Tensor,

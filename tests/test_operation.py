@@ -1,0 +1,114 @@
+"""Operations: the same results and gradients for Python and for the compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.ops import fused_attention, fused_mix, fused_mlp, query_key
+from model.ops.operation import Operation
+from tests.kernels import CUDA
+
+pytestmark = pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def mlp() -> tuple[Operation, list[Any]]:
+    return fused_mlp.mlp, [random(20, 16), random(48, 16), random(16, 48)]
+
+
+def mixed_norm(trained: bool = True) -> tuple[Operation, list[Any]]:
+    mix = random(2, 16).requires_grad_(trained)
+    tensors = [random(9, 16), random(9, 16), mix, torch.tensor(0.5), random(9, 16), random(16)]
+    return fused_mix.mixed_norm, tensors
+
+
+def frozen_norm() -> tuple[Operation, list[Any]]:
+    return mixed_norm(trained=False)
+
+
+def turned() -> tuple[Operation, list[Any]]:
+    turns = [random(9, 4).cos(), random(9, 4).sin()]
+    return query_key.turned_operation, [random(9, 64), random(2), *turns, 16]
+
+
+def attention() -> tuple[Operation, list[Any]]:
+    from model.documents import Documents
+
+    tiles = Documents.from_lengths([30, 70], torch.device("cpu")).tiles
+    turns = [random(100, 4).cos(), random(100, 4).sin()]
+    return fused_attention.fused_attention, [random(100, 64), random(2), *turns, tiles, 16, True]
+
+
+EVERY = pytest.mark.parametrize("case", [mlp, mixed_norm, frozen_norm, turned, attention])
+
+
+def outcome(function: Any, arguments: list[Any], wanted: list[int]) -> list[Tensor]:
+    """The first result and the gradients of arguments."""
+    arguments = [x.detach().clone() if isinstance(x, Tensor) else x for x in arguments]
+    for number in wanted:
+        arguments[number].requires_grad_()
+    results = function(*arguments)
+    first = results if isinstance(results, Tensor) else results[0]
+    gradient = torch.linspace(-1, 1, first.numel()).view_as(first)
+    gradients = torch.autograd.grad(first, [arguments[n] for n in wanted], gradient)
+    return [first.detach(), *gradients]
+
+
+@EVERY
+def test_bare_sealed_and_compiled_give_the_same(case: Any) -> None:
+    operation, arguments = case()
+    wanted = [0, 1, 2] if case is mlp else [0, 1, 4] if operation is fused_mix.mixed_norm else [0]
+    if case is mixed_norm:
+        wanted = [*wanted, 2, 5]
+    bare = outcome(operation, arguments, wanted)
+    compiled = torch.compile(
+        lambda *args: operation(*args), backend="aot_eager", fullgraph=True, dynamic=False
+    )
+    for other in (operation.sealed, compiled):
+        for mine, theirs in zip(bare, outcome(other, arguments, wanted), strict=True):
+            assert mine.abs().max() > 0
+            assert torch.equal(mine, theirs)
+
+
+@EVERY
+def test_without_gradients_nothing_is_kept(case: Any) -> None:
+    operation, arguments = case()
+    arguments[0].requires_grad_()
+    with torch.no_grad():
+        results = operation(*arguments)
+    results = [results] if isinstance(results, Tensor) else results
+    assert not any(result.requires_grad for result in results)
+
+
+def test_python_does_without_the_compiler() -> None:
+    """Also where a model is built for weights that were stored."""
+    program = """
+import sys, torch
+from model.gpt import GPT
+from model.ops import fused_mlp
+from workflow.preset import compose
+with torch.device("meta"):
+    GPT(compose("demo").model)
+r, up, down = (torch.ones(16, 16, requires_grad=True) for _ in range(3))
+fused_mlp.fused_mlp(r, up, down).sum().backward()
+assert r.grad is not None
+print("torch._dynamo" in sys.modules)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout.strip() == "False", found.stdout + found.stderr
