@@ -2,8 +2,9 @@
 
 The compiler must not look into our kernels. It takes them as a custom operation
 (`torch.library.custom_op`), of which it learns the shapes of the results. Called without the
-compiler, such an operation takes some 60 µs longer each way than a torch.autograd.Function, and its
-first call imports the compiler, which takes seconds. One pass of test-time training is 130 calls.
+compiler, such an operation takes 25 to 60 µs longer each way than a torch.autograd.Function, and
+its first call imports the compiler, which takes seconds. One pass of test-time training is 130
+calls.
 """
 
 from collections.abc import Callable
