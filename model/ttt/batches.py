@@ -36,10 +36,9 @@ from model.ttt.window import window_shape, window_step
 if TYPE_CHECKING:
     from workflow.params import TTTParams
 
-MEMORY_SHARE = (
-    0.8  # of what is free; the rest is for fragmentation and what the estimate leaves out
-)
+MEMORY_SHARE = 0.8  # of what is free; the rest is for what the estimate leaves out
 PARTS = [part / 200 for part in range(60, 201)]  # of what each process would get of all tokens
+Cut = tuple[tuple[int, ...], ...]  # numbers of the documents in each batch
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,6 @@ def document_batches(
     count = max(1, ttt.tokens_per_batch // ttt.chunk)
     packed = [short[at : at + count] for at in range(0, len(short), count)]
     return adapting + [Batch(members, False) for members in packed]
-
-
-Cut = tuple[tuple[int, ...], ...]
 
 
 def _spread(

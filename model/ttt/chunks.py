@@ -62,11 +62,10 @@ def passes(length: int, ttt: "TTTParams") -> list[Pass]:
     shorter document are the first of a longer one's.
     """
     spans, firsts = list(chunks(length, ttt)), [0]
-    following = spans[-1][1]
-    for start, size in [(s, e - s) for s, e in spans[1:]] + [
-        (following, chunk_size(following, ttt))
-    ]:
-        firsts.append(max(firsts[-1], start - ttt.reach * size))
+    beyond = spans[-1][1]
+    following = (beyond, beyond + chunk_size(beyond, ttt))
+    for start, end in [*spans[1:], following]:
+        firsts.append(max(firsts[-1], start - ttt.reach * (end - start)))
     return [
         Pass(start, end, first, after - first)
         for (start, end), (first, after) in zip(spans, pairwise(firsts), strict=True)

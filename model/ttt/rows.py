@@ -27,9 +27,7 @@ from typing import NamedTuple
 PASS = 3_000  # a pass, however little it does
 STEP = 100  # a row's optimizer step
 TRACING = 100_000  # of a pass by Python, to record it
-RECORDING = (
-    60_000  # what the device notices of that, in a first run with all its loading of kernels
-)
+RECORDING = 60_000  # what the device notices of that in a first run, which loads kernels, too
 
 
 def running_rows(
