@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.ttt import Reading, floor_work, read_tokens, summary
+from benchmarks.ttt import Reading, compare, floor_work, read_tokens, summary
 from model.layers.linear import Linear
 from model.ttt.adapters import initial_parameters
-from tests.models import small_model, ttt_params
+from tests.models import random_documents, small_model, ttt_params
+from tests.processes import Group, run_processes
 from workflow.preset import compose, render
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,24 @@ def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_be
     )
     assert (worse["cached_tokens_per_s"], worse["cached_nats"]) == (20, 1.81)
     assert summary(cached, [60])["published_window_nats"] is None
+
+
+def _compare(group: Group, path: str) -> None:
+    wanted = {"a": ttt_params(), "b": ttt_params(mode="cached")}
+    compare(wanted, Path(path), small_model(), random_documents([40, 30, 9]), group)
+
+
+def test_two_processes_add_their_speed_ups_to_what_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "ttt.json"
+    path.write_text('{"startup_s": 7.0}')
+    run_processes(2, _compare, str(path))
+    found = json.loads(path.read_text())
+    assert found["startup_s"] == 7.0
+    assert list(found["speed_ups"]) == list(found["times"]) == ["a", "b"]
+    for text, (alone, together) in found["times"].items():
+        assert len(alone) == len(together) == 2
+        assert found["speed_ups"][text] == alone[1] / together[1]
+    assert found["two_gpu_speedup"] == found["speed_ups"]["a"]
 
 
 def test_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from model.start_up import compile_statistics, seconds_since_start
+from model.start_up import compile_statistics, seconds_since_start, use_growing_segments
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,3 +63,12 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
 def test_nothing_compiled_nothing_counted():
     torch._dynamo.utils.counters.clear()
     assert compile_statistics() == {"graphs": 0, "cached": 0, "compiled": 0}
+
+
+def test_the_allocator_is_as_the_user_chose(monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    use_growing_segments()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    use_growing_segments()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
