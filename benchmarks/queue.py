@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.ttt.batches import Batch, makespan
-from model.ttt.chunks import Pass, passes
+from model.ttt.chunks import Pass, documents_left, passes
 from workflow.params import TTTParams
 
 
@@ -47,8 +47,9 @@ def simulate(
         time = 0.0
         members = np.array([lengths[member] for member in batch.members])
         over = passes(int(members.max()), ttt)
+        used += sum(documents_left(over, members))
         for (start, end, *_), rows in zip(over, rows_run(over, members), strict=True):
-            used, run = used + int((members > start).sum()), run + rows
+            run += rows
             time += seconds(rows, start, end)
         times.append(time)
     return QueueTimes(sum(times), makespan(times, processes), max(times), 1 - used / run)

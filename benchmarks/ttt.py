@@ -131,11 +131,11 @@ def measure(
     alone = Group(0, 1, group.device)
     named = options.reading or ["mode=window", "mode=cached"]
     wanted = {text: varied(params.ttt, text) for text in named}
-    warm_up(wanted[named[0]], model, documents, alone)
-    start_up = seconds_since_start(group.device)
     if group.size > 1:
         compare(wanted, options.json, model, documents, group)
         return
+    warm_up(wanted[named[0]], model, documents, alone)
+    start_up = seconds_since_start(group.device)
     plain = mean_loss(plain_losses(model, documents, params.evaluate.tokens_per_batch, alone))
     lengths = [document.size for document in documents]
     tokens, readings, rows, here = sum(lengths), [], [], environment()
@@ -326,7 +326,7 @@ def compare(
         times[text] = alone, together = measured_times(ttt, model, documents, group)
         if group.is_main:
             say(f"{text}: {alone} s alone, {together} s by {group.size} processes")
-            speed_ups = {name: one[1] / all_[1] for name, (one, all_) in times.items()}
+            speed_ups = {name: before[1] / after[1] for name, (before, after) in times.items()}
             first = next(iter(speed_ups.values())) if group.size == 2 else None
             found = {"two_gpu_speedup": first, "speed_ups": speed_ups, "times": times}
             write_figures(path, known | found)
@@ -355,11 +355,9 @@ def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> No
     """Print what a queue of these documents costs several processes."""
     rows = []
     for changed in wanted:
-        limit = min(
-            len(lengths),
-            rows_that_fit(model, changed),
-            max(1, changed.tokens_per_batch // tokens_at_once(changed.context, changed)),
-        )
+        fitting = min(len(lengths), rows_that_fit(model, changed))
+        read = tokens_at_once(changed.context, changed)
+        limit = min(fitting, max(1, changed.tokens_per_batch // read))
         one, many = chunk_seconds(model, changed, 1), chunk_seconds(model, changed, limit)
         slope = (many - one) / max(1, limit - 1)
 
@@ -383,7 +381,7 @@ def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> No
             return session.plan(over, lengths)[1]
 
         for processes in QUEUE_SIZES:
-            batches = document_batches(lengths, changed, limit, processes)
+            batches = document_batches(lengths, changed, fitting, processes)
             plan = simulate(lengths, batches, changed, processes, seconds, rows_run)
             efficiency = plan.busy / processes / plan.makespan
             cells = (1000 * one, 1000 * many, plan.makespan, plan.longest, efficiency)

@@ -158,7 +158,7 @@ def test_operations_keep_what_they_promise_the_compiler(base):
     shape, some = (3, 5, 12, (40, 24)), base == "some"
     inner, base, scale, more, leaf, widths = inputs(shape, base, some, two=some)
     factors = views(leaf, 12, widths)
-    torch.library.opcheck(low_rank._sum.sealed, (inner, base, scale, more, *factors, None, None))
+    torch.library.opcheck(low_rank.low_rank_sum.sealed, (inner, factors, base, scale, more))
     inner, *factors = (x.detach() for x in (inner, *factors))
     dy = torch.randn(15, sum(widths)).tensor_split([base.shape[1]], 1)
     torch.library.opcheck(low_rank.low_rank_backward.sealed, (*dy, inner, factors, scale))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.documents import Documents
 from model.ops import fused_attention, fused_mix, fused_mlp, query_key
 from model.ops.operation import Operation
 from tests.kernels import CUDA
@@ -21,31 +22,32 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def mlp() -> tuple[Operation, list[Any]]:
-    return fused_mlp.mlp, [random(20, 16), random(48, 16), random(16, 48)]
+Case = tuple[Operation, list[Any], list[int]]  # arguments, and which of them have gradients
 
 
-def mixed_norm(trained: bool = True) -> tuple[Operation, list[Any]]:
-    mix = random(2, 16).requires_grad_(trained)
-    tensors = [random(9, 16), random(9, 16), mix, torch.tensor(0.5), random(9, 16), random(16)]
-    return fused_mix.mixed_norm, tensors
+def mlp() -> Case:
+    return fused_mlp.mlp, [random(20, 16), random(48, 16), random(16, 48)], [0, 1, 2]
 
 
-def frozen_norm() -> tuple[Operation, list[Any]]:
-    return mixed_norm(trained=False)
+def mixed_norm() -> Case:
+    tensors = [random(9, 16), random(9, 16), random(2, 16), torch.tensor(0.5)]
+    return fused_mix.mixed_norm, [*tensors, random(9, 16), random(16)], [0, 1, 4, 2, 5]
 
 
-def turned() -> tuple[Operation, list[Any]]:
+def frozen_norm() -> Case:
+    operation, arguments, _ = mixed_norm()
+    return operation, arguments, [0, 1, 4]
+
+
+def turned() -> Case:
     turns = [random(9, 4).cos(), random(9, 4).sin()]
-    return query_key.turned_operation, [random(9, 64), random(2), *turns, 16]
+    return query_key.turned_operation, [random(9, 64), random(2), *turns, 16], [0]
 
 
-def attention() -> tuple[Operation, list[Any]]:
-    from model.documents import Documents
-
+def attention() -> Case:
     tiles = Documents.from_lengths([30, 70], torch.device("cpu")).tiles
-    turns = [random(100, 4).cos(), random(100, 4).sin()]
-    return fused_attention.fused_attention, [random(100, 64), random(2), *turns, tiles, 16, True]
+    arguments = [random(100, 64), random(2), random(100, 4).cos(), random(100, 4).sin()]
+    return fused_attention.fused_attention, [*arguments, tiles, 16, True], [0]
 
 
 EVERY = pytest.mark.parametrize("case", [mlp, mixed_norm, frozen_norm, turned, attention])
@@ -65,10 +67,7 @@ def outcome(function: Any, arguments: list[Any], wanted: list[int]) -> list[Tens
 
 @EVERY
 def test_bare_sealed_and_compiled_give_the_same(case: Any) -> None:
-    operation, arguments = case()
-    wanted = [0, 1, 2] if case is mlp else [0, 1, 4] if operation is fused_mix.mixed_norm else [0]
-    if case is mixed_norm:
-        wanted = [*wanted, 2, 5]
+    operation, arguments, wanted = case()
     bare = outcome(operation, arguments, wanted)
     compiled = torch.compile(
         lambda *args: operation(*args), backend="aot_eager", fullgraph=True, dynamic=False
@@ -81,7 +80,7 @@ def test_bare_sealed_and_compiled_give_the_same(case: Any) -> None:
 
 @EVERY
 def test_without_gradients_nothing_is_kept(case: Any) -> None:
-    operation, arguments = case()
+    operation, arguments, _ = case()
     arguments[0].requires_grad_()
     with torch.no_grad():
         results = operation(*arguments)

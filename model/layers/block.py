@@ -43,7 +43,7 @@ class Block(nn.Module):
         self.mlp = MLP(width, params.mlp_width)
         self.register_buffer("depth_scale", depth_scale(params, layer), persistent=False)
         self.mix = None
-        if params.input_mix:
+        if params.input_mix:  # made without computing: see `model.layers.initial`
             self.mix = nn.Parameter(torch.tensor([[1.0] * width, [0.0] * width]))
         self.attention_scale = nn.Parameter(torch.ones(width)) if params.branch_scales else None
         self.mlp_scale = nn.Parameter(torch.ones(width)) if params.branch_scales else None

@@ -241,47 +241,6 @@ def plan(new: int, rank: int, widths: Sequence[int]) -> dict[str, Any]:
 
 
 @operation("low_rank_sum")
-def _sum(
-    inner: Tensor,
-    base: Tensor,
-    scale: Tensor | None,
-    more: Tensor | None,
-    first: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    fourth: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`low_rank_sum` of the factors `first` to `fourth`."""
-    factors = [b for b in (first, second, third, fourth) if b is not None]
-    rows, new, columns = inner.shape
-    widths, covered = [b.shape[2] for b in factors], base.shape[1]
-    total = inner.new_empty(rows * new, covered)
-    beside = inner.new_empty(rows * new, sum(widths) - covered)
-    if rows * new == 0:
-        return total, beside
-    inner, factors = inner.contiguous(), _packed(factors)
-    (rows_of_base, base_stride), (rows_of_more, more_stride) = whole_rows(base), whole_rows(more)
-    cut = plan(new, columns // len(factors), widths)
-    low_rank_kernel[_tiles(widths, COLUMNS), triton.cdiv(new, cut["TOKENS"]), rows](
-        inner, *_padded(factors), rows_of_base, rows_of_more, scale, total, beside, new,
-        *_padded([b.stride(0) for b in factors]), base_stride, more_stride, BASE=covered,
-        MORE=more is not None, SCALED=scale is not None, **cut,
-    )  # fmt: skip
-    return total, beside
-
-
-@_sum.register_fake
-def _(
-    inner: Tensor, base: Tensor, scale: Tensor | None, more: Tensor | None, *factors: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    tokens, outputs = (
-        inner.shape[0] * inner.shape[1],
-        sum(b.shape[2] for b in factors if b is not None),
-    )
-    shapes = (tokens, base.shape[1]), (tokens, outputs - base.shape[1])
-    return inner.new_empty(shapes[0]), inner.new_empty(shapes[1])
-
-
 def low_rank_sum(
     inner: Tensor,
     factors: Sequence[Tensor],
@@ -297,8 +256,29 @@ def low_rank_sum(
     dtype. scale: γ (C,), any dtype, or None; it has no gradient, as it is frozen where documents
     have adapters.
     """
-    none = [None] * (SITES - len(factors))
-    return _sum(inner, base, scale, more, *factors, *none)
+    rows, new, columns = inner.shape
+    widths, covered = [b.shape[2] for b in factors], base.shape[1]
+    total = inner.new_empty(rows * new, covered)
+    beside = inner.new_empty(rows * new, sum(widths) - covered)
+    if rows * new == 0:
+        return total, beside
+    inner, factors = inner.contiguous(), _packed(factors)
+    (first, base_stride), (second, more_stride) = whole_rows(base), whole_rows(more)
+    cut = plan(new, columns // len(factors), widths)
+    low_rank_kernel[_tiles(widths, COLUMNS), triton.cdiv(new, cut["TOKENS"]), rows](
+        inner, *_padded(factors), first, second, scale, total, beside, new,
+        *_padded([b.stride(0) for b in factors]), base_stride, more_stride, BASE=covered,
+        MORE=more is not None, SCALED=scale is not None, **cut,
+    )  # fmt: skip
+    return total, beside
+
+
+@low_rank_sum.register_fake
+def _(
+    inner: Tensor, factors: Sequence[Tensor], base: Tensor, *_others: Any
+) -> tuple[Tensor, Tensor]:
+    tokens, rest = inner.shape[0] * inner.shape[1], sum(b.shape[2] for b in factors) - base.shape[1]
+    return inner.new_empty(tokens, base.shape[1]), inner.new_empty(tokens, rest)
 
 
 @operation("low_rank_sum_backward")
@@ -331,16 +311,15 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    inner, _base, scale, more, *factors = inputs
+    inner, factors, _base, scale, more = inputs
     ctx.two = more is not None
-    ctx.save_for_backward(inner, scale, *(b for b in factors if b is not None))
+    ctx.save_for_backward(inner, scale, *factors)
 
 
 def _backward(ctx: Any, dsum: Tensor, dbeside: Tensor) -> tuple[Any, ...]:
     inner, scale, *factors = ctx.saved_tensors
-    dinner, dfactors = low_rank_backward(dsum, dbeside, inner, factors, scale)
-    none = [None] * (SITES - len(factors))
-    return dinner, dsum, None, dsum if ctx.two else None, *dfactors, *none
+    gradients = low_rank_backward(dsum, dbeside, inner, factors, scale)
+    return *gradients, dsum, None, dsum if ctx.two else None
 
 
-_sum.register_autograd(_backward, setup_context=_save)
+low_rank_sum.register_autograd(_backward, setup_context=_save)

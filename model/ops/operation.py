@@ -7,8 +7,9 @@ its first call imports the compiler, which takes seconds. One pass of test-time 
 calls.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import update_wrapper
+from itertools import islice
 from typing import Any
 
 import torch
@@ -38,23 +39,41 @@ class Operation:
         self.sealed.register_autograd(backward, setup_context=setup_context)
         function = self._function
 
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, *flat: Any) -> Any:
             # Not as a setup_context of its own, for which torch looks at signatures in every call.
+            args = _nested(*flat)
             results = function(*args)
             setup_context(ctx, args, results)
             return results
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        def flat_backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+            return *_flat(backward(ctx, *gradients)), None
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(flat_backward)}
         self._bare = type(function.__name__, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any) -> Any:
-        """Results of the arguments; a list among them has no gradient."""
+        """Results of the arguments, tensors or lists of them among others."""
         # The compiler also traces gradients, with tensors of types of its own.
         if torch.compiler.is_compiling() or type(args[0]) is not Tensor:
             return self.sealed(*args)
         if self._bare is None or not torch.is_grad_enabled():
             return self._function(*args)
-        return self._bare(*args)
+        # torch.autograd.Function does not look into lists.
+        sizes = [len(arg) if isinstance(arg, list | tuple) else None for arg in args]
+        return self._bare(*_flat(args), sizes)
+
+
+def _flat(args: Iterable[Any]) -> list[Any]:
+    """Arguments or gradients with the tensors of lists one by one."""
+    return [x for arg in args for x in (arg if isinstance(arg, list | tuple) else (arg,))]
+
+
+def _nested(*flat: Any) -> tuple[Any, ...]:
+    """What `_flat` was given, from its result and the sizes of the lists (None: not a list)."""
+    *values, sizes = flat
+    each = iter(values)
+    return tuple(next(each) if n is None else list(islice(each, n)) for n in sizes)
 
 
 def operation(name: str) -> Callable[[Callable[..., Any]], Operation]:

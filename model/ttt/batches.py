@@ -60,9 +60,10 @@ def document_batches(
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     long = [number for number in order if lengths[number] > ttt.chunk]
-    cut = _cut(long, lengths, ttt, rows)
     if processes > 1 and len(long) > 1:
         cut = _spread(long, lengths, ttt, rows, processes)
+    else:
+        cut = _cut(long, lengths, ttt, rows)
     adapting = [Batch(list(members), True) for members in cut]
     short = order[len(long) :]
     count = max(1, ttt.tokens_per_batch // ttt.chunk)
