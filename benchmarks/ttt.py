@@ -44,11 +44,12 @@ from model.layers.linear import Linear
 from model.memory import peak_memory_mib
 from model.run_log import environment
 from model.start_up import seconds_since_start, use_compile_cache, use_growing_segments
-from model.ttt import ttt_losses
+from model.ttt import rehearse, ttt_losses
 from model.ttt.adapters import values_per_document
 from model.ttt.batches import document_batches, rows_that_fit, tokens_at_once
 from model.ttt.chunks import Pass, chunks
 from model.ttt.loop import Session
+from model.ttt.rehearsal import excerpts
 from model.working_weights import fixed_weights
 from steps.common import COMPILE_CACHE, TOKENS
 from workflow.params import Params, TTTParams
@@ -266,13 +267,10 @@ def read_once(
 
 
 def warm_up(ttt: TTTParams, model: GPT, documents: Sequence[np.ndarray], group: Group) -> None:
-    """Compile the passes and load their kernels, by two chunks of every size, of few and of all."""
-    longest = max(document.size for document in documents)
-    for size in sorted({end - start for start, end in chunks(longest, ttt)}):
-        alike = ttt.model_copy(update={"chunk": size})
-        text = [document[: 2 * size] for document in documents]
-        for part in (sorted(text, key=len)[-2:], text):
-            ttt_losses(model, part, alike, group)
+    """Compile the passes and load their kernels, by passes of every kind."""
+    rehearse(model, documents, ttt)
+    for alike, texts in excerpts(documents, ttt):
+        ttt_losses(model, texts, alike, group)
 
 
 def mean_loss(losses: Sequence[np.ndarray]) -> float:

@@ -124,6 +124,19 @@ def site_outputs(site: str, model: "ModelParams") -> int:
     return model.vocabulary if site == "head" else model.width
 
 
+def site_layers(site: str, model: "ModelParams") -> range:
+    """Layers that have such a site; the head counts to layer 0."""
+    return range(1 if site == "head" else model.layers)
+
+
+def adapter_values(model: "ModelParams", sites: Sequence[str], rank: int) -> int:
+    """Number of values of a set of adapters."""
+    return sum(
+        rank * (model.width + site_outputs(site, model)) * len(site_layers(site, model))
+        for site in sites
+    )
+
+
 def initial_adapters(
     model: "ModelParams", sites: Sequence[str], rank: int, seed: int
 ) -> dict[str, Tensor]:
@@ -134,7 +147,7 @@ def initial_adapters(
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for site in sites:
-        for layer in range(1 if site == "head" else model.layers):
+        for layer in site_layers(site, model):
             uniform = 2 * torch.rand(rank, model.width, generator=generator) - 1
             name = site_name(site, layer)
             tensors[f"{name}.a"] = uniform * model.width**-0.5

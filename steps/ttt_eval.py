@@ -29,7 +29,7 @@ from model.files import atomic_file
 from model.gpt import GPT
 from model.memory import peak_memory_mib
 from model.start_up import use_compile_cache, use_growing_segments
-from model.ttt import ttt_losses
+from model.ttt import rehearse, ttt_losses
 from steps.common import COMPILE_CACHE, TOKENS, Step, progress, run
 
 SECTIONS = ("evaluate", "ttt", "ops")
@@ -62,6 +62,7 @@ def main(step: Step) -> None:
     step.log.event(
         "ops", choice=str(ops.configure(device=step.group.device, **step.params.ops.model_dump()))
     )
+    rehearse(model, documents, step.params.ttt)
     total = sum(document.size for document in documents)
     results = {
         name: measure(step, name, total, evaluate)

@@ -35,9 +35,14 @@ def build(kernel, types, constants, **options):
 
 def compile_for_hopper(program: str, cache: Path) -> list[int]:
     """Run `program`, which calls `build`; the shared memory of each kernel it built, in bytes."""
+    return run_apart(PREAMBLE + program, cache)
+
+
+def run_apart(program: str, cache: Path) -> list[int]:
+    """Run `program` in a process that compiles its kernels; the numbers that it prints."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PREAMBLE + program],
+        [sys.executable, "-W", "ignore", "-c", program],
         env=environment,
         cwd=Path(__file__).parents[1],
         capture_output=True,

@@ -21,7 +21,8 @@ def problem(matrices=2, rows=12, columns=24, seed=0):
 
 
 def quantise(weights, hessians, step=0.5, damping=0.01, block=7):
-    return gptq(weights, hessians, torch.full((len(weights),), step), damping, block)
+    steps = torch.full((len(weights),), step, device=weights.device)
+    return gptq(weights, hessians, steps, damping, block)
 
 
 def errors(results, weights, hessians):

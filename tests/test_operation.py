@@ -89,14 +89,21 @@ def test_without_gradients_nothing_is_kept(case: Any) -> None:
 
 
 def test_python_does_without_the_compiler() -> None:
-    """Also where a model is built for weights that were stored."""
+    """Also where a model is built for weights that were stored, and adapts to a document."""
     program = """
-import sys, torch
+import sys, numpy as np, torch
+from model.distributed import Group
 from model.gpt import GPT
 from model.ops import fused_mlp
+from model.ttt import ttt_losses
+from model.ttt.batches import bytes_per_document
 from workflow.preset import compose
+params = compose("demo")
 with torch.device("meta"):
-    GPT(compose("demo").model)
+    GPT(params.model)
+model, alone = GPT(params.model), Group(0, 1, torch.device("cpu"))
+ttt_losses(model, [np.arange(1, 50, dtype=np.uint16)], params.ttt, alone)
+assert bytes_per_document(model, params.ttt) > 0
 r, up, down = (torch.ones(16, 16, requires_grad=True) for _ in range(3))
 fused_mlp.fused_mlp(r, up, down).sum().backward()
 assert r.grad is not None

@@ -27,7 +27,12 @@ from model.lora import READERS, BlockAdapters, low_rank, side_by_side, site_name
 from model.ops.plain import exclude_own_value
 from model.replay import Replay
 from model.ttt import ttt_losses, window
-from model.ttt.adapters import HASH_TABLE, DocumentAdapters, initial_parameters
+from model.ttt.adapters import (
+    HASH_TABLE,
+    DocumentAdapters,
+    initial_parameters,
+    values_per_document,
+)
 from model.ttt.batches import Batch, bytes_per_document, document_batches, tokens_at_once
 from model.ttt.cached import CachedReader
 from model.ttt.chunks import Pass, chunks, documents_left, passes
@@ -457,6 +462,13 @@ def test_chunks_that_run_again_count_as_read() -> None:
     assert reaching > alone
     hashing = bytes_per_document(small_model(), ttt.model_copy(update={"hash_buckets": 64}))
     assert hashing - alone == 64 * 32 * 16  # values, second moments, gradients twice; fp32
+
+
+@pytest.mark.parametrize("changes", [{}, {"sites": ["head", "mlp"]}, {"hash_buckets": 16}])
+def test_values_of_a_document_are_those_it_starts_from(changes: dict[str, Any]) -> None:
+    model, ttt = small_model().params, ttt_params(**changes)
+    initial = initial_parameters(model, ttt)
+    assert values_per_document(model, ttt) == sum(x.numel() for x in initial.values())
 
 
 def always_two(over: Sequence[Pass], lengths: np.ndarray) -> list[int]:

@@ -13,6 +13,8 @@ chunk is not trained on:
     cached.py     mode `cached`: a chunk runs alone against keys and values kept from the context
     batches.py    which documents adapt side by side, and in which order batches are begun
     loop.py       the loop over chunks, the same for both modes
+    rehearsal.py  the kernels of all this, compiled before it begins
 """
 
 from model.ttt.loop import ttt_losses as ttt_losses
+from model.ttt.rehearsal import rehearse as rehearse

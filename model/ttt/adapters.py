@@ -9,7 +9,13 @@ from torch import Tensor
 from model.document_parameters import DocumentParameters, step_scalars
 from model.gpt import GPT, Adapters
 from model.hash_embedding import HashTable, initial_table
-from model.lora import BlockAdapters, initial_adapters, low_rank, side_by_side
+from model.lora import (
+    BlockAdapters,
+    adapter_values,
+    initial_adapters,
+    low_rank,
+    side_by_side,
+)
 
 if TYPE_CHECKING:
     from workflow.params import ModelParams, TTTParams
@@ -81,5 +87,5 @@ class DocumentAdapters:
 
 def values_per_document(model: "ModelParams", ttt: "TTTParams") -> int:
     """Number of values that one document adapts."""
-    with torch.device("meta"):
-        return sum(tensor.numel() for tensor in initial_parameters(model, ttt).values())
+    adapters = adapter_values(model, ttt.sites, ttt.rank)
+    return adapters + ttt.hash_buckets * model.width

@@ -1,0 +1,57 @@
+"""The kernels of test-time training compiled all at once, before the first document is read.
+
+The beginnings of the documents are read with nothing launched (`model.ops.compile_ahead`), by
+sessions that are then forgotten: what the kernels did not write is not a number that anybody sees,
+and what torch computed meanwhile is its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from model.evaluation import SharedProgress
+from model.gpt import GPT
+from model.ops.compile_ahead import compile_ahead
+from model.replay import Replay
+from model.ttt.batches import rows_that_fit
+from model.ttt.chunks import chunks
+from model.ttt.loop import Session, packed_losses
+from model.working_weights import fixed_weights
+
+if TYPE_CHECKING:
+    from workflow.params import TTTParams
+
+FEW = 2  # documents, for which some kernels are others than for many
+
+
+def rehearse(model: GPT, documents: Sequence[np.ndarray], ttt: "TTTParams") -> None:
+    """Compile what reading the documents, with and without adapters, will launch.
+
+    Where no kernels of ours run, on a CPU, nothing is done.
+    """
+    if model.device.type != "cuda" or not documents:
+        return
+    rows = rows_that_fit(model, ttt)
+    with fixed_weights(model), compile_ahead():
+        packed_losses(model, [document[: ttt.chunk] for document in documents[:FEW]])
+        for alike, texts in excerpts(documents, ttt):
+            replay = Replay(ttt.cuda_graphs)
+            Session(model, alike, rows, replay).losses(texts[:rows], SharedProgress(None))
+
+
+def excerpts(
+    documents: Sequence[np.ndarray], ttt: "TTTParams"
+) -> Iterator[tuple["TTTParams", list[np.ndarray]]]:
+    """Texts, the longest first, that together make passes of all kinds that the documents make.
+
+    For every size of a chunk, of few documents and of all: as many chunks of that size alone, by
+    the parameters beside the text, as it takes until a pass has as many before it as it can have.
+    """
+    longest = max(document.size for document in documents)
+    for size in sorted({end - start for start, end in chunks(longest, ttt)}):
+        alike = ttt.model_copy(update={"chunk": size})
+        texts = [document[: (ttt.reach + 2) * size] for document in documents]
+        texts.sort(key=len, reverse=True)
+        for some in (texts[:FEW], texts):
+            yield alike, some

@@ -1,0 +1,72 @@
+"""Kernels compiled before test-time training begins."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.ttt.chunks import passes
+from model.ttt.rehearsal import excerpts, rehearse
+from tests.kernels import CUDA, run_apart
+from tests.models import random_documents, small_model, ttt_params
+
+
+@pytest.mark.parametrize("reach", [0, 3])
+def test_excerpts_make_passes_of_every_number_of_chunks(reach):
+    ttt = ttt_params(mode="cached", chunk=2, largest_chunk=8, context=64, reach=reach)
+    documents = random_documents([5, 700, 300])
+    found = list(excerpts(documents, ttt))
+    assert [len(texts) for _, texts in found] == [2, 3] * 3
+    for alike, texts in found:
+        lengths = [text.size for text in texts]
+        assert lengths == sorted(lengths, reverse=True)
+        made = {(p.end - p.start, p.end - p.first) for p in passes(lengths[0], alike)}
+        assert made == {(alike.chunk, alike.chunk * n) for n in range(1, reach + 2)}
+    assert {alike.chunk for alike, _ in found} == {p.end - p.start for p in passes(700, ttt)}
+
+
+def test_texts_are_the_beginnings_of_documents():
+    documents = random_documents([40, 30])
+    for _, texts in excerpts(documents, ttt_params(chunk=8)):
+        assert np.array_equal(texts[0], documents[0][: texts[0].size])
+
+
+def test_nothing_is_done_on_a_cpu_or_without_documents():
+    model = small_model()
+    before = torch.get_rng_state()
+    rehearse(model, [], ttt_params())
+    rehearse(model, random_documents([20]), ttt_params())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["window", "cached"])
+def test_after_it_nothing_is_compiled_and_nothing_is_other(mode, tmp_path):
+    program = f"""
+import numpy as np
+import torch
+import triton
+from model import ops
+from model.distributed import Group
+from model.ttt import rehearse, ttt_losses
+from tests.models import random_documents, small_model, ttt_params
+
+compiled = []
+triton.knobs.runtime.jit_post_compile_hook = lambda **found: compiled.append(found["repr"])
+device = torch.device("cuda")
+ops.configure("auto", device)
+model = small_model(width=256, head_width=64).cuda()
+documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
+ttt = ttt_params(mode="{mode}", chunk=16, context=64, rank=16, cuda_graphs=True)
+rehearse(model, documents, ttt)
+print(len(compiled))
+compiled.clear()
+found = ttt_losses(model, documents, ttt, Group(0, 1, device))
+print(len(compiled))
+again = ttt_losses(model, documents, ttt, Group(0, 1, device))
+print(int(all(np.allclose(a, b, atol=3e-2) for a, b in zip(found, again, strict=True))))
+"""
+    before, after, same = run_apart(program, tmp_path)
+    assert before > 15
+    assert after == 0
+    assert same
