@@ -77,9 +77,11 @@ class Documents:
     @cached_property
     def index(self) -> Tensor:
         """int64 (T,): the document each token belongs to."""
-        ends = self.boundaries[1:]
+        # Among all boundaries, not the ends alone: given a slice, torch.compile searches the tensor
+        # from its beginning (inductor of torch 2.11, on CUDA).
+        ends = self.boundaries
         tokens = torch.arange(self.total, dtype=ends.dtype, device=ends.device)
-        return torch.searchsorted(ends, tokens, right=True)
+        return torch.searchsorted(ends, tokens, right=True) - 1
 
     @cached_property
     def positions(self) -> Tensor:

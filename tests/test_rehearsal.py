@@ -1,11 +1,17 @@
 """Kernels compiled before test-time training begins."""
 
+import gc
+import weakref
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from model.ttt import rehearsal
 from model.ttt.chunks import passes
-from model.ttt.rehearsal import excerpts, rehearse
+from model.ttt.rehearsal import excerpts, read_excerpts, rehearse
+from model.working_weights import fixed_weights
 from tests.kernels import CUDA, run_apart
 from tests.models import random_documents, small_model, ttt_params
 
@@ -38,6 +44,32 @@ def test_nothing_is_done_on_a_cpu_or_without_documents():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("mode", ["window", "cached"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_one_session_at_a_time_takes_memory(mode, recorded, monkeypatch):
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    sizes = []
+
+    class Watched(rehearsal.Session):
+        def __init__(self, model, ttt, capacity, replay):
+            assert not alive
+            super().__init__(model, ttt, capacity, replay)
+            alive.add(self)
+            sizes.append((ttt.chunk, capacity))
+
+    monkeypatch.setattr(rehearsal, "Session", Watched)
+    ttt = ttt_params(mode=mode, chunk=2, largest_chunk=4, batch=4, cuda_graphs=recorded)
+    model = small_model()
+    gc.disable()
+    try:
+        with fixed_weights(model):
+            read_excerpts(model, random_documents([300, *[9] * 8]), ttt)
+    finally:
+        gc.enable()
+    assert not alive
+    assert sizes == [(2, 2), (2, 4), (4, 2), (4, 4)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["window", "cached"])
@@ -58,15 +90,17 @@ ops.configure("auto", device)
 model = small_model(width=256, head_width=64).cuda()
 documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
 ttt = ttt_params(mode="{mode}", chunk=16, context=64, rank=16, cuda_graphs=True)
+before = torch.cuda.memory_allocated()
 rehearse(model, documents, ttt)
-print(len(compiled))
+print(len(compiled), (torch.cuda.memory_allocated() - before) // 2**20)
 compiled.clear()
 found = ttt_losses(model, documents, ttt, Group(0, 1, device))
 print(len(compiled))
 again = ttt_losses(model, documents, ttt, Group(0, 1, device))
 print(int(all(np.allclose(a, b, atol=3e-2) for a, b in zip(found, again, strict=True))))
 """
-    before, after, same = run_apart(program, tmp_path)
+    before, mebibytes, after, same = run_apart(program, tmp_path)
     assert before > 15
+    assert mebibytes < 2
     assert after == 0
     assert same

@@ -5,10 +5,11 @@ sessions that are then forgotten: what the kernels did not write is not a number
 and what torch computed meanwhile is its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from model.evaluation import SharedProgress
 from model.gpt import GPT
@@ -30,23 +31,36 @@ def rehearse(model: GPT, documents: Sequence[np.ndarray], ttt: "TTTParams") -> N
 
     Where no kernels of ours run, on a CPU, nothing is done.
     """
-    if model.device.type != "cuda" or not documents:
-        return
-    rows = rows_that_fit(model, ttt)
-    with fixed_weights(model), compile_ahead():
-        packed_losses(model, [document[: ttt.chunk] for document in documents[:FEW]])
-        for alike, texts in excerpts(documents, ttt):
-            replay = Replay(ttt.cuda_graphs)
-            Session(model, alike, rows, replay).losses(texts[:rows], SharedProgress(None))
+    if model.device.type == "cuda" and documents:
+        with fixed_weights(model), compile_ahead():
+            read_excerpts(model, documents, ttt)
+
+
+def read_excerpts(model: GPT, documents: Sequence[np.ndarray], ttt: "TTTParams") -> None:
+    """Make passes of all kinds that reading the documents makes."""
+    packed_losses(model, [document[: ttt.chunk] for document in documents[:FEW]])
+    for alike, texts in excerpts(documents, ttt):
+        fitting = texts[: rows_that_fit(model, ttt)]
+        session = Session(model, alike, len(fitting), AsItIs(ttt.cuda_graphs))
+        session.losses(fitting, SharedProgress(None))
+        del session  # before the next one takes as much memory
+
+
+class AsItIs(Replay):
+    """Work of the shapes that are recorded, run as it is; no work, and no session, is kept."""
+
+    def run(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
+        """Do the work."""
+        return work()
 
 
 def excerpts(
     documents: Sequence[np.ndarray], ttt: "TTTParams"
 ) -> Iterator[tuple["TTTParams", list[np.ndarray]]]:
-    """Texts, the longest first, that together make passes of all kinds that the documents make.
+    """Yield texts, the longest first, and the parameters by which to read them.
 
-    For every size of a chunk, of few documents and of all: as many chunks of that size alone, by
-    the parameters beside the text, as it takes until a pass has as many before it as it can have.
+    For every size of a chunk, of few documents and of all: as many chunks of that size alone as it
+    takes until a pass has as many chunks before it as it can have.
     """
     longest = max(document.size for document in documents)
     for size in sorted({end - start for start, end in chunks(longest, ttt)}):
