@@ -3,13 +3,19 @@
 Triton compiles a kernel when it is first launched, and the launch waits for that: some 40 kernels
 of half a second, one after the other, in a pass of test-time training. Inside `compile_ahead()` a
 launch only hands its kernel to a thread, and at the end of the block all are compiled and loaded.
-Threads are enough, as the time is that of LLVM and of other programs (ptxas, the C compiler).
+Threads are enough, as the time is that of LLVM and of another program (ptxas).
+
+A kernel's launcher is a Python extension; all have the same name, and kernels of the same types the
+same file. CPython, asked for an extension that it has loaded before, puts its functions into the
+module that last took the name, which may be the one that another thread has just loaded and not yet
+read (158 of 720 times, with 2 ms in between). So launchers are loaded one after the other.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,9 +33,13 @@ class _Compilers(ThreadPoolExecutor):
         return super().submit(_loaded, compile)
 
 
+_loading = Lock()
+
+
 def _loaded(compile: Callable[[], Any]) -> Any:
     kernel = compile()
-    _ = kernel.run  # its launcher is built, and the kernel loaded, when one asks for it
+    with _loading:
+        _ = kernel.run  # its launcher is built, and the kernel loaded, when one asks for it
     return kernel
 
 
