@@ -28,7 +28,7 @@ from model.evaluation import (
 from model.files import atomic_file
 from model.gpt import GPT
 from model.memory import peak_memory_mib
-from model.start_up import use_compile_cache, use_growing_segments
+from model.start_up import seconds_since_start, use_compile_cache, use_growing_segments
 from model.ttt import rehearse, ttt_losses
 from steps.common import COMPILE_CACHE, TOKENS, Step, progress, run
 
@@ -63,6 +63,7 @@ def main(step: Step) -> None:
         "ops", choice=str(ops.configure(device=step.group.device, **step.params.ops.model_dump()))
     )
     rehearse(model, documents, step.params.ttt)
+    step.log.event("warm", startup_seconds=seconds_since_start(step.group.device))
     total = sum(document.size for document in documents)
     results = {
         name: measure(step, name, total, evaluate)

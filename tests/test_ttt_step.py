@@ -20,6 +20,7 @@ from model.distributed import Group
 from model.evaluation import targets_of
 from model.files import sha256
 from model.gpt import GPT
+from model.run_log import read_log
 from model.ttt import ttt_losses
 from tests.corpora import sentences, small_tokenizer
 from workflow.params import Params, load_params
@@ -99,6 +100,11 @@ def results(place: Path) -> dict[int, tuple[pd.DataFrame, dict[str, Any]]]:
         metrics = json.loads((output / "metrics.json").read_text())
         found[processes] = pd.read_parquet(output / "losses.parquet"), metrics
     return found
+
+
+def test_the_log_tells_how_long_the_start_took(place: Path, results: dict) -> None:
+    (warm,) = read_log(place / "logs/ttt_eval/seed0.jsonl", "warm")
+    assert 0 < warm["startup_seconds"] < 600
 
 
 def test_table_has_one_row_for_each_target(place: Path, results: dict) -> None:

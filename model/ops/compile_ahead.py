@@ -1,6 +1,6 @@
 """Triton's kernels compiled side by side, before the first of them runs.
 
-Triton compiles a kernel when it is first launched, and the launch waits for that: some 40 kernels
+Triton compiles a kernel when it is first launched, and the launch waits for that: some 35 kernels
 of half a second, one after the other, in a pass of test-time training. Inside `compile_ahead()` a
 launch only hands its kernel to a thread, and at the end of the block all are compiled and loaded.
 Threads are enough, as the time is that of LLVM and of another program (ptxas).
