@@ -79,9 +79,9 @@ class Documents:
         """int64 (T,): the document each token belongs to."""
         # Among all boundaries, not the ends alone: given a slice, torch.compile searches the tensor
         # from its beginning (inductor of torch 2.11, on CUDA).
-        ends = self.boundaries
-        tokens = torch.arange(self.total, dtype=ends.dtype, device=ends.device)
-        return torch.searchsorted(ends, tokens, right=True) - 1
+        boundaries = self.boundaries
+        tokens = torch.arange(self.total, dtype=boundaries.dtype, device=boundaries.device)
+        return torch.searchsorted(boundaries, tokens, right=True) - 1
 
     @cached_property
     def positions(self) -> Tensor:

@@ -9,13 +9,7 @@ from torch import Tensor
 from model.document_parameters import DocumentParameters, step_scalars
 from model.gpt import GPT, Adapters
 from model.hash_embedding import HashTable, initial_table
-from model.lora import (
-    BlockAdapters,
-    adapter_values,
-    initial_adapters,
-    low_rank,
-    side_by_side,
-)
+from model.lora import BlockAdapters, adapter_values, initial_adapters, low_rank, side_by_side
 
 if TYPE_CHECKING:
     from workflow.params import ModelParams, TTTParams

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from model.gpt import GPT
-from model.ttt.adapters import values_per_document
+from model.lora import adapter_values
 from model.ttt.cached import cached_shape
 from model.ttt.chunks import Shape, documents_left, passes
 from model.ttt.rows import running_rows, work
@@ -182,7 +182,7 @@ def bytes_per_document(model: GPT, ttt: "TTTParams") -> int:
     """
     params, size = model.params, model.dtype.itemsize
     table = ttt.hash_buckets * params.width
-    adapted = (values_per_document(params, ttt) - table) * (8 + 3 * size) + table * 16
+    adapted = adapter_values(params, ttt.sites, ttt.rank) * (8 + 3 * size) + table * 16
     kept = 2 * params.layers * ttt.context * params.kv_heads * params.head_width * size
     per_token = params.layers * (6 * params.width + 3 * params.mlp_width) * size
     activations = ttt.longest_pass * per_token + ttt.largest_chunk * 12 * params.vocabulary

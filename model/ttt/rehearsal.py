@@ -39,8 +39,9 @@ def rehearse(model: GPT, documents: Sequence[np.ndarray], ttt: "TTTParams") -> N
 def read_excerpts(model: GPT, documents: Sequence[np.ndarray], ttt: "TTTParams") -> None:
     """Make passes of all kinds that reading the documents makes."""
     packed_losses(model, [document[: ttt.chunk] for document in documents[:FEW]])
+    rows = rows_that_fit(model, ttt)
     for alike, texts in excerpts(documents, ttt):
-        fitting = texts[: rows_that_fit(model, ttt)]
+        fitting = texts[:rows]
         session = Session(model, alike, len(fitting), AsItIs(ttt.cuda_graphs))
         session.losses(fitting, SharedProgress(None))
         del session  # before the next one takes as much memory
@@ -62,10 +63,9 @@ def excerpts(
     For every size of a chunk, of few documents and of all: as many chunks of that size alone as it
     takes until a pass has as many chunks before it as it can have.
     """
-    longest = max(document.size for document in documents)
-    for size in sorted({end - start for start, end in chunks(longest, ttt)}):
+    ordered = sorted(documents, key=len, reverse=True)
+    for size in sorted({end - start for start, end in chunks(ordered[0].size, ttt)}):
         alike = ttt.model_copy(update={"chunk": size})
-        texts = [document[: (ttt.reach + 2) * size] for document in documents]
-        texts.sort(key=len, reverse=True)
+        texts = [document[: (ttt.reach + 2) * size] for document in ordered]
         for some in (texts[:FEW], texts):
             yield alike, some
