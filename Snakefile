@@ -9,9 +9,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from model.errors import InputError
-from workflow.dvcstate import deps, flagged_outs, outs, sync
-from workflow.params import load_params
+from model.runtime.errors import InputError
+from pocketlm.workflow.dvcstate import deps, flagged_outs, outs, sync
+from pocketlm.params.schema import load_params
 
 try:
     PARAMS = load_params()
@@ -22,7 +22,7 @@ except InputError as error:
 
 shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 SEEDS = PARAMS.seeds
-REPRODUCE = "python -m workflow.reproduce " + ("--force " if config.get("force") else "")
+REPRODUCE = "python -m pocketlm.workflow.reproduce " + ("--force " if config.get("force") else "")
 IN_PROCESSES = REPRODUCE + f"--processes {PARAMS.processes} "
 # Slots of this machine (GPUs, or 1); a step takes one per process, and its share of the cores.
 GPUS = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 1

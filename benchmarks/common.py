@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from model.documents import Documents
-from workflow.params import Params, load_params
-from workflow.preset import compose
+from model.data.packing import Documents
+from pocketlm.params.presets import compose
+from pocketlm.params.schema import Params, load_params
 
 MEAN_LOG_LENGTH, DEVIATION_LOG_LENGTH = 6.6, 1.1  # of documents of web text, in tokens
 # Dense bf16 products, FLOP/s, by a part of the device's name.

@@ -13,8 +13,8 @@ Bytes: every tensor between two products must be written by one kernel and read 
 `chain_bytes` counts them for chains that are fused perfectly.
 """
 
-from model.gpt import GPT
-from workflow.params import ModelParams, TrainParams
+from model.network.gpt import GPT
+from pocketlm.params.schema import ModelParams, TrainParams
 
 BF16, FP32 = 2, 4
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from benchmarks import common, floors
 from benchmarks.common import say, stage, table
-from model import ops
-from model.distributed import process_group
-from model.documents import Documents
-from model.errors import InputError
-from model.gpt import GPT
-from model.layers.linear import Linear
-from model.muon import orthogonalise
-from workflow.params import ModelParams, Params
+from model.data.packing import Documents
+from model.kernels import dispatch, varlen
+from model.network.gpt import GPT
+from model.network.linear import Linear
+from model.runtime.distributed import process_group
+from model.runtime.errors import InputError
+from model.training.muon import orthogonalise
+from pocketlm.params.schema import ModelParams, Params
 
 COLUMNS = ("implementation", "forward ms", "both ms", "floor ms", "error", "cannot be had")
 FUSED = ("reference", "triton")
@@ -96,7 +96,7 @@ def exact(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Ten
     return [result.detach(), *torch.autograd.grad(result, wide, torch.ones_like(result))]
 
 
-def on_documents(function: ops.varlen.Attention, documents: Documents) -> Callable[..., Tensor]:
+def on_documents(function: varlen.Attention, documents: Documents) -> Callable[..., Tensor]:
     """An attention as a function of q, k and v alone."""
     return lambda q, k, v: function(q, k, v, documents)
 
@@ -117,12 +117,12 @@ def attention(bench: Bench) -> None:
     widths = model.heads + model.kv_heads
     moved = 6.0 * floors.BF16 * bench.tokens * widths * model.head_width
     large, small = inputs(bench.tokens), inputs(few.total)
-    expected = exact(on_documents(ops.varlen.reference, few), small)
+    expected = exact(on_documents(varlen.reference, few), small)
     rows: list[tuple] = []
-    for name, function in ops.varlen.IMPLEMENTATIONS.items():
+    for name, function in varlen.IMPLEMENTATIONS.items():
         if name == "reference":
             continue
-        obstacle = ops.varlen.obstacle(name, bench.device, bench.dtype)
+        obstacle = varlen.obstacle(name, bench.device, bench.dtype)
         if obstacle is not None:
             rows.append((name, None, None, None, None, obstacle))
             continue
@@ -143,7 +143,7 @@ def mlp(bench: Bench) -> None:
 
     def run(r: Tensor, first: Tensor, second: Tensor) -> Tensor:
         up.working, down.working = first, second
-        return ops.mlp(r, up, down)
+        return dispatch.mlp(r, up, down)
 
     flops = 18.0 * bench.tokens * width * hidden
     moved = floors.BF16 * bench.tokens * (6.0 * width + 5.0 * hidden)
@@ -161,7 +161,7 @@ def mix(bench: Bench) -> None:
     scale = torch.tensor(0.5, device=bench.device)
 
     def run(x: Tensor, x0: Tensor, earlier: Tensor, mix: Tensor, weight: Tensor) -> Tensor:
-        u, n = ops.mixed_norm(x, x0, mix, scale, (earlier, weight))
+        u, n = dispatch.mixed_norm(x, x0, mix, scale, (earlier, weight))
         return u + n
 
     moved = floors.BF16 * 16.0 * bench.tokens * bench.model.width
@@ -173,18 +173,18 @@ def compare(
 ) -> None:
     """Both implementations of a fused operation; leaves "auto" chosen."""
     rows: list[tuple] = []
-    ops.configure("auto", bench.device, **{op: "reference"})
+    dispatch.configure("auto", bench.device, **{op: "reference"})
     expected = exact(run, inputs)
     for name in FUSED:
         try:
-            ops.configure("auto", bench.device, **{op: name})
+            dispatch.configure("auto", bench.device, **{op: name})
         except InputError as error:
             rows.append((name, None, None, None, None, error.problem))
             continue
         torch._dynamo.reset()
         found = bench.measure(run, inputs)
         rows.append((name, found.forward, found.both, floor, found.error(expected), ""))
-    ops.configure("auto", bench.device)
+    dispatch.configure("auto", bench.device)
     table(f"{op}: {bench.tokens:,} tokens", COLUMNS, rows)
 
 

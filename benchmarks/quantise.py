@@ -24,15 +24,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import load, table
-from model import ops
-from model.artifact import read_artifact, streams_of
-from model.compression import COMPRESSORS, Stream, compress_all, compressor
-from model.files import read_json, write_json
-from model.generate import generate, sampling_noise
-from model.gpt import GPT
-from model.replay import CUDAReplay
-from model.run_log import environment, step_errors
-from workflow.params import Params
+from model.artifact.compression import COMPRESSORS, Stream, compress_all, compressor
+from model.artifact.format import read_artifact, streams_of
+from model.kernels import dispatch
+from model.network.gpt import GPT
+from model.quantization.calibration_text import generate, sampling_noise
+from model.runtime.cuda_graphs import CUDAReplay
+from model.runtime.files import read_json, write_json
+from model.runtime.run_log import environment, step_errors
+from pocketlm.params.schema import Params
 
 RECORD = Path("records/benchmarks/quantise.json")
 
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.text:
         params = load(options.text)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        print(ops.configure(device=device, **params.ops.model_dump()))
+        print(dispatch.configure(device=device, **params.ops.model_dump()))
         rows = time_text(params, device)
         table("Calibration text", ["", "tokens", "s", "ms/token"], rows)
         return

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.ttt.batches import Batch, makespan
-from model.ttt.chunks import Pass, documents_left, passes
-from workflow.params import TTTParams
+from model.ttt.batching import Batch, makespan
+from model.ttt.chunking import Pass, documents_left, passes
+from pocketlm.params.schema import TTTParams
 
 
 @dataclass(frozen=True)

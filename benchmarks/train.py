@@ -23,19 +23,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common, floors
 from benchmarks.common import Timed, say, stage, table
-from data.loader import Batch, TokenStream, TrainingBatches
-from data.shards import Manifest
-from model import ops
-from model.distributed import Group, process_group
-from model.documents import Documents
-from model.files import read_json, write_json
-from model.gpt import GPT
-from model.memory import peak_memory_mib
-from model.run_log import environment
-from model.start_up import compile_statistics, seconds_since_start, use_compile_cache
-from model.training import Batches, Trainer
+from model.data.loader import Batch, TokenStream, TrainingBatches
+from model.data.packing import Documents
+from model.data.shards import Manifest
+from model.kernels import dispatch, varlen
+from model.network.gpt import GPT
+from model.runtime.distributed import Group, process_group
+from model.runtime.files import read_json, write_json
+from model.runtime.memory import peak_memory_mib
+from model.runtime.process import compile_statistics, seconds_since_start, use_compile_cache
+from model.runtime.run_log import environment
+from model.training.trainer import Batches, Trainer
+from pocketlm.params.schema import Params
 from steps.common import COMPILE_CACHE, TOKENS
-from workflow.params import Params
 
 PARTS = ("part", "measured", "floor")
 # The category of a kernel is the first with one of these in its name, in lower case.
@@ -67,7 +67,7 @@ class Run:
     def start(cls, params: Params, group: Group) -> "Run":
         """Build the trainer and compile, as the train step does."""
         use_compile_cache(COMPILE_CACHE)
-        choice = ops.configure(device=group.device, **params.ops.model_dump())
+        choice = dispatch.configure(device=group.device, **params.ops.model_dump())
         torch.manual_seed(0)
         model = GPT(params.model).to(group.device)
         trainer = Trainer(model, params.train, group)
@@ -220,7 +220,7 @@ def compare_attention(preset: str, limit: int, names: list[str]) -> None:
     """Tokens/s of the whole step with each attention, in processes of their own."""
     device, rows = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
     for name in names:
-        obstacle = ops.varlen.obstacle(name, device)
+        obstacle = varlen.obstacle(name, device)
         if obstacle is not None:
             rows.append((name, None, None, obstacle))
             continue
@@ -331,7 +331,7 @@ def main() -> None:
             report(run, chosen.json)
         if alone:
             with stage("attention", 6 * chosen.limit):
-                names = [name for name in ops.varlen.IMPLEMENTATIONS if name != "reference"]
+                names = [name for name in varlen.IMPLEMENTATIONS if name != "reference"]
                 compare_attention(chosen.preset, chosen.limit, names)
 
 

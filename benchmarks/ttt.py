@@ -32,27 +32,27 @@ import torch
 from benchmarks import common, floors
 from benchmarks.common import say, table
 from benchmarks.queue import simulate
-from data.loader import validation_documents
-from data.shards import MANIFEST, Manifest
-from model import ops
-from model.artifact import load_artifact
-from model.distributed import Group, process_group
-from model.evaluation import SharedProgress, plain_losses
-from model.files import read_json, write_json
-from model.gpt import GPT
-from model.layers.linear import Linear
-from model.memory import peak_memory_mib
-from model.run_log import environment
-from model.start_up import seconds_since_start, use_compile_cache, use_growing_segments
+from model.artifact.format import load_artifact
+from model.data.loader import validation_documents
+from model.data.shards import MANIFEST, Manifest
+from model.evaluation.losses import SharedProgress, plain_losses
+from model.kernels import dispatch
+from model.network.compute_weights import fixed_weights
+from model.network.gpt import GPT
+from model.network.linear import Linear
+from model.runtime.distributed import Group, process_group
+from model.runtime.files import read_json, write_json
+from model.runtime.memory import peak_memory_mib
+from model.runtime.process import seconds_since_start, use_compile_cache, use_growing_segments
+from model.runtime.run_log import environment
 from model.ttt import rehearse, ttt_losses
 from model.ttt.adapters import values_per_document
-from model.ttt.batches import document_batches, rows_that_fit, tokens_at_once
-from model.ttt.chunks import Pass, chunks
+from model.ttt.batching import document_batches, rows_that_fit, tokens_at_once
+from model.ttt.chunking import Pass, chunks
 from model.ttt.loop import Session
-from model.ttt.rehearsal import excerpts
-from model.working_weights import fixed_weights
+from model.ttt.warmup import excerpts
+from pocketlm.params.schema import Params, TTTParams
 from steps.common import COMPILE_CACHE, TOKENS
-from workflow.params import Params, TTTParams
 
 QUEUE_SIZES = (1, 2, 8)
 # What was published of the settings.
@@ -102,7 +102,7 @@ def main() -> None:
     use_compile_cache(COMPILE_CACHE)
     use_growing_segments()
     with process_group() as group:
-        ops.configure(device=group.device, **params.ops.model_dump())
+        dispatch.configure(device=group.device, **params.ops.model_dump())
         model, documents = subject(params, options, group)
         measure(params, options, group, model, documents)
 

@@ -1,5 +1,6 @@
 """The shared package: model, optimizer, quantisation and test-time training.
 
-Import from its modules (`from model.gpt import GPT`); importing them needs torch and numpy alone,
-but for the Triton kernels in `model.ops`.
+Import from its modules (`from model.network.gpt import GPT`); importing them needs torch and numpy
+alone,
+but for the Triton kernels in `model.kernels`.
 """

@@ -28,10 +28,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from model.distributed import Group, process_group
-from model.files import write_bytes, write_json
-from model.run_log import RunLog, step_errors, write_provenance
-from workflow.params import Params, load_params
+from model.runtime.distributed import Group, process_group
+from model.runtime.files import write_bytes, write_json
+from model.runtime.run_log import RunLog, step_errors, write_provenance
+from pocketlm.params.schema import Params, load_params
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 TOKENS = Path("artifacts/tokenize/tokens")  # what `tokenize` makes of the text

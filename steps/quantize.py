@@ -13,26 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.loader import validation_documents
-from data.shards import BOS, MANIFEST, Manifest
-from data.tokenizer import Tokenizer, check_vocabulary
-from model import ops
-from model.allocation import Allocation, Steps, rounding
-from model.artifact import Packed, Stored, load_artifact, pack, restore, save_artifact
-from model.budget import Attempt, code_bytes, fit_budget, require_room
-from model.checkpoint import load_checkpoint, require_architecture
-from model.compression import compressor
-from model.errors import InputError
-from model.evaluation import Score
-from model.files import read_json
-from model.generate import generate, sampling_noise
-from model.gpt import GPT
-from model.hessian import collect_hessians
-from model.quantizer import CODE_BITS
-from model.replay import CUDAReplay
-from model.sensitivity import sensitivities
-from model.start_up import use_compile_cache
-from model.storage import (
+from model.artifact.compression import compressor
+from model.artifact.format import Packed, Stored, load_artifact, pack, restore, save_artifact
+from model.artifact.quantizer import CODE_BITS
+from model.data.loader import validation_documents
+from model.data.shards import BOS, MANIFEST, Manifest
+from model.data.tokenizer import Tokenizer, check_vocabulary
+from model.evaluation.losses import Score
+from model.kernels import dispatch
+from model.network.checkpoint import load_checkpoint, require_architecture
+from model.network.gpt import GPT
+from model.quantization.bit_allocation import Allocation, Steps, rounding
+from model.quantization.byte_budget import Attempt, code_bytes, fit_budget, require_room
+from model.quantization.calibration_text import generate, sampling_noise
+from model.quantization.hessian import collect_hessians
+from model.quantization.quantize_model import (
     probe_steps,
     quantize_weights,
     relative_errors,
@@ -41,6 +36,11 @@ from model.storage import (
     solved_modules,
     store_model,
 )
+from model.quantization.sensitivity import sensitivities
+from model.runtime.cuda_graphs import CUDAReplay
+from model.runtime.errors import InputError
+from model.runtime.files import read_json
+from model.runtime.process import use_compile_cache
 from steps.common import COMPILE_CACHE, TOKENS, Step, progress, run
 from steps.validation import validate
 
@@ -160,7 +160,7 @@ def main(step: Step) -> None:
     """Calibrate, quantise, pack, read back, score, publish."""
     use_compile_cache(COMPILE_CACHE)
     job = Quantization(step)
-    choice = ops.configure(device=step.group.device, **step.params.ops.model_dump())
+    choice = dispatch.configure(device=step.group.device, **step.params.ops.model_dump())
     step.open_log(SECTIONS)
     step.log.event("ops", choice=str(choice))
     started = time.perf_counter()

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from model.files import write_bytes
+from model.runtime.files import write_bytes
+from pocketlm.report.blocks import to_html, to_markdown
+from pocketlm.report.document import TITLE, headline, report
+from pocketlm.report.figures import draw
+from pocketlm.report.results import read_seed, result_files
+from pocketlm.report.summary import summarise
 from steps.common import Step, run
-from workflow.report.blocks import to_html, to_markdown
-from workflow.report.document import TITLE, headline, report
-from workflow.report.figures import draw
-from workflow.report.results import read_seed, result_files
-from workflow.report.summary import summarise
 
 SECTIONS = ("model", "quantize", "evaluate", "report")
 

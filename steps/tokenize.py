@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.shards import BOS, MANIFEST, Manifest, Shard, ShardWriter
-from data.sources import SPLITS, Corpus, Document, Split, open_corpus
-from data.sources.fineweb import fetch_published, open_published
-from data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
-from model.errors import InputError
-from model.files import sha256, write_bytes
+from model.data.shards import BOS, MANIFEST, Manifest, Shard, ShardWriter
+from model.data.sources import SPLITS, Corpus, Document, Split, open_corpus
+from model.data.sources.fineweb import fetch_published, open_published
+from model.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
+from model.runtime.errors import InputError
+from model.runtime.files import sha256, write_bytes
+from pocketlm.params.schema import TokenizerParams
 from steps.common import TOKENS, Step, progress, run
-from workflow.params import TokenizerParams
 
 SECTIONS = ("data", "tokenizer")
 TOKENIZER = "tokenizer.model"

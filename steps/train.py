@@ -14,21 +14,21 @@ from typing import Any, cast
 
 import torch
 
-from data.loader import TokenStream, TrainingBatches, validation_documents
-from data.shards import MANIFEST, Manifest
-from data.tokenizer import Tokenizer, check_vocabulary
-from model import ops
-from model.checkpoint import build, save_checkpoint
-from model.errors import InputError
-from model.evaluation import Score
-from model.files import sha256, write_bytes
-from model.gpt import GPT
-from model.memory import peak_memory_mib
-from model.resume import State, load_state, run_key, save_state
-from model.run_log import read_log
-from model.schedule import Clock, Decisions, Schedule
-from model.start_up import compile_statistics, seconds_since_start, use_compile_cache
-from model.training import Batches, Trainer
+from model.data.loader import TokenStream, TrainingBatches, validation_documents
+from model.data.shards import MANIFEST, Manifest
+from model.data.tokenizer import Tokenizer, check_vocabulary
+from model.evaluation.losses import Score
+from model.kernels import dispatch
+from model.network.checkpoint import build, save_checkpoint
+from model.network.gpt import GPT
+from model.runtime.errors import InputError
+from model.runtime.files import sha256, write_bytes
+from model.runtime.memory import peak_memory_mib
+from model.runtime.process import compile_statistics, seconds_since_start, use_compile_cache
+from model.runtime.run_log import read_log
+from model.training.resume import State, load_state, run_key, save_state
+from model.training.schedule import Clock, Decisions, Schedule
+from model.training.trainer import Batches, Trainer
 from steps.common import COMPILE_CACHE, TOKENS, Bar, Step, progress, run
 from steps.validation import validate
 
@@ -80,7 +80,7 @@ class Training:
     def __init__(self, step: Step, stream: TokenStream) -> None:
         params, group = step.params, step.group
         self.step, self.params = step, params.train
-        choice = ops.configure(device=group.device, **params.ops.model_dump())
+        choice = dispatch.configure(device=group.device, **params.ops.model_dump())
         # The seed decides the initial weights; the order of the data is the same for all seeds.
         torch.manual_seed(step.seed or 0)
         model = GPT(params.model).to(group.device)

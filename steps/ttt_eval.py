@@ -13,22 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from data.loader import validation_documents
-from data.shards import MANIFEST, Manifest
-from data.tokenizer import Tokenizer, check_vocabulary
-from model import ops
-from model.artifact import load_artifact
-from model.evaluation import (
+from model.artifact.format import load_artifact
+from model.data.loader import validation_documents
+from model.data.shards import MANIFEST, Manifest
+from model.data.tokenizer import Tokenizer, check_vocabulary
+from model.evaluation.losses import (
     ReportProgress,
     Score,
     plain_losses,
     sliding_losses,
     targets_of,
 )
-from model.files import atomic_file
-from model.gpt import GPT
-from model.memory import peak_memory_mib
-from model.start_up import seconds_since_start, use_compile_cache, use_growing_segments
+from model.kernels import dispatch
+from model.network.gpt import GPT
+from model.runtime.files import atomic_file
+from model.runtime.memory import peak_memory_mib
+from model.runtime.process import seconds_since_start, use_compile_cache, use_growing_segments
 from model.ttt import rehearse, ttt_losses
 from steps.common import COMPILE_CACHE, TOKENS, Step, progress, run
 
@@ -60,7 +60,8 @@ def main(step: Step) -> None:
     model = load_artifact(artifact, step.group.device)
     check_vocabulary(tokenizer, model.params.vocabulary, "train again with these tokens")
     step.log.event(
-        "ops", choice=str(ops.configure(device=step.group.device, **step.params.ops.model_dump()))
+        "ops",
+        choice=str(dispatch.configure(device=step.group.device, **step.params.ops.model_dump())),
     )
     rehearse(model, documents, step.params.ttt)
     step.log.event("warm", startup_seconds=seconds_since_start(step.group.device))

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.tokenizer import Tokenizer
-from model.evaluation import Score, plain_losses, targets_of
-from model.gpt import GPT
+from model.data.tokenizer import Tokenizer
+from model.evaluation.losses import Score, plain_losses, targets_of
+from model.network.gpt import GPT
 from steps.common import Step, progress
 
 

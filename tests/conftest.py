@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def bf16_as_in_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Triton's interpreter, where kernels run in it, round bf16 as a GPU does."""
-    from tests.kernels import CUDA, round_bf16_as_hardware_does
+    from tests.helpers.kernels import CUDA, round_bf16_as_hardware_does
 
     if not CUDA:
         round_bf16_as_hardware_does(monkeypatch)

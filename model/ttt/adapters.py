@@ -1,4 +1,4 @@
-"""What adapts to a document: low-rank adapters and the hash embedding, as `model.gpt.Adapters`."""
+"""What adapts to a document: low-rank adapters and the hash embedding."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.document_parameters import DocumentParameters, step_scalars
-from model.gpt import GPT, Adapters
-from model.hash_embedding import HashTable, initial_table
-from model.lora import BlockAdapters, adapter_values, initial_adapters, low_rank, side_by_side
+from model.network.adapters import (
+    BlockAdapters,
+    adapter_values,
+    initial_adapters,
+    low_rank,
+    side_by_side,
+)
+from model.network.gpt import GPT, Adapters
+from model.network.hash_embedding import HashTable, initial_table
+from model.ttt.per_document_optimizer import DocumentParameters, step_scalars
 
 if TYPE_CHECKING:
-    from workflow.params import ModelParams, TTTParams
+    from pocketlm.params.schema import ModelParams, TTTParams
 
 HASH_TABLE = "hash_embedding.table"
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from model import ops
-from model.documents import Documents
+from model.data.packing import Documents
+from model.kernels import dispatch
 
 
 class Layouts:
@@ -18,6 +18,6 @@ class Layouts:
         if (rows, length) not in self._known:
             packed = Documents.from_rows(rows, length, self._device)
             _ = packed.index, packed.positions
-            ops.find_pieces(packed, self._device)
+            dispatch.find_pieces(packed, self._device)
             self._known[rows, length] = packed
         return self._known[rows, length]

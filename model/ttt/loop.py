@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.distributed import Group
-from model.documents import Documents
-from model.evaluation import (
+from model.data.packing import Documents
+from model.evaluation.losses import (
     ReportProgress,
     SharedProgress,
     gather_losses,
@@ -17,18 +16,19 @@ from model.evaluation import (
     targets_of,
     to_indices,
 )
-from model.gpt import GPT
-from model.replay import CUDAReplay, Replay
+from model.network.compute_weights import fixed_weights
+from model.network.gpt import GPT
+from model.runtime.cuda_graphs import CUDAReplay, Replay
+from model.runtime.distributed import Group
 from model.ttt.adapters import DocumentAdapters
-from model.ttt.batches import document_batches, rows_that_fit
-from model.ttt.cached import CachedReader
-from model.ttt.chunks import Pass, Shape, documents_left, passes
-from model.ttt.rows import RECORDING, running_rows
-from model.ttt.window import WindowReader
-from model.working_weights import fixed_weights
+from model.ttt.batching import document_batches, rows_that_fit
+from model.ttt.cached_mode import CachedReader
+from model.ttt.chunking import Pass, Shape, documents_left, passes
+from model.ttt.graph_rows import RECORDING, running_rows
+from model.ttt.window_mode import WindowReader
 
 if TYPE_CHECKING:
-    from workflow.params import TTTParams
+    from pocketlm.params.schema import TTTParams
 
 READERS: dict[str, type[WindowReader] | type[CachedReader]] = {
     "window": WindowReader,

@@ -1,1 +1,0 @@
-"""Text sources, tokenizer, shard files and the loaders that read them."""

@@ -1,0 +1,1 @@
+"""The artifact: quantized tensors, entropy-coded and compressed, in one file."""

@@ -1,0 +1,143 @@
+"""Lossless coders of the artifact's streams, by name.
+
+Integer codes are range-coded (`model.artifact.entropy_coder`), which beats the general-purpose
+compressors on every family of the blocks' matrices. The latter are tried against each other on the
+other streams. Values of several bytes can be *shuffled* first: all first bytes, then all second
+ones, and so on, so that the exponents of floats, which vary little, stand together. To add a
+compressor, add an entry to `COMPRESSORS`.
+"""
+
+import lzma
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.artifact.entropy_coder import decode_codes, encode_codes
+from model.runtime.errors import InputError
+
+RANGE = "range"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Bytes to compress, as values of `item_bytes` bytes; codes have a shape.
+
+    shape: (matrices, rows, columns) of a stack of integer codes; None: other values.
+    """
+
+    data: bytes
+    item_bytes: int
+    shape: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """A lossless coder of bytes; decompress(compress(x)) == x."""
+
+    compress: Callable[[bytes], bytes]
+    decompress: Callable[[bytes], bytes]
+
+
+def _lzma() -> Compressor:
+    def compress(data: bytes) -> bytes:
+        return lzma.compress(data, check=lzma.CHECK_NONE, preset=9)  # the file has a checksum
+
+    return Compressor(compress, lzma.decompress)
+
+
+def _zstd() -> Compressor:
+    import zstandard
+
+    def compress(data: bytes) -> bytes:
+        return zstandard.ZstdCompressor(level=22).compress(data)
+
+    return Compressor(compress, zstandard.ZstdDecompressor().decompress)
+
+
+def _brotli() -> Compressor:
+    import brotli
+
+    def compress(data: bytes) -> bytes:
+        return brotli.compress(data, quality=11, lgwin=24)
+
+    return Compressor(compress, brotli.decompress)
+
+
+COMPRESSORS: dict[str, Callable[[], Compressor]] = {
+    "lzma": _lzma,
+    "zstd": _zstd,
+    "brotli": _brotli,
+}
+
+
+def compressor(name: str) -> Compressor:
+    """The compressor of that name; raises InputError if its package is not installed."""
+    if name not in COMPRESSORS:
+        known = ", ".join(COMPRESSORS)
+        raise InputError(f"unknown compressor {name!r}", f"known here are {known}")
+    try:
+        return COMPRESSORS[name]()
+    except ImportError as error:
+        raise InputError(
+            f"compressor {name}: not installed ({error})",
+            "install the project's dependencies, or drop it from quantize.compressors",
+        ) from error
+
+
+def shuffle(data: bytes, item_bytes: int) -> bytes:
+    """Put the first bytes of all items of `item_bytes` bytes first, then the second ones, …"""
+    return np.frombuffer(data, np.uint8).reshape(-1, item_bytes).T.tobytes()
+
+
+def unshuffle(data: bytes, item_bytes: int) -> bytes:
+    """Undo `shuffle`."""
+    return np.frombuffer(data, np.uint8).reshape(item_bytes, -1).T.tobytes()
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed stream and how to read it.
+
+    shuffle: bytes per item, 1 if not shuffled; of range-coded integers always their bytes.
+    """
+
+    data: bytes
+    compressor: str
+    shuffle: int
+
+    def decompress(self) -> bytes:
+        """The stream; raises InputError if it is damaged or the compressor is not installed."""
+        if self.compressor == RANGE:
+            return decode_codes(self.data).astype(f"<i{self.shuffle}").tobytes()
+        return unshuffle(compressor(self.compressor).decompress(self.data), self.shuffle)
+
+
+def compress_all(streams: dict[str, Stream], names: Sequence[str]) -> dict[str, Compressed]:
+    """Compress every stream on its own, side by side on all cores.
+
+    names: compressors to try on streams that are not codes, plain and shuffled; the smallest
+    result is kept.
+    """
+    tasks = [
+        (stream, name, size)
+        for stream, content in streams.items()
+        for name in ((RANGE,) if content.shape else names)
+        for size in ({content.item_bytes} if content.shape else {1, content.item_bytes})
+    ]
+
+    def work(task: tuple[str, str, int]) -> Compressed:
+        stream, name, size = task
+        content = streams[stream]
+        if content.shape:
+            codes = np.frombuffer(content.data, f"<i{size}").reshape(content.shape)
+            return Compressed(encode_codes(codes), name, size)
+        return Compressed(compressor(name).compress(shuffle(content.data, size)), name, size)
+
+    results: dict[str, Compressed] = {}
+    with ThreadPoolExecutor() as pool:  # numpy and the compressors release Python's lock
+        for (stream, _, _), found in zip(tasks, pool.map(work, tasks), strict=True):
+            if stream not in results or len(found.data) < len(results[stream].data):
+                results[stream] = found
+    return results

@@ -1,0 +1,183 @@
+"""From shards to what the model takes: an endless stream of packed spans, and validation documents.
+
+The training shards are one stream of `total` tokens that begins again after its end. Span i of
+length T is its tokens [iT, iT + T] modulo `total`, the last one being only a target; so spans tile
+the stream without gap or overlap, also across shards and across its end, and a run resumes from
+the number of its step alone. Step s, micro-batch m of process r takes span
+
+    s * (spans per step) + m * (processes) + r
+
+so that a step takes the same tokens however many processes share them.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.data.packing import Documents
+from model.data.shards import BOS, Manifest, read_shard
+from model.runtime.distributed import Group
+from model.runtime.errors import InputError
+from pocketlm.params.schema import TrainParams
+
+BOUNDARY_BUCKET = 64  # entries; boundaries come in few sizes, so that compiled graphs are reused
+Batch = tuple[Tensor, Tensor, Documents]
+
+
+class TokenStream:
+    """The shards as one endless stream with random access; `total` tokens before it repeats."""
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        if not paths:
+            raise InputError("no training shards", "give the tokenize step text to train on")
+        self._shards = [read_shard(path) for path in paths]
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        self.total = int(self._ends[-1])
+
+    def span(self, index: int, length: int) -> np.ndarray:
+        """Return tokens [i * length, i * length + length] of the stream for i = index.
+
+        uint16 (length + 1,).
+        """
+        parts, start, missing = [], index * length % self.total, length + 1
+        while missing:
+            number = int(np.searchsorted(self._ends, start, side="right"))
+            offset = start - int(self._ends[number])  # negative: counted from the shard's end
+            part = self._shards[number][offset:][:missing]
+            parts.append(part)
+            missing -= len(part)
+            start = (start + len(part)) % self.total
+        return np.concatenate(parts)
+
+
+def pack_span(tokens: np.ndarray, sequence_length: int) -> list[int]:
+    """Return the lengths of the documents in a span of tokens (T,).
+
+    A document begins at the span's start, at every BOS, and `sequence_length` tokens after the
+    last beginning. With B for BOS and a sequence length of 3,
+
+        tokens    a b | B c d | e f | B | B g
+        lengths   2     3       2     1   2
+    """
+    starts = np.union1d([0], np.flatnonzero(tokens == BOS))
+    lengths: list[int] = []
+    for length in np.diff(starts, append=len(tokens)).tolist():
+        whole, rest = divmod(length, sequence_length)
+        lengths += [sequence_length] * whole + [rest] * (rest > 0)
+    return lengths
+
+
+class TrainingBatches:
+    """The micro-batches of one process, prepared ahead by a thread.
+
+    group, device: whose share of each step is taken, and where it is put.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        params: TrainParams,
+        sequence_length: int,
+        group: Group,
+        device: torch.device,
+    ) -> None:
+        self.stream, self.sequence_length, self.device = stream, sequence_length, device
+        self.length = params.tokens_per_microbatch
+        self.rank, self.processes = group.rank, group.size
+        self.spans_per_step = params.tokens_per_step // self.length
+
+    def indices(self, step: int) -> Iterator[int]:
+        """Yield the spans of this process from `step` on, without end."""
+        while True:
+            first = step * self.spans_per_step
+            yield from range(first + self.rank, first + self.spans_per_step, self.processes)
+            step += 1
+
+    def from_step(self, step: int) -> Iterator[Batch]:
+        """Yield micro-batches from optimizer step `step` on, without end.
+
+        Each is (tokens int64 (T,), targets int64 (T,), Documents) on the device, the boundaries
+        padded with empty documents to a multiple of 64 entries. An exception of the thread is
+        raised here; closing the iterator ends the thread.
+        """
+        ready: queue.Queue[tuple[Tensor, Documents] | Exception] = queue.Queue(maxsize=2)
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=self._prepare, args=(step, ready, stop), name="batches", daemon=True
+        )
+        thread.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, Exception):
+                    raise item
+                span, documents = item[0].to(self.device, non_blocking=True), item[1]
+                yield span[0], span[1], documents.to(self.device)
+        finally:
+            stop.set()
+            while thread.is_alive():  # it may be waiting for room in the queue
+                _empty(ready)
+                thread.join(0.01)
+
+    def _prepare(self, step: int, ready: queue.Queue, stop: threading.Event) -> None:
+        """Fill the queue with tensors in host memory, pinned if they go to a GPU."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # holds per thread; pinning needs a context
+            for index in self.indices(step):
+                item = self.host_batch(index)
+                if self.device.type == "cuda":
+                    _ = item[1].tiles  # some twenty operations, which the device is spared
+                    item = item[0].pin_memory(), item[1].pinned()
+                ready.put(item)
+                if stop.is_set():
+                    return
+        except Exception as error:
+            ready.put(error)
+
+    def host_batch(self, index: int) -> tuple[Tensor, Documents]:
+        """Return tokens and targets of a span, int64 (2, T), and its documents, padded."""
+        span = self.stream.span(index, self.length).astype(np.int64)
+        lengths = pack_span(span[:-1], self.sequence_length)
+        lengths += [0] * (-(len(lengths) + 1) % BOUNDARY_BUCKET)
+        boundaries = Documents.from_lengths(lengths).boundaries
+        documents = Documents(boundaries, self.length, self.sequence_length)
+        return torch.from_numpy(np.stack((span[:-1], span[1:]))), documents
+
+
+def _empty(items: queue.Queue) -> None:
+    """Drop what a queue holds."""
+    try:
+        while True:
+            items.get_nowait()
+    except queue.Empty:
+        pass
+
+
+def validation_documents(manifest: Manifest, limit: int | None = None) -> list[np.ndarray]:
+    """Return held-out documents, each uint16 (n,) beginning with BOS, in the order of the stream.
+
+    limit: how many, evenly spaced over all; None for all. Raises InputError if there are none.
+    """
+    if not manifest.validation:
+        raise InputError(
+            f"{manifest.directory}: there are no validation documents",
+            "raise data.validation_fraction or name data.validation_files, then tokenize again",
+        )
+    shards = [read_shard(path) for path in manifest.validation]
+    stream = np.concatenate(shards) if len(shards) > 1 else shards[0]
+    starts = np.flatnonzero(stream == BOS)
+    if not len(starts) or starts[0] != 0:
+        raise InputError(
+            f"{manifest.validation[0]}: does not begin with BOS ({BOS})",
+            "run the tokenize step again",
+        )
+    ends = np.append(starts[1:], len(stream))
+    count = min(limit or len(starts), len(starts))
+    chosen = np.arange(count) * len(starts) // count
+    return [np.asarray(stream[starts[i] : ends[i]]) for i in chosen]

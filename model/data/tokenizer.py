@@ -1,0 +1,204 @@
+"""SentencePiece BPE with byte fallback, and the bytes that each token stands for.
+
+SentencePiece first normalises a text (NFKC; control characters dropped; runs of white space, line
+ends among them, become one space; none at either end), writes spaces as U+2581 and merges
+characters into pieces; characters it has no piece for become byte pieces. So the pieces spell the
+normalised text exactly. What a token adds to its length in UTF-8:
+
+    control, unknown, unused    0
+    byte piece                  1
+    other                       len(piece without a leading U+2581)
+                                + 1 for that U+2581, unless the previous token is a control token
+
+The last rule leaves out the space that begins a document, if a tokenizer puts one there.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from model.data.shards import BOS
+from model.runtime.errors import InputError
+from model.runtime.files import write_bytes
+from pocketlm.params.schema import LARGEST_VOCABULARY
+
+SPACE = "\u2581"
+SETTINGS: dict[str, Any] = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "split_digits": True,
+    "character_coverage": 0.999,
+    "normalization_rule_name": "nmt_nfkc",
+    "add_dummy_prefix": False,
+    "pad_id": 0,
+    "bos_id": BOS,
+    "eos_id": 2,
+    "unk_id": 3,
+    "hard_vocab_limit": False,
+}
+# The trainer aborts on words of 2**16 characters, and NFKC makes up to 18 of one: texts are cut.
+CUT = 2048
+MORE_TEXT = "give it more text (data, tokenizer.training_megabytes)"
+OTHER_SIZE = f"raise or lower tokenizer.vocabulary and model.vocabulary, or {MORE_TEXT}"
+
+
+class Tokenizer:
+    """A trained SentencePiece model.
+
+    Raises InputError if the file is absent or foreign, if BOS is not id 1, if there are no byte
+    pieces (the bytes of unknown characters would be lost), or if ids do not fit into uint16.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            model = Path(path).read_bytes()
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such file", "run the tokenize step") from error
+        except RuntimeError as error:
+            raise InputError(
+                f"{path}: not a SentencePiece model ({error})", "replace it with an intact one"
+            ) from error
+        self.vocabulary: int = self._model.vocab_size()
+        pieces = range(self.vocabulary)
+        checks = {
+            f"BOS is {self._model.bos_id()}, not {BOS}": self._model.bos_id() == BOS,
+            "it has no byte pieces": sum(map(self._model.is_byte, pieces)) == 256,
+            f"more than {LARGEST_VOCABULARY} pieces": self.vocabulary <= LARGEST_VOCABULARY,
+        }
+        for problem, passed in checks.items():
+            if not passed:
+                raise InputError(
+                    f"{path}: unsuitable tokenizer: {problem}",
+                    "train one with bos_id=1 and byte_fallback, or set tokenizer.model to null",
+                )
+
+    def encode(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        """Return the pieces of each text, without BOS; the result does not depend on `threads`."""
+        return self._model.encode(texts, num_threads=threads)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text that tokens spell, control tokens left out."""
+        return self._model.decode(tokens)
+
+    def normalize(self, text: str) -> str:
+        """Return the text that the pieces of `text` spell; its UTF-8 length is what bpb counts."""
+        return self._model.normalize(text).replace(SPACE, " ").removeprefix(" ")
+
+    @cached_property
+    def control(self) -> np.ndarray:
+        """bool (V,): whether a token is control, unknown or unused, and stands for no text."""
+        model = self._model
+        kinds = (model.is_control, model.is_unknown, model.is_unused)
+        return np.array([any(kind(i) for kind in kinds) for i in range(self.vocabulary)])
+
+    def token_bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return bytes without a leading space, int16 (V,), and whether there is one, bool (V,)."""
+        sizes = np.zeros(self.vocabulary, np.int16)
+        leading_space = np.zeros(self.vocabulary, bool)
+        for token in range(self.vocabulary):
+            piece = self._model.id_to_piece(token)
+            if self._model.is_byte(token):
+                sizes[token] = 1
+            elif not self.control[token]:
+                leading_space[token] = piece.startswith(SPACE)
+                sizes[token] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
+        return sizes, leading_space
+
+    @cached_property
+    def _token_bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.token_bytes()
+
+    def sizes(self, tokens: np.ndarray, previous: int = BOS) -> np.ndarray:
+        """Return the bytes of text, int64 (n,), that each of `tokens`, (n,), stands for.
+
+        previous: the token before the first.
+        """
+        sizes, leading_space = self._token_bytes
+        before = np.concatenate(([previous], tokens))[:-1]
+        return sizes[tokens] + (leading_space[tokens] & ~self.control[before]).astype(np.int64)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocabulary: int, megabytes: float, path: str | Path
+) -> Tokenizer:
+    """Train a tokenizer of `vocabulary` pieces on the first `megabytes` of `texts`; write it.
+
+    The same texts give the same file. Raises InputError if there is no text, or not enough for
+    so many pieces.
+    """
+    if vocabulary > LARGEST_VOCABULARY:
+        raise InputError(
+            f"tokenizer.vocabulary: {vocabulary} ids do not fit into uint16 shards",
+            f"use at most {LARGEST_VOCABULARY}",
+        )
+    failures: list[Exception] = []
+    sentences = _caught(_sample(texts, megabytes), failures)
+    first = next(sentences, None)
+    if failures:
+        raise failures[0]
+    if first is None:
+        raise InputError(
+            "data: no text to train the tokenizer on: the corpus is empty, or all its documents "
+            "are held out for validation (a .txt file is one document), or longer than "
+            f"tokenizer.training_megabytes ({megabytes})",
+            "name more files in data.files, lower data.validation_fraction, or raise "
+            "tokenizer.training_megabytes",
+        )
+    model = BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=chain([first], sentences),
+            model_writer=model,
+            vocab_size=vocabulary,
+            max_sentence_length=4 * CUT,
+            minloglevel=2,
+            **SETTINGS,
+        )
+    except RuntimeError as error:
+        failures.append(
+            InputError(f"tokenizer.vocabulary: {vocabulary}: cannot train ({error})", OTHER_SIZE)
+        )
+    if failures:
+        raise failures[0]
+    write_bytes(path, model.getvalue())
+    tokenizer = Tokenizer(path)
+    check_vocabulary(tokenizer, vocabulary, MORE_TEXT)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, repair: str) -> None:
+    """Raise InputError unless the tokenizer has the number of pieces that the model expects."""
+    if tokenizer.vocabulary != vocabulary:
+        raise InputError(
+            f"tokenizer.vocabulary: {vocabulary} pieces asked for, but the tokenizer has "
+            f"{tokenizer.vocabulary}",
+            f"{repair}, or set tokenizer.vocabulary and model.vocabulary to {tokenizer.vocabulary}",
+        )
+
+
+def _sample(texts: Iterable[str], megabytes: float) -> Iterator[str]:
+    """Yield texts, cut into sentences the trainer can take, until `megabytes` are reached."""
+    left = megabytes * 1e6
+    for text in texts:
+        for start in range(0, len(text), CUT):
+            sentence = text[start : start + CUT]
+            left -= len(sentence.encode())
+            if left < 0:
+                return
+            if sentence.strip():
+                yield sentence
+
+
+def _caught(items: Iterator[str], failures: list[Exception]) -> Iterator[str]:
+    """Yield `items` and keep what they raise: it does not pass through the trainer's C++."""
+    try:
+        yield from items
+    except Exception as error:
+        failures.append(error)

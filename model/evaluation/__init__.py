@@ -1,0 +1,1 @@
+"""Per-token losses of documents, and the scores they add up to."""

@@ -1,0 +1,247 @@
+"""Per-token losses of whole documents without adaptation, and the bits per byte they amount to.
+
+A document of n tokens (BOS first) has n targets: its n − 1 pieces and the BOS that closes it. The
+model sees at most L = sequence_length tokens at once, so a document is covered by *windows*, each
+run as a document of its own, and each scoring only the targets that no earlier window scored:
+
+    plain                    [0, L), [L, 2L), …        every token scored
+    sliding with stride s    [0, L), [s, L + s), …     the first scores L tokens, the others s
+
+Windows start at fixed positions and the last one ends with the document, so a score depends on
+earlier tokens alone and every target, the tail included, is scored exactly once. Bits per byte is
+Σ nats / ln 2 / Σ bytes of the targets.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.data.packing import Documents
+from model.network.gpt import GPT
+from model.runtime.distributed import Group
+from model.runtime.errors import InputError
+
+ReportProgress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A sum of losses: nats of `tokens` targets that stand for `bytes` bytes of text."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @classmethod
+    def of(cls, losses: Sequence[np.ndarray], sizes: Sequence[np.ndarray]) -> "Score":
+        """Sum arrays of losses (nats) and of target bytes, one of each per document, in fp64."""
+        nats = math.fsum(float(loss.sum(dtype=np.float64)) for loss in losses)
+        tokens = sum(loss.size for loss in losses)
+        return cls(nats, tokens, sum(int(count.sum(dtype=np.int64)) for count in sizes))
+
+    @property
+    def loss(self) -> float:
+        """Mean loss, nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of text."""
+        return self.nats / math.log(2) / self.bytes
+
+
+@dataclass(frozen=True)
+class Window:
+    """The model reads tokens [start, end) of document number `document`; [scored, end) count."""
+
+    document: int
+    start: int
+    scored: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        """Number of tokens the model reads."""
+        return self.end - self.start
+
+
+def targets_of(document: np.ndarray) -> np.ndarray:
+    """The targets of a document (n,), in its dtype: its pieces, then the BOS that closes it."""
+    return np.roll(document, -1)  # a document begins with the BOS that would follow it
+
+
+def plain_losses(
+    model: GPT,
+    documents: Sequence[np.ndarray],
+    tokens_per_batch: int,
+    group: Group,
+    progress: ReportProgress | None = None,
+) -> list[np.ndarray]:
+    """Losses of documents cut into segments of the model's sequence_length.
+
+    documents: token ids, each (n,) with BOS first. tokens_per_batch: tokens run at once.
+    progress: called with the number of targets newly scored, by all processes together.
+    Returns one fp32 array (n,) per document, in nats: loss i is that of target i. The work is
+    shared by the processes of `group`; those that are not the main one get an empty list.
+    """
+    windows = _windows(documents, model.params.sequence_length, model.params.sequence_length)
+    return _window_losses(model, documents, windows, tokens_per_batch, group, progress)
+
+
+def sliding_losses(
+    model: GPT,
+    documents: Sequence[np.ndarray],
+    stride: int,
+    tokens_per_batch: int,
+    group: Group,
+    progress: ReportProgress | None = None,
+) -> list[np.ndarray]:
+    """Losses of documents read by windows of sequence_length, `stride` new tokens at a time.
+
+    Everything else is as in `plain_losses`.
+    """
+    windows = _windows(documents, model.params.sequence_length, stride)
+    return _window_losses(model, documents, windows, tokens_per_batch, group, progress)
+
+
+def _windows(documents: Sequence[np.ndarray], length: int, stride: int) -> list[Window]:
+    windows = []
+    for number, document in enumerate(documents):
+        scored = start = 0
+        while scored < document.size:
+            end = min(start + length, document.size)
+            windows.append(Window(number, start, scored, end))
+            scored, start = end, start + stride
+    return windows
+
+
+def _window_losses(
+    model: GPT,
+    documents: Sequence[np.ndarray],
+    windows: list[Window],
+    tokens_per_batch: int,
+    group: Group,
+    progress: ReportProgress | None,
+) -> list[np.ndarray]:
+    targets = [targets_of(document) for document in documents]
+    batches = _batches(windows, tokens_per_batch)
+    sizes = [sum(window.end - window.scored for window in batch) for batch in batches]
+    shared = SharedProgress(progress)
+    scored: list[tuple[int, int, np.ndarray]] = []
+    for number in shared_queue(group, sizes, shared):
+        scored += _batch_losses(model, documents, targets, batches[number])
+        shared.advance(sizes[number])
+    return gather_losses(documents, scored, group)
+
+
+def _batches(windows: list[Window], tokens_per_batch: int) -> list[list[Window]]:
+    """Batches of up to tokens_per_batch tokens, similar lengths together, the longest first."""
+    batches: list[list[Window]] = []
+    room = 0
+    for window in sorted(windows, key=lambda window: -window.length):
+        if not batches or window.length > room:
+            batches.append([])
+            room = tokens_per_batch
+        batches[-1].append(window)
+        room -= window.length
+    return batches
+
+
+@torch.no_grad()
+def _batch_losses(
+    model: GPT,
+    documents: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+    batch: list[Window],
+) -> list[tuple[int, int, np.ndarray]]:
+    """Losses of a batch's windows: (document, position of the first, values)."""
+    packed = Documents.from_lengths([window.length for window in batch], model.device)
+    tokens = np.concatenate([documents[w.document][w.start : w.end] for w in batch])
+    wanted = np.concatenate([targets[w.document][w.scored : w.end] for w in batch])
+    counts = np.concatenate([np.arange(w.start, w.end) >= w.scored for w in batch])
+    losses = model.losses(
+        to_indices(tokens, model.device),
+        to_indices(wanted, model.device),
+        packed,
+        select=to_indices(np.flatnonzero(counts), model.device),
+    )
+    ends = np.cumsum([window.end - window.scored for window in batch])
+    values = np.split(losses.cpu().numpy(), ends[:-1])
+    return [(w.document, w.scored, part) for w, part in zip(batch, values, strict=True)]
+
+
+def to_indices(values: np.ndarray, device: torch.device) -> Tensor:
+    """An int64 tensor of `values` on `device`."""
+    return torch.from_numpy(values.astype(np.int64)).to(device)
+
+
+class SharedProgress:
+    """Targets scored by all processes of a group, as far as one of them knows.
+
+    report: called with the number of targets newly scored; None: nobody wants to know.
+    """
+
+    def __init__(self, report: ReportProgress | None) -> None:
+        self._report = report
+        self._done = 0
+
+    def advance(self, targets: int) -> None:
+        """This process has scored `targets` more."""
+        self._done += targets
+        if self._report is not None and targets:
+            self._report(targets)
+
+    def reach(self, targets: int) -> None:
+        """All processes together have scored `targets` since the beginning."""
+        self.advance(max(0, targets - self._done))
+
+
+def shared_queue(group: Group, sizes: Sequence[int], progress: SharedProgress) -> Iterator[int]:
+    """Yield the numbers of pieces of work, each to one process of `group`.
+
+    sizes: targets in each piece; `progress` learns of the pieces that other processes took, and
+    the caller tells it of this process's own. All processes must begin the same queues of the group
+    in the same order. The first pieces go to the processes in order, so that a process that does
+    the same work again begins with the same piece; the others go to whoever is free.
+    """
+    before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    first = range(len(sizes))[group.rank : group.rank + 1]
+    others = group.work_queue(f"losses{next(group.queues)}", len(sizes) - group.size)
+    for number in itertools.chain(first, (group.size + number for number in others)):
+        progress.reach(int(before[number]))
+        yield number
+    progress.reach(int(before[-1]))
+
+
+def gather_losses(
+    documents: Sequence[np.ndarray],
+    scored: list[tuple[int, int, np.ndarray]],
+    group: Group,
+) -> list[np.ndarray]:
+    """Put the losses that each process found into one array per document, in the main process.
+
+    scored: (document, first position, losses fp32) of this process. Raises InputError if there
+    are no documents or a loss is not finite (a target that nobody scored counts as such).
+    """
+    if not documents:
+        raise InputError("no documents to evaluate", "give a validation set that is not empty")
+    parts = group.gather_objects(scored)
+    if not group.is_main:
+        return []
+    losses = [np.full(document.size, np.nan, np.float32) for document in documents]
+    for number, start, values in itertools.chain.from_iterable(parts):
+        losses[number][start : start + values.size] = values
+    for number, values in enumerate(losses):
+        if not np.isfinite(values).all():
+            position = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise InputError(
+                f"the loss of target {position + 1} of document {number} is {values[position]}",
+                "the model's weights or the learning rate of its adapters are at fault: "
+                "look for NaN in the checkpoint, or lower ttt.lr",
+            )
+    return losses

@@ -1,0 +1,1 @@
+"""Accelerated operations, their references, and the one place that chooses between them."""

@@ -1,1 +1,0 @@
-"""Layers of the model, one technique per file."""

@@ -1,0 +1,1 @@
+"""The network, its adapters, its key/value caches and its checkpoints."""

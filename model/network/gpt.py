@@ -1,0 +1,286 @@
+"""The language model: one forward pass for training, evaluation, Hessians, generation and TTT.
+
+    e_t = E[x_t] + bigram(x_{t-1}, x_t);  x = smear(RMSNorm(e));  x0 = x
+    blocks, the first half pushing their outputs, the second half adding w_j ⊙ pop()   (U-Net)
+    logits = softcap·tanh(E·RMSNorm(x) / softcap)                                    (tied)
+
+All text is packed documents (`model.data.packing`). `adapters` adds test-time LoRAs and `cache`
+continues earlier text; both leave the mathematics of the model as it is. Every component can be
+switched off by its parameter; the record preset has 27,067,484 parameters.
+
+The pass has three parts, each of which `compile_parts` compiles by itself: the input embedding, the
+blocks (one graph for all that are alike), and the loss. One graph of the whole model would take
+eleven times as long to compile.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.data.packing import Documents
+from model.data.previous import previous
+from model.kernels import dispatch
+from model.kernels.norm import rms_norm
+from model.kernels.rotary import rotation
+from model.network import initial
+from model.network.adapters import BlockAdapters, LowRank
+from model.network.block import Block, depth_scale
+from model.network.embeddings import BigramEmbedding, SmearGate, ValueEmbedding
+from model.network.hash_embedding import HashTable
+from model.network.kv_cache import NO_TOKEN, Cache
+from model.network.linear import Linear
+
+if TYPE_CHECKING:
+    from pocketlm.params.schema import ModelParams
+
+
+class Adapters(NamedTuple):
+    """What test-time training adds to a forward pass, a set of its own for every document.
+
+    blocks: inside each block; head: to the logits before the softcap; table: to the token
+    embedding.
+    """
+
+    blocks: Sequence[BlockAdapters]
+    head: LowRank | None = None
+    table: HashTable | None = None
+
+
+class Past(NamedTuple):
+    """What is cached of the documents so far, but for keys and values.
+
+    length: tokens, int or 0-dimensional; token: the last, int64 (documents,) or NO_TOKEN;
+    embedding: its normed embedding (documents, width) or 0.
+    """
+
+    length: Tensor | int
+    token: Tensor | int
+    embedding: Tensor | int
+
+
+class Input(NamedTuple):
+    """What the blocks work on.
+
+    embedding: normed and smeared, (T, width) in the compute dtype; turns: of `rotation`;
+    values: value embeddings (T, kv_heads·d) or None; normed: the embedding before the smear, for a
+    cache, else None.
+    """
+
+    embedding: Tensor
+    turns: tuple[Tensor, Tensor]
+    values: Tensor | None
+    normed: Tensor | None
+
+
+NOTHING = BlockAdapters()
+
+
+class TiedHead(nn.Module):
+    """The output projection by the token embedding; a module so that hooks see its input."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Logits before the softcap: x (T, width), embedding (vocabulary, width)."""
+        return F.linear(x, embedding.to(x.dtype))
+
+
+class GPT(nn.Module):
+    """The model described by the `model` section of the parameters; weights in fp32.
+
+    compute_dtype: dtype of the activations; None means bf16 on CUDA and fp32 elsewhere.
+    """
+
+    def __init__(self, params: "ModelParams") -> None:
+        super().__init__()
+        self.params = params
+        self.compute_dtype: torch.dtype | None = None
+        width = params.width
+        self.embedding = nn.Parameter(
+            initial.normal(params.embedding_std, params.vocabulary, width)
+        )
+        self.bigram: BigramEmbedding | None = None
+        if params.bigram_buckets:
+            self.bigram = BigramEmbedding(
+                params.bigram_buckets, params.bigram_width, width, params.bigram_scale
+            )
+        self.smear = SmearGate(width) if params.smear_gate else None
+        self.value_embedding: ValueEmbedding | None = None
+        if params.value_layers:
+            self.value_embedding = ValueEmbedding(
+                params.vocabulary,
+                params.value_width,
+                params.kv_heads * params.head_width,
+                params.value_scale,
+            )
+        self.blocks = nn.ModuleList(Block(params, layer) for layer in range(params.layers))
+        half = params.layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(half, width)) if params.skips and half else None
+        self.head = TiedHead()
+        self._input: Callable[..., Input] = self._embed
+        self._score: Callable[..., Tensor] = self._losses
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the parts of the forward pass; `options` are those of `torch.compile`."""
+        for block in self.blocks:
+            block.compile(**options)
+        self._input = torch.compile(self._embed, **options)
+        self._score = torch.compile(self._losses, **options)
+
+    def matrices(self) -> dict[str, Linear]:
+        """The matrices of the blocks by the name of their weight: Muon's, and GPTQ's too."""
+        return {
+            f"blocks.{name}.weight": module
+            for name, module in self.blocks.named_modules()
+            if isinstance(module, Linear)
+        }
+
+    def architecture(self) -> dict[str, Any]:
+        """The parameters the model was built from, as plain values."""
+        return dict(vars(self.params))
+
+    def restore_constants(self) -> None:
+        """Recompute the buffers that no file holds (after building on the meta device)."""
+        for layer, block in enumerate(self.blocks):
+            block.register_buffer("depth_scale", depth_scale(self.params, layer), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache for `rows` documents of up to `capacity` tokens."""
+        return Cache(self.params, rows, capacity, self.device, self.dtype)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        documents: Documents,
+        adapters: Adapters | None = None,
+        cache: Cache | None = None,
+        select: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token, fp32 (T or len(select), vocabulary).
+
+        tokens: int64 (T,), packed; documents: where they begin (with a cache: uniform rows).
+        select: int64 indices of the tokens whose logits are wanted; None: all.
+        """
+        x = self.hidden(tokens, documents, adapters, cache)
+        head = adapters.head if adapters else None
+        return dispatch.softcapped(self._logits(x, head, select), self.params.softcap)
+
+    def losses(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Documents,
+        adapters: Adapters | None = None,
+        cache: Cache | None = None,
+        select: Tensor | None = None,
+        part: Tensor | None = None,
+    ) -> Tensor:
+        """Negative log-likelihood of `targets` (one per token wanted) in nats, fp32.
+
+        Wanted are the tokens of `select`, or of `part` (`model.data.packing`; no cache), for which
+        alone the last block then works; else all.
+        """
+        x = self.hidden(tokens, documents, adapters, cache, part)
+        return self._score(x, targets, adapters.head if adapters else None, select)
+
+    def _losses(
+        self, x: Tensor, targets: Tensor, adapter: LowRank | None, select: Tensor | None
+    ) -> Tensor:
+        z = self._logits(x, adapter, select)
+        return dispatch.softcapped_loss(z, targets, self.params.softcap)
+
+    def _logits(self, x: Tensor, adapter: LowRank | None, select: Tensor | None) -> Tensor:
+        """Logits before the softcap, in the compute dtype."""
+        if select is not None:
+            x = x[select]
+        x = rms_norm(x)
+        if adapter is None:
+            return self.head(x, self.embedding)
+        x, inner = adapter.inner(x)
+        logits, _ = adapter.added(inner, self.head(x, self.embedding))
+        return logits
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        documents: Documents,
+        adapters: Adapters | None = None,
+        cache: Cache | None = None,
+        part: Tensor | None = None,
+    ) -> Tensor:
+        """Residual stream after the last block, (T, width) in the compute dtype.
+
+        part: the tokens for which alone the last block works, see `losses`.
+        """
+        past = Past(cache.length, cache.last_token, cache.last_embedding) if cache else None
+        dispatch.find_pieces(documents, tokens.device)
+        given = self._input(tokens, documents, adapters.table if adapters else None, past)
+        if cache is not None:
+            assert given.normed is not None
+            cache.remember(tokens, given.normed)
+            cache.length += documents.total // cache.rows
+        return self._run_blocks(given, documents, adapters, cache, part)
+
+    def _run_blocks(
+        self,
+        given: Input,
+        documents: Documents,
+        adapters: Adapters | None,
+        cache: Cache | None,
+        part: Tensor | None,
+    ) -> Tensor:
+        x0, turns, values, _ = given
+        # Views, as one object in two places would make compiled graphs of their own.
+        x, *inputs = dispatch.fan_out(x0, 1 + len(self.blocks))
+        skips = () if self.skip_weights is None else self.skip_weights.unbind()
+        earlier: list[Tensor] = []
+        for layer, (block, x0) in enumerate(zip(self.blocks, inputs, strict=True)):
+            second_half = len(skips) <= layer < 2 * len(skips)
+            x = block(
+                x,
+                x0,
+                (earlier.pop(), skips[layer - len(skips)]) if second_half else None,
+                documents,
+                turns,
+                values if layer in self.params.value_layers else None,
+                adapters.blocks[layer] if adapters else NOTHING,
+                cache.layers[layer] if cache else None,
+                part if layer == len(self.blocks) - 1 else None,
+            )
+            if layer < len(skips):
+                earlier.append(x.view_as(x))
+        return x
+
+    def _embed(
+        self, tokens: Tensor, documents: Documents, table: HashTable | None, past: Past | None
+    ) -> Input:
+        """Everything that the blocks get from the tokens and their positions."""
+        positions = documents.positions + (past.length if past else 0)
+        turns = rotation(positions, self.params.rope_width, self.params.rope_base)
+        values = None
+        if self.value_embedding is not None:
+            values = self.value_embedding(tokens, self.dtype)
+        before = previous(tokens, documents, past.token if past else NO_TOKEN)
+        x = F.embedding(tokens, self.embedding)
+        if self.bigram is not None:
+            x = self.bigram(x, tokens, before, self.dtype)
+        if table is not None:
+            x = x + table.rows(tokens, before)
+        normed = rms_norm(x).to(self.dtype)
+        x = normed
+        if self.smear is not None:
+            x = self.smear(x, documents, past.embedding if past else 0)
+        return Input(x, turns, values, normed if past else None)

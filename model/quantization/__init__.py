@@ -1,0 +1,1 @@
+"""GPTQ, and how many bits each tensor gets."""

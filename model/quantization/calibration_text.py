@@ -1,0 +1,133 @@
+"""Text written by the model itself, to calibrate its own quantisation.
+
+Token t+1 of sequence i is drawn by inverting the cumulative distribution of softmax(z / τ) at a
+number u[i, t] in [0, 1) that was drawn beforehand from (seed, i). The text therefore depends
+neither on how the sequences are batched and shared among processes nor on whether keys and values
+are cached, up to the rounding of z: a token changes only if u falls within that rounding of the
+border between two tokens.
+
+A token's work has shapes that depend only on the number of cache slots it looks at, which grows by
+blocks, or is fixed where a kernel skips the empty ones; and it reads and writes memory that stays
+in place. So it can be recorded as a CUDA graph for every number of slots and replayed, as its some
+hundred kernels run faster than Python launches them.
+
+Each sequence is one document: BOS, then text. Control tokens are never drawn: in packed documents
+BOS begins the next document, so a sequence that contained one would be two, one of them empty of
+context; every token of the calibration text is thus one that training has shown inside a document.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from model.data.packing import Documents
+from model.kernels import dispatch
+from model.network.compute_weights import fixed_weights
+from model.network.gpt import GPT
+from model.network.kv_cache import SlidingCache
+from model.runtime.cuda_graphs import Replay
+
+ReportProgress = Callable[[int], None]
+SLOTS = 256  # of the cache, by which the number that a token looks at grows
+
+
+def sampling_noise(seed: int, sequences: Sequence[int], length: int) -> Tensor:
+    """Uniform numbers that decide sequences `sequences`, fp64 (len(sequences), length − 1)."""
+    rows = []
+    for index in sequences:
+        source = torch.Generator().manual_seed(seed * 2**31 + index)
+        rows.append(torch.rand(length - 1, generator=source, dtype=torch.float64))
+    return torch.stack(rows) if rows else torch.empty(0, length - 1, dtype=torch.float64)
+
+
+def draw(logits: Tensor, noise: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
+    """Sample a token for each row, int64 (rows,).
+
+    logits: (rows, vocabulary); noise: fp64 (rows,) in [0, 1); forbidden: bool (vocabulary,).
+    """
+    scaled = (logits.double() / temperature).masked_fill(forbidden, -torch.inf)
+    cumulative = scaled.softmax(-1).cumsum(-1)
+    # Scaling by the last entry, 1 up to rounding, keeps u below it; `right` skips tokens of
+    # probability 0, such as forbidden ones, also where u is 0.
+    target = noise[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return drawn.clamp(max=logits.shape[-1] - 1)
+
+
+class _Writer:
+    """Writes one more token of every sequence at a time, all in memory that stays in place."""
+
+    def __init__(
+        self, model: GPT, noise: Tensor, temperature: float, bos: int, forbidden: Tensor
+    ) -> None:
+        rows, length = noise.shape[0], noise.shape[1] + 1
+        device = model.device
+        self._model, self._temperature = model, temperature
+        self._noise, self._forbidden = noise.to(device), forbidden.to(device)
+        self.tokens = torch.full((rows, length), bos, dtype=torch.int64, device=device)
+        self._cache = SlidingCache(model.params, rows, length, device, model.dtype)
+        self._step = Documents.from_rows(rows, 1, device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def move_to(self, position: int) -> int:
+        """Go to the token at `position`; returns how many slots of the cache it will look at."""
+        slots = self.tokens.shape[1]
+        if not dispatch.reads_filled_slots(self.tokens.device):
+            slots = min(-(-position // SLOTS) * SLOTS, slots)
+        self._cache.move_to(position, slots)
+        self._position.fill_(position)
+        return slots
+
+    def write(self) -> Tensor:
+        """Read the token at the position and draw the next, (rows,)."""
+        self._cache.open(record=True)
+        current = self.tokens.index_select(1, self._position).squeeze(1)
+        logits = self._model(current, self._step, cache=self._cache)
+        noise = self._noise.index_select(1, self._position).squeeze(1)
+        drawn = draw(logits, noise, self._temperature, self._forbidden)
+        self.tokens.index_copy_(1, self._position + 1, drawn[:, None])
+        self._cache.close()
+        return drawn
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    noise: Tensor,
+    temperature: float,
+    bos: int,
+    forbidden: Tensor,
+    progress: ReportProgress | None = None,
+    replay: Replay | None = None,
+) -> Tensor:
+    """Write one sequence per row of `noise`, all at once, with a key/value cache.
+
+    noise: (rows, length − 1) of `sampling_noise`; forbidden: bool (vocabulary,), tokens never
+    drawn; progress: called with 1 at every token. replay: how a token's work is run; None: as it
+    is. Returns int64 (rows, length), BOS first, on the model's device.
+    """
+    replay = replay or Replay(recorded=False)
+    with fixed_weights(model), replay.stream():
+        writer = _Writer(model, noise, temperature, bos, forbidden)
+        for position in range(noise.shape[1] if len(noise) else 0):
+            replay.run(writer.move_to(position), writer.write)
+            if progress is not None:
+                progress(1)
+    return writer.tokens
+
+
+@torch.no_grad()
+def generate_uncached(
+    model: GPT, noise: Tensor, temperature: float, bos: int, forbidden: Tensor
+) -> Tensor:
+    """The specification of `generate`: the whole text so far is read again for every token."""
+    rows, length = noise.shape[0], noise.shape[1] + 1
+    noise, forbidden = noise.to(model.device), forbidden.to(model.device)
+    tokens = torch.full((rows, 1), bos, dtype=torch.int64, device=model.device)
+    for t in range(length - 1):
+        documents = Documents.from_rows(rows, t + 1, model.device)
+        logits = model(tokens.flatten(), documents).view(rows, t + 1, -1)[:, -1]
+        drawn = draw(logits, noise[:, t], temperature, forbidden)
+        tokens = torch.cat((tokens, drawn[:, None]), dim=1)
+    return tokens

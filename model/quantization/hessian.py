@@ -1,0 +1,86 @@
+"""Second moments of the inputs of linear layers, H = E[x xᵀ], for GPTQ.
+
+A layer y = W x whose weight changes by E changes its output by E x, whose expected square over
+all outputs is tr(E H Eᵀ); so H weighs the errors of quantisation. H is collected by hooks on the
+ordinary modules during the ordinary packed forward pass, summed over all processes and divided by
+the number of tokens. Products and sums are fp64: a few outlying units make H nearly of rank one,
+and the rounding of its largest eigenvalue in fp32 may then exceed the damping that GPTQ relies on.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from model.data.packing import Documents
+from model.network.gpt import GPT
+from model.runtime.distributed import Group
+
+
+class _Moments:
+    """Sums of x xᵀ by name; layers fed by the very same tensor share the product."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._input: Tensor | None = None
+        self._product = torch.empty(0)
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Add the inputs x (T, inputs) of layer `name`."""
+        if x is not self._input:  # query, key and value follow each other with the same input
+            flat = x.detach().reshape(-1, x.shape[-1]).double()
+            self._input, self._product = x, flat.T @ flat
+        if name in self.sums:
+            self.sums[name] += self._product
+        else:
+            self.sums[name] = self._product.clone()
+
+    def forget_input(self) -> None:
+        """Release the last input."""
+        self._input, self._product = None, torch.empty(0)
+
+
+@contextmanager
+def _hooks(modules: Mapping[str, nn.Module], moments: _Moments) -> Iterator[None]:
+    """Let the inputs of `modules` reach `moments` inside the block."""
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: moments.add(name, inputs[0]))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def collect_hessians(
+    model: GPT,
+    modules: Mapping[str, nn.Module],
+    tokens: Tensor,
+    tokens_per_batch: int,
+    group: Group,
+) -> dict[str, Tensor]:
+    """Mean of x xᵀ over the inputs x of each module, fp64 (inputs, inputs), by its name.
+
+    modules: by the name of their weight, e.g. `model.matrices()`; `model.head`, the input of the
+        tied embedding, is a module like the others.
+    tokens: int64 (rows, length), this process's share of the text, each row a document.
+    tokens_per_batch: rows are packed into passes of about so many tokens.
+    Every process gets the mean over the tokens of all of them; the main one must have some.
+    """
+    moments = _Moments()
+    with _hooks(modules, moments):
+        for rows in tokens.split(max(1, tokens_per_batch // tokens.shape[1])):
+            if len(rows):
+                documents = Documents.from_rows(len(rows), rows.shape[1], model.device)
+                model(rows.flatten(), documents)
+            moments.forget_input()
+    count = group.all_reduce(torch.tensor(tokens.numel(), device=model.device))
+    widths = group.broadcast_object({name: len(total) for name, total in moments.sums.items()})
+    for name, width in widths.items():  # a process without text adds nothing
+        nothing = torch.zeros(width, width, dtype=torch.float64, device=model.device)
+        moments.sums[name] = group.all_reduce(moments.sums.get(name, nothing)) / count
+    return moments.sums

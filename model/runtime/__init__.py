@@ -1,0 +1,1 @@
+"""What every program needs around its work: errors, files, logs, processes, CUDA graphs."""

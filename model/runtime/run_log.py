@@ -1,0 +1,146 @@
+"""What a run did: a JSON-lines log per step and seed, and a provenance sidecar per artifact.
+
+Every line of a log is one object with `event` and `seconds` since the step began; the first line
+(`start`) holds versions, device, commit and parameters, so that a log explains itself. Nothing is
+ever parsed by its position in the file.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.runtime.errors import InputError
+from model.runtime.files import sha256, write_json
+
+PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "snakemake", "dvc")
+
+
+class RunLog:
+    """Append-only JSON-lines log of one step; silent in all but the main process.
+
+    path: the file, or None for a log that is not kept (helper ranks, tests).
+    keep_lines: number of lines of an earlier, interrupted run to keep; the rest is dropped.
+    """
+
+    def __init__(self, path: str | Path | None, keep_lines: int = 0) -> None:
+        self.started = time.perf_counter()
+        self.lines = 0
+        self._file = None
+        if path is None:
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept: list[str] = []
+        if keep_lines and path.exists():
+            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines]
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(kept)
+        self._file.flush()
+        self.lines = len(kept)
+
+    def event(self, event: str, /, **values: Any) -> None:
+        """Write one line; values must be JSON-serialisable."""
+        if self._file is None:
+            return
+        line = {"event": event, "seconds": round(time.perf_counter() - self.started, 4), **values}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.lines += 1
+
+    def start(self, step: str, params: Mapping[str, Any], **values: Any) -> None:
+        """Write the line that explains the run: versions, device, commit, parameters."""
+        if self._file is not None:
+            self.event("start", step=step, **environment(), params=params, **values)
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_log(path: str | Path, event: str) -> list[dict[str, Any]]:
+    """Return the lines of a log whose `event` has the given name, in order."""
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    return [line for line in lines if line["event"] == event]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit of this run."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": device,
+        "cpu_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "argv": sys.argv[1:],
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the working tree, with `+changes` if tracked files differ from it."""
+    try:
+        run = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_provenance(
+    path: str | Path,
+    step: str,
+    params: Mapping[str, Any],
+    inputs: Sequence[str | Path],
+    outputs: Sequence[str | Path],
+) -> None:
+    """Write the sidecar that says which run made `outputs` from `inputs`, with their SHA-256."""
+    write_json(
+        path,
+        {
+            "step": step,
+            **environment(),
+            "params": params,
+            "inputs": {str(file): sha256(file) for file in inputs},
+            "outputs": {str(file): sha256(file) for file in outputs},
+        },
+    )
+
+
+@contextmanager
+def step_errors(speaks: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Show an InputError as two lines and exit with status 2, Ctrl-C as one and with 130.
+
+    speaks: asked once there is an error; whether it is this process that shows it. Other
+    exceptions pass through.
+    """
+    try:
+        yield
+    except InputError as error:
+        if speaks():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as interrupt:
+        if speaks():
+            print("interrupted; run again to continue", file=sys.stderr, flush=True)
+        raise SystemExit(130) from interrupt

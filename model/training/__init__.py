@@ -1,0 +1,1 @@
+"""Training: optimizer, schedule, averaging, quantization-aware training, resuming."""

@@ -1,0 +1,178 @@
+"""Muon: momentum, then the nearest orthogonal matrix as the update (Jordan et al. 2024).
+
+For a matrix W (rows, columns) with gradient G at momentum μ:
+
+    M ← μM + G;   D = G + μM (Nesterov);   O ≈ U Vᵀ where D = U Σ Vᵀ
+    W ← (1 − lr·decay)·W − lr·sqrt(max(1, rows/columns))·O
+
+O comes from Newton-Schulz iterations X ← aX + (bA + cA²)X with A = XXᵀ, which push every singular
+value of X = D/‖D‖ towards 1; the coefficients trade accuracy (values end within about ±0.3 of 1)
+for speed. Matrices of one shape are stacked and orthogonalised in one batch.
+
+Many processes share the work ("Parallel Muon"): the stacked gradients are reduce-scattered, every
+process orthogonalises the matrices it owns, and the orthogonal updates are all-gathered while the
+next stack is computed. Gathering O rather than W halves the traffic, as O is bf16 on a GPU, and
+every process then applies the same update to its own fp32 weights.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.runtime.distributed import Group
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+# torch 2.13 renamed these two; 2.11 has only the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def orthogonalise(matrices: Tensor, iterations: int) -> Tensor:
+    """Nearly orthogonal factors U Vᵀ of matrices (n, rows, columns); zero matrices stay zero.
+
+    Computed and returned in bf16 on CUDA. CPUs seldom multiply bf16 in hardware and are several
+    times slower with it, so there it is fp32.
+    """
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(iterations):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor of the training state is kept.
+
+    owner: the only process that has `tensor`; None if all have it, and the same.
+    """
+
+    owner: int | None
+    shape: torch.Size
+    tensor: Tensor | None
+
+
+class Stack:
+    """Matrices of one shape, shared out among the processes.
+
+    Process r of R owns k = ⌈n/R⌉ of the n matrices, from number r·k on; zeros pad the stack to
+    R·k. The parameters' gradients are views of `gradients`: nothing is copied to stack them.
+    """
+
+    def __init__(self, matrices: Mapping[str, nn.Parameter], group: Group) -> None:
+        self.names, self.weights, self.group = list(matrices), list(matrices.values()), group
+        self.share = -(-len(self.weights) // group.size)
+        first = self.weights[0]
+        self.gradients = first.new_zeros(self.share * group.size, *first.shape)
+        for weight, gradient in zip(self.weights, self.gradients, strict=False):
+            weight.grad = gradient
+        # What this process owns of the averaged gradients.
+        self.owned = self.gradients
+        if group.size > 1:
+            self.owned = first.new_zeros(self.share, *first.shape)
+        self.momentum = torch.zeros_like(self.owned)
+        self._updates: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        """Yield each matrix's name and the place of its momentum."""
+        for number, name in enumerate(self.names):
+            owner, index = divmod(number, self.share)
+            mine = self.momentum[index] if owner == self.group.rank else None
+            yield name, Slot(owner, self.weights[0].shape, mine)
+
+    def start_reduction(self) -> None:
+        """Begin to sum the gradients over the processes."""
+        if self.group.size > 1:
+            self._work = _reduce_scatter(self.owned, self.gradients, async_op=True)
+
+    def finish_reduction(self) -> None:
+        """Make `owned` valid for what this process computes next."""
+        self._wait()
+
+    def start_update(self, clip: Tensor | None, momentum: float, iterations: int) -> None:
+        """Orthogonalise the owned share and begin to gather everyone's.
+
+        clip: 0-dimensional factor of the gradients, or None.
+        """
+        gradient = self.owned if clip is None else self.owned.mul_(clip)
+        self.momentum.mul_(momentum).add_(gradient)
+        update = orthogonalise(gradient.add(self.momentum, alpha=momentum), iterations)
+        if self.group.size > 1:
+            self._updates = update.new_empty(self.gradients.shape)
+            self._work = _all_gather(self._updates, update.contiguous(), async_op=True)
+        else:
+            self._updates = update
+
+    @torch.no_grad()
+    def finish_update(self, lr: float, weight_decay: float) -> None:
+        """Apply everyone's updates to the weights."""
+        self._wait()
+        assert self._updates is not None, "start_update comes first"
+        rows, columns = self.weights[0].shape
+        updates = list(self._updates[: len(self.weights)].float())
+        weights: list[Tensor] = list(self.weights)
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_add_(weights, updates, alpha=-lr * max(1, rows / columns) ** 0.5)
+        self._updates = None
+
+    def _wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+
+class Muon:
+    """The optimizer of the matrices, fp32 parameters by name.
+
+    One step: `start_reduction`, `owned_gradients` (for the norm), `start_update`, `finish_update`;
+    what stands between them overlaps the communication.
+    """
+
+    def __init__(self, matrices: Mapping[str, nn.Parameter], group: Group) -> None:
+        by_shape: dict[torch.Size, dict[str, nn.Parameter]] = {}
+        for name, weight in matrices.items():
+            by_shape.setdefault(weight.shape, {})[name] = weight
+        stacks = [Stack(same, group) for same in by_shape.values()]
+        # Largest first: its reduction is the longest and hides the others'.
+        self.stacks = sorted(stacks, key=lambda stack: -stack.gradients.numel())
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero; they stay views of the stacks."""
+        for stack in self.stacks:
+            stack.gradients.zero_()
+
+    def start_reduction(self) -> None:
+        """Begin to sum the gradients over the processes."""
+        for stack in self.stacks:
+            stack.start_reduction()
+
+    def owned_gradients(self) -> list[Tensor]:
+        """Wait for the reduction; the summed gradients of the matrices this process owns."""
+        for stack in self.stacks:
+            stack.finish_reduction()
+        return [stack.owned for stack in self.stacks]
+
+    def start_update(self, clip: Tensor | None, momentum: float, iterations: int) -> None:
+        """Compute this process's updates and begin to gather everyone's; see `Stack`."""
+        for stack in self.stacks:
+            stack.start_update(clip, momentum, iterations)
+
+    def finish_update(self, lr: float, weight_decay: float) -> None:
+        """Apply everyone's updates to the weights."""
+        for stack in self.stacks:
+            stack.finish_update(lr, weight_decay)
+
+    def slots(self) -> dict[str, Slot]:
+        """Where the momentum of each matrix is kept, by name."""
+        return {name: slot for stack in self.stacks for name, slot in stack.slots()}

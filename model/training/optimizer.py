@@ -1,0 +1,138 @@
+"""The optimizer of the whole model: groups, averaging over processes, clipping, Muon and AdamW.
+
+    matrices      Muon    every matrix inside the blocks
+    embeddings    AdamW   tables that are read by row (and the tied output head)
+    scalars       AdamW   scalars, vectors and the small projections of the embeddings
+
+Gradients are averaged over the processes first and clipped then, by the one norm of all
+parameters: each process knows the averaged gradients of the matrices it owns, so their squared
+norms are summed over the processes. The clip factor stays a tensor; the host waits for nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.network.gpt import GPT
+from model.runtime.distributed import Group
+from model.training.muon import Muon, Slot
+
+if TYPE_CHECKING:
+    from pocketlm.params.schema import TrainParams
+
+TABLES = {"embedding", "bigram.table", "value_embedding.table"}
+
+
+def param_groups(model: GPT) -> dict[str, dict[str, nn.Parameter]]:
+    """Every parameter of the model by group (`matrices`, `embeddings`, `scalars`) and name."""
+    groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "embeddings": {}, "scalars": {}}
+    matrices = model.matrices()
+    for name, parameter in model.named_parameters():
+        kind = "matrices" if name in matrices else "embeddings" if name in TABLES else "scalars"
+        groups[kind][name] = parameter
+    return groups
+
+
+def momentum_at(step: int, params: "TrainParams") -> float:
+    """Muon's momentum at a step counted from 0: linear from its start to its final value."""
+    if step >= params.muon_momentum_steps:
+        return params.muon_momentum
+    share = step / params.muon_momentum_steps
+    return (1 - share) * params.muon_momentum_start + share * params.muon_momentum
+
+
+class Optimizer:
+    """Muon and AdamW over the parameters of `model`, for the processes of `group`.
+
+    `backward` may be called any number of times between `zero_grad` and `step`; the sum of all
+    gradients over all processes is what the step sees, so losses are divided beforehand. The
+    parameters' gradients are views of a few large buffers: never set them to None.
+    """
+
+    def __init__(self, model: GPT, params: "TrainParams", group: Group) -> None:
+        self.params, self.group = params, group
+        groups = param_groups(model)
+        self.muon = Muon(groups["matrices"], group)
+        self.rest = groups["embeddings"] | groups["scalars"]
+        self.rest_gradients = _flat_gradients(list(self.rest.values()))
+        self.base_lr = [params.embedding_lr, params.scalar_lr]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": list(groups[kind].values()), "lr": lr}
+                for kind, lr in zip(("embeddings", "scalars"), self.base_lr, strict=True)
+            ],
+            betas=(params.adam_beta1, params.adam_beta2),
+            eps=params.adam_epsilon,
+            weight_decay=params.weight_decay,
+            fused=True,
+        )
+        # Filled now rather than by the first step, so that the state always has the same tensors.
+        for parameter in self.rest.values():
+            self.adamw.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
+        self.muon.zero_grad()
+        self.rest_gradients.zero_()
+
+    def step(self, step: int, multiplier: float) -> None:
+        """Update all weights; `step` counts from 0, `multiplier` scales every learning rate."""
+        params = self.params
+        self.muon.start_reduction()
+        work = None
+        if self.group.size > 1:
+            work = dist.all_reduce(self.rest_gradients, async_op=True)
+        clip = self._clip_factor(work)
+        if clip is not None:
+            self.rest_gradients.mul_(clip)
+        self.muon.start_update(clip, momentum_at(step, params), params.newton_schulz_steps)
+        for settings, lr in zip(self.adamw.param_groups, self.base_lr, strict=True):
+            settings["lr"] = lr * multiplier
+        self.adamw.step()
+        self.muon.finish_update(params.matrix_lr * multiplier, params.weight_decay)
+
+    def _clip_factor(self, work: "dist.Work | None") -> Tensor | None:
+        """Wait for the averaged gradients; the factor that brings their norm to its limit."""
+        owned = self.muon.owned_gradients()
+        if work is not None:
+            work.wait()
+        if self.params.gradient_clip is None:
+            return None
+        norms = torch.stack(torch._foreach_norm(owned))
+        squared = self.group.all_reduce(norms.square().sum())
+        norm = (squared + self.rest_gradients.square().sum()).sqrt()
+        return (self.params.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+
+    def slots(self) -> dict[str, Slot]:
+        """Where the tensors of the state are kept: momentum/…, first/…, second/… by parameter."""
+        found = {f"momentum/{name}": slot for name, slot in self.muon.slots().items()}
+        for name, parameter in self.rest.items():
+            state = self.adamw.state[parameter]
+            for key, label in (("exp_avg", "first"), ("exp_avg_sq", "second")):
+                found[f"{label}/{name}"] = Slot(None, parameter.shape, state[key])
+        return found
+
+    def set_step(self, step: int) -> None:
+        """Continue as if `step` steps had been taken (AdamW's bias correction)."""
+        for parameter in self.rest.values():
+            self.adamw.state[parameter]["step"].fill_(step)
+
+
+def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """Make the gradients of `parameters` views of one new buffer and return it.
+
+    The largest come first, so that scalars do not spoil the alignment of the others.
+    """
+    flat = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters))
+    start = 0
+    for parameter in sorted(parameters, key=lambda p: -p.numel()):
+        end = start + parameter.numel()
+        parameter.grad = flat[start:end].view_as(parameter)
+        start = end
+    return flat

@@ -1,0 +1,150 @@
+"""Everything that changes while training: weights, optimizer, average; and one step of it.
+
+The state is a flat dictionary of tensors that no process count has left a trace in, so that a run
+saved by one number of processes is continued by another. Nothing random happens after the
+initialisation, and batches are found by the number of the step: weights, averages, moments and the
+number of steps are the whole state.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from model.data.packing import Documents
+from model.kernels import dispatch
+from model.network.compute_weights import WorkingWeights
+from model.network.gpt import GPT
+from model.runtime.distributed import Group
+from model.runtime.errors import InputError
+from model.training.ema import Average
+from model.training.muon import Slot
+from model.training.optimizer import Optimizer
+from model.training.qat import StraightThrough
+
+if TYPE_CHECKING:
+    from pocketlm.params.schema import TrainParams
+
+Batches = Iterator[tuple[Tensor, Tensor, Documents]]
+
+
+class Trainer:
+    """Trains `model`, which is on the device of `group`, by the `train` section `params`."""
+
+    def __init__(self, model: GPT, params: "TrainParams", group: Group) -> None:
+        self.model, self.params, self.group = model, params, group
+        self.compiled = params.compile and group.device.type == "cuda"
+        if self.compiled:
+            model.compile_parts()
+        self.optimizer = Optimizer(model, params, group)
+        self.average = Average(dict(model.named_parameters()), params.ema_decay)
+        self.rounding = StraightThrough(params.qat_bits)
+        self.working = WorkingWeights(model)
+        self.microbatches = params.tokens_per_step // params.tokens_per_microbatch // group.size
+        self.steps = 0
+
+    def step(self, batches: Batches, multiplier: float) -> Tensor:
+        """Take one optimizer step on this process's next `microbatches`.
+
+        multiplier: of every learning rate; below `qat_threshold` the matrices are rounded.
+        Returns this process's part of the mean loss (nats per token, 0-dimensional, on the
+        device): the sum over the processes is the mean over the step's tokens.
+        """
+        return self._step(batches, multiplier, self.microbatches)
+
+    def _step(self, batches: Batches, multiplier: float, microbatches: int) -> Tensor:
+        rounded = multiplier < self.params.qat_threshold
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.group.device)
+        with self.working.in_use(self.rounding if rounded else None):
+            for _ in range(microbatches):
+                total += self._microbatch(*next(batches))
+                self.working.collect()
+        self.optimizer.step(self.steps, multiplier)
+        self.steps += 1
+        self.average.update(self.steps)
+        return total
+
+    def _microbatch(self, tokens: Tensor, targets: Tensor, documents: Documents) -> Tensor:
+        """Add the gradients of one micro-batch; its share of the step's mean loss."""
+        self.announce(documents)
+        losses = self.model.losses(tokens, targets, documents)
+        loss = losses.mean() / (self.microbatches * self.group.size)
+        loss.backward()
+        return loss.detach()
+
+    def announce(self, documents: Documents) -> None:
+        """Let one compiled graph serve any number of documents, from the first batch on."""
+        if self.compiled:
+            dispatch.find_pieces(documents, self.group.device)
+            for tensor in (documents.boundaries, documents.tiles):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+    def warm_up(self, batches: Batches) -> None:
+        """Take a step of one micro-batch for each kind, rounded and not, and undo them exactly.
+
+        One micro-batch compiles all there is to compile, one step loads the optimizer's kernels
+        and opens the connections between processes. The rest is forgotten, and all processes get
+        the main one's weights.
+        """
+        steps, state = self.steps, self.state()
+        for multiplier in (1.0, 0.0) if self.params.qat_threshold else (1.0,):
+            self._step(batches, multiplier, 1)
+        self.load(state, steps)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies on the CPU of all tensors, in the main process; empty elsewhere. Collective."""
+        copies = {}
+        for name, slot in self._slots().items():
+            tensor = slot.tensor
+            if tensor is None:
+                tensor = torch.empty(slot.shape, device=self.group.device)
+            if slot.owner is not None:
+                self.group.broadcast(tensor, slot.owner)
+            if self.group.is_main:
+                copies[name] = tensor.detach().to("cpu", copy=True)
+        return copies
+
+    def load(self, state: dict[str, Tensor], steps: int) -> None:
+        """Continue from the main process's `state`, taken after `steps` steps. Collective.
+
+        Raises InputError if it is the state of another model.
+        """
+        slots = self._slots()
+        if self.group.is_main:
+            _require_same(state, slots)
+        with torch.no_grad():
+            for name, slot in slots.items():
+                if self.group.is_main:
+                    tensor = state[name].to(self.group.device)
+                else:
+                    tensor = torch.empty(slot.shape, device=self.group.device)
+                self.group.broadcast(tensor)
+                if slot.tensor is not None:
+                    slot.tensor.copy_(tensor)
+        self.steps = steps
+        self.optimizer.set_step(steps)
+
+    def _slots(self) -> dict[str, Slot]:
+        kinds: dict[str, Mapping[str, Tensor]] = {"weights": dict(self.model.named_parameters())}
+        if self.params.ema_decay:
+            kinds["average"] = self.average.tensors
+        tensors = {
+            f"{kind}/{name}": t for kind, named in kinds.items() for name, t in named.items()
+        }
+        shared = {name: Slot(None, tensor.shape, tensor) for name, tensor in tensors.items()}
+        return shared | self.optimizer.slots()
+
+
+def _require_same(state: dict[str, Tensor], slots: dict[str, Slot]) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = {name: tuple(slot.shape) for name, slot in slots.items()}
+    differing = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"training state of another model ({name}: {found.get(name)} instead of "
+            f"{wanted.get(name)}, {len(differing)} differences in all)",
+            "delete the state file and train again",
+        )

@@ -1,0 +1,1 @@
+"""What people call, read and set: commands, workflow, reports, parameters."""

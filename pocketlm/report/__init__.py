@@ -1,0 +1,1 @@
+"""Results of all seeds to a significance test, figures and pages."""

@@ -1,0 +1,377 @@
+"""The report, its headline and the README's table, rendered from one summary."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pocketlm.report.blocks import Block, Figure, Heading, Paragraph, Table
+from pocketlm.report.significance import Sample
+from pocketlm.report.summary import welch_result
+
+SCORE_NAMES = {
+    "pre_quant": "trained, averaged weights",
+    "quantised": "quantised",
+    "sliding": "quantised, sliding window",
+    "ttt": "quantised, with TTT",
+}
+TITLE = "Results"
+
+
+def report(summary: dict[str, Any]) -> list[Block]:
+    """The whole report."""
+    return [
+        Heading(1, TITLE),
+        *_opening(summary),
+        Heading(2, "Scores by seed"),
+        *_scores(summary),
+        Heading(2, "Significance"),
+        *_significance(summary),
+        Heading(2, "Training"),
+        _loss_figure(),
+        Heading(2, "What test-time training gains, and where"),
+        *_gain(summary),
+        Heading(2, "Bytes"),
+        *_bytes(summary),
+        Heading(2, "Time"),
+        *_time(summary),
+        Heading(2, "Provenance"),
+        *_provenance(summary),
+    ]
+
+
+def headline(summary: dict[str, Any], report_path: str) -> str:
+    """The result in a few lines of plain text, ending in a newline."""
+    seeds = [f"seed {run['seed']}" for run in summary["runs"]]
+    rows = [["bits per byte", *seeds, "mean ± std"]]
+    for score, name in SCORE_NAMES.items():
+        values = [f"{run[score]['bpb']:.4f}" for run in summary["runs"]]
+        rows.append([name, *values, _mean_std(summary[score], "bpb")])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines += ["", _plain(_gain_sentence(summary)), _plain(_verdict(summary))]
+    lines += [_plain(sentence) for sentence in _overruns(summary)]
+    return "\n".join([*lines, f"report: {report_path}"]) + "\n"
+
+
+def result_table(summary: dict[str, Any]) -> list[Block]:
+    """The README's table: one row per stage of the system, and the verdict."""
+    rows = [
+        [name, _mean_std(summary[score], "loss"), _mean_std(summary[score], "bpb")]
+        for score, name in SCORE_NAMES.items()
+    ]
+    size = summary["size"]
+    seeds = len(summary["runs"])
+    return [
+        Table([f"mean ± std of {seeds} seed{'s' * (seeds > 1)}", "nats/token", "bits/byte"], rows),
+        Paragraph(
+            f"Model and code take {_count(size['total_bytes'])} of the "
+            f"{_count(size['budget_bytes'])} bytes allowed. {_verdict(summary)}"
+        ),
+    ]
+
+
+def _opening(summary: dict[str, Any]) -> list[Block]:
+    scored, runs = summary["scored"], summary["runs"]
+    ttt = summary["ttt"]
+    over = _overruns(summary)
+    return [
+        Paragraph(
+            f"{len(runs)} model{'s' * (len(runs) > 1)}, one per seed, scored on "
+            f"{_count(scored['documents'])} held-out documents: {_count(scored['tokens'])} tokens, "
+            f"{_count(scored['bytes'])} bytes of text. With test-time training (TTT) they reach "
+            f"{_mean_std(ttt, 'bpb')} bits per byte ({_mean_std(ttt, 'loss')} nats per token)."
+        ),
+        Paragraph(f"{_gain_sentence(summary)} {_verdict(summary)}"),
+        Paragraph(" ".join(over) if over else "Every budget of bytes and time is kept."),
+    ]
+
+
+def _scores(summary: dict[str, Any]) -> list[Block]:
+    runs = summary["runs"]
+    tables = []
+    for unit, title in (("loss", "nats per token"), ("bpb", "bits per byte")):
+        rows = [
+            [name, *(f"{run[score][unit]:.4f}" for run in runs), _mean_std(summary[score], unit)]
+            for score, name in SCORE_NAMES.items()
+        ]
+        tables.append(Table([title, *_seed_names(runs), "mean ± std"], rows))
+    share = [f"{_percent(r['total_bytes'], summary['size']['budget_bytes'])} %" for r in runs]
+    sizes = Table(
+        ["", *_seed_names(runs)],
+        [
+            ["optimizer steps", *(_count(run["steps"]) for run in runs)],
+            ["tokens trained on", *(_count(run["train_tokens"]) for run in runs)],
+            ["artifact + code, bytes", *(_count(run["total_bytes"]) for run in runs)],
+            ["share of the budget", *share],
+        ],
+    )
+    length, stride = summary["context"]
+    note = Paragraph(
+        f"The first two rows are plain evaluations in segments of {length} tokens; the sliding "
+        f"window of {length} moves by {stride}. std is that of a sample (divisor n-1)."
+    )
+    return [*tables, note, sizes]
+
+
+def _significance(summary: dict[str, Any]) -> list[Block]:
+    if summary["test"] is None:
+        reason = "`report.baseline` is `none`: no test was asked for."
+        if len(summary["runs"]) == 1:
+            reason += " One seed would allow none: it says nothing about the spread between seeds."
+        return [Paragraph(reason)]
+    test = welch_result(summary["test"])
+    interval = f"[{test.low:+.6f}, {test.high:+.6f}]"
+    table = Table(
+        ["one-sided Welch test", "baseline", "with TTT"],
+        [
+            ["losses, nats per token", _losses(test.baseline), _losses(test.new)],
+            ["n", str(test.baseline.n), str(test.new.n)],
+            ["mean", f"{test.baseline.mean:.6f}", f"{test.new.mean:.6f}"],
+            ["std, divisor n-1", f"{test.baseline.sample_std:.6f}", f"{test.new.sample_std:.6f}"],
+            [
+                "std, divisor n",
+                f"{test.baseline.population_std:.6f}",
+                f"{test.new.population_std:.6f}",
+            ],
+        ],
+    )
+    numbers = Paragraph(
+        f"Difference of the means (baseline minus new): {test.difference:+.6f} nats, "
+        f"{100 * test.level:g} % confidence interval {interval}. "
+        f"t = {test.t:.3f} with {test.degrees_of_freedom:.2f} degrees of freedom."
+    )
+    return [
+        Paragraph(f"Hypothesis: {test.hypothesis}. {_baseline_sentence(summary)}"),
+        table,
+        numbers,
+        Paragraph(_verdict(summary)),
+    ]
+
+
+def _baseline_sentence(summary: dict[str, Any]) -> str:
+    test = summary["test"]
+    if test["baseline"] == "no_ttt":
+        return (
+            "The baseline is this run's own quantised models without TTT: the plain evaluation of "
+            "the same tokens. Every seed thus stands on both sides; the two samples are treated "
+            "as independent all the same, although seeds that are good without TTT are also good "
+            "with it, which makes this test stricter than one of pairs would be."
+        )
+    tokens, text_bytes = test["baseline_scored"]
+    scored = summary["scored"]
+    return (
+        f"The baseline is `{test['baseline']}`, scored on {_count(tokens)} tokens and "
+        f"{_count(text_bytes)} bytes; this run was scored on {_count(scored['tokens'])} tokens and "
+        f"{_count(scored['bytes'])} bytes. Nats per token can be compared only on the same text "
+        "with the same tokenizer."
+    )
+
+
+def _same_text(summary: dict[str, Any]) -> bool:
+    """Whether the baseline was scored on the same text, but for the tail that some drop."""
+    scored, wanted = summary["test"]["baseline_scored"], summary["scored"]
+    pairs = zip(scored, (wanted["tokens"], wanted["bytes"]), strict=False)
+    return all(abs(theirs - ours) <= 0.001 * theirs for theirs, ours in pairs)
+
+
+def _verdict(summary: dict[str, Any]) -> str:
+    """The outcome of the test in one sentence."""
+    if summary["test"] is None:
+        return "No significance test (`report.baseline` is `none`)."
+    test = welch_result(summary["test"])
+    level = summary["test"]["significance"]
+    claimed = test.p < level
+    baseline = summary["test"]["baseline"]
+    shown = "the same models without TTT" if baseline == "no_ttt" else f"`{baseline}`"
+    if not _same_text(summary):
+        return (
+            f"No claim: {shown} was scored on other text than this run (see Significance), and "
+            "losses of different texts cannot be compared."
+        )
+    return (
+        f"Claim: {test.hypothesis}. p = {_probability(test.p)} (one-sided Welch test, "
+        f"{test.new.n} seeds against {test.baseline.n} of {shown}): "
+        f"{'below' if claimed else 'not below'} {level:g}, so the claim "
+        f"{'holds' if claimed else 'is not made'}."
+    )
+
+
+def _gain_sentence(summary: dict[str, Any]) -> str:
+    gain = summary["gain"]
+    return (
+        f"TTT gain: {gain['over_sliding_loss']:+.4f} nats per token "
+        f"({gain['over_sliding_bpb']:+.4f} bits per byte) over the sliding evaluation, "
+        f"{gain['over_plain_loss']:+.4f} over the plain one."
+    )
+
+
+def _loss_figure() -> Figure:
+    return Figure(
+        "loss_curves.svg",
+        "Training loss of all seeds",
+        "Training loss of each seed (running mean; faint: each logged batch) and, at the right "
+        "end, the held-out loss of its averaged weights.",
+    )
+
+
+def _gain(summary: dict[str, Any]) -> list[Block]:
+    sentences = [
+        f"{100 * point['tokens']:.0f} % of the tokens lie beyond position "
+        f"{_count(point['position'])} and give {100 * point['gain']:.0f} % of the gain."
+        for point in summary["tail"]
+    ]
+    return [
+        Paragraph(
+            "The gain of a token is its loss in the sliding evaluation minus its loss with TTT: "
+            "the former is the fairer comparison, because there, too, a token sees the text "
+            "before it. " + (" ".join(sentences) or "There is no gain in sum to be shared out.")
+        ),
+        Figure(
+            "ttt_gain.svg",
+            "TTT gain by position in the document",
+            "Top: share of all tokens, and of the total TTT gain, beyond each position. "
+            "Bottom: mean gain per token by position; the band spans the seeds, and neighbouring "
+            "positions share a point where tokens are few.",
+        ),
+    ]
+
+
+def _bytes(summary: dict[str, Any]) -> list[Block]:
+    runs, budget = summary["runs"], summary["size"]["budget_bytes"]
+    rows = [
+        [
+            f"seed {run['seed']}",
+            _count(run["artifact_bytes"]),
+            _count(run["code_bytes"]),
+            _count(run["total_bytes"]),
+            f"{_percent(run['total_bytes'], budget)} %",
+            f"{run['bits_per_weight']:.3f}",
+            run["compressor"],
+        ]
+        for run in runs
+    ]
+    header = ["", "artifact", "code", "total", f"of {_count(budget)}", "bits/weight", "compressor"]
+    figure = Figure(
+        "artifact_bytes.svg",
+        "Bytes of the submission by part",
+        "Bytes of each part of the submission, mean over the seeds.",
+    )
+    return [Table(header, rows), figure]
+
+
+def _time(summary: dict[str, Any]) -> list[Block]:
+    runs = summary["runs"]
+    rows = []
+    for stage in summary["stages"]:
+        budget = stage["budget"]
+        state = "" if budget is None else f"{budget:g}"
+        if budget is not None and max(stage["seconds"]) > budget:
+            state += ", exceeded"
+        seconds = [f"{value:.1f}" for value in stage["seconds"]]
+        rows.append([f"{stage['step']}: {stage['stage']}", *seconds, state])
+    speeds = Table(
+        ["", *_seed_names(runs)],
+        [
+            ["training, tokens/s", *(f"{r['train_tokens_per_second']:,.0f}" for r in runs)],
+            ["TTT, tokens/s", *(f"{r['ttt_tokens_per_second']:,.0f}" for r in runs)],
+            ["training, peak MiB", *(_memory(r["train_peak_memory_mib"]) for r in runs)],
+            ["TTT, peak MiB", *(_memory(r["ttt_peak_memory_mib"]) for r in runs)],
+        ],
+    )
+    note = Paragraph(
+        "The training clock leaves out warm-up and evaluation; the budget of evaluation is "
+        "for TTT, which gives the result; the other two evaluations are for analysis. A whole "
+        "step lasts from the start to the end of the process that finished it."
+    )
+    return [Table(["seconds", *_seed_names(runs), "budget"], rows), note, speeds]
+
+
+def _overruns(summary: dict[str, Any]) -> list[str]:
+    """A sentence per budget that is exceeded."""
+    sentences = []
+    size = summary["size"]
+    if size["total_bytes"] > size["budget_bytes"]:
+        sentences.append(
+            f"OVER BUDGET: {_count(size['total_bytes'])} bytes, "
+            f"{_count(size['total_bytes'] - size['budget_bytes'])} more than allowed."
+        )
+    for stage in summary["stages"]:
+        worst = max(stage["seconds"])
+        if stage["budget"] is not None and worst > stage["budget"]:
+            sentences.append(
+                f"OVER BUDGET: {stage['step']} ({stage['stage']}) took up to {worst:.1f} s; "
+                f"{stage['budget']:g} s are allowed."
+            )
+    return sentences
+
+
+def _provenance(summary: dict[str, Any]) -> list[Block]:
+    origins = summary["origins"]
+    rows = [
+        [
+            origin["step"],
+            ", ".join(map(str, origin["seeds"])),
+            f"`{_commit(origin['commit'])}`",
+            f"{origin['processes']} on {origin['device']}",
+            f"Python {origin['python']}, torch {origin['versions']['torch']}",
+        ]
+        for origin in origins
+    ]
+    commits = {origin["commit"] for origin in origins}
+    blocks: list[Block] = [Table(["step", "seeds", "commit", "processes", "versions"], rows)]
+    if len(commits) > 1:
+        blocks.append(
+            Paragraph(
+                f"The results were made at {len(commits)} different commits. DVC runs a step again "
+                "whenever the content of one of its inputs changes, code included, so commits "
+                "that differ only elsewhere mix safely."
+            )
+        )
+    return blocks
+
+
+def _commit(commit: str | None) -> str:
+    """Shortened hash, keeping the mark of uncommitted changes."""
+    if commit is None:
+        return "unknown"
+    name, mark, rest = commit.partition("+")
+    return name[:10] + mark + rest
+
+
+def _seed_names(runs: Sequence[dict[str, Any]]) -> list[str]:
+    return [f"seed {run['seed']}" for run in runs]
+
+
+def _mean_std(spread: dict[str, Any], unit: str) -> str:
+    std = spread[f"{unit}_std"]
+    return f"{spread[unit]:.4f}" + (f" ± {std:.4f}" if std is not None else "")
+
+
+def _losses(sample: Sample) -> str:
+    return ", ".join(f"{value:.6f}" for value in sample.values)
+
+
+def _probability(p: float) -> str:
+    return f"{p:.6f}" if p >= 1e-5 else f"{p:.1e}"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f}"
+
+
+def _memory(mebibytes: float | None) -> str:
+    return "not measured" if mebibytes is None else _count(mebibytes)
+
+
+def _plain(text: str) -> str:
+    """Text without the marks of code."""
+    return text.replace("`", "")

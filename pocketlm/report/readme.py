@@ -1,0 +1,84 @@
+"""Keep the README's tables equal to recorded results.
+
+    python -m pocketlm.report.readme                        render the tables again
+    python -m pocketlm.report.readme --record records/demo  record artifacts/report, then render
+
+The README holds the results between a line `<!-- results: records/NAME/metrics.json -->`, which
+says where the numbers come from, and the next `<!-- end of results -->`; likewise the figures of
+the benchmarks between `<!-- benchmarks: records/benchmarks -->` and its end.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from model.runtime.errors import InputError
+from model.runtime.files import read_json, write_bytes
+from model.runtime.run_log import step_errors
+from pocketlm.report.benchmark_goals import benchmark_table
+from pocketlm.report.blocks import Block, to_markdown
+from pocketlm.report.document import result_table
+
+README = Path("README.md")
+REPORT = Path("artifacts/report")
+RECORDED = ("metrics.json", "report.md", "loss_curves.svg", "ttt_gain.svg", "artifact_bytes.svg")
+
+
+def record(directory: Path) -> None:
+    """Copy the current report to `directory`; raises InputError if there is none."""
+    for name in RECORDED:
+        if not (REPORT / name).is_file():
+            raise InputError(f"{REPORT / name}: no such file", "run `make report` first")
+    for name in RECORDED:
+        write_bytes(directory / name, (REPORT / name).read_bytes())
+
+
+def render(readme: str, source: str | None = None) -> str:
+    """Return the README's text with its tables rendered anew.
+
+    source: metrics.json to render; None keeps the one the README names. Raises InputError if the
+    README has no place for the result table, or a file cannot be read.
+    """
+    if not _place("results").search(readme):
+        raise InputError(
+            f"{README}: has no place for the result table",
+            "add the lines `<!-- results: records/demo/metrics.json -->` and "
+            "`<!-- end of results -->`",
+        )
+    readme = _fill(readme, "results", lambda file: result_table(read_json(file)), source)
+    return _fill(readme, "benchmarks", lambda directory: benchmark_table(Path(directory)))
+
+
+def _place(name: str) -> re.Pattern[str]:
+    return re.compile(rf"<!-- {name}: (\S+) -->\n.*?<!-- end of {name} -->", re.DOTALL)
+
+
+def _fill(
+    readme: str, name: str, blocks: Callable[[str], Sequence[Block]], source: str | None = None
+) -> str:
+    """Put the blocks of `source`, or of what the README names, in the place called `name`."""
+
+    def section(found: re.Match[str]) -> str:
+        origin = source or found[1]
+        table = to_markdown(blocks(origin))
+        return f"<!-- {name}: {origin} -->\n\n{table}\n<!-- end of {name} -->"
+
+    return _place(name).sub(section, readme)
+
+
+def main() -> None:
+    """Record if asked to, and rewrite the README."""
+    parser = argparse.ArgumentParser(prog="python -m pocketlm.report.readme")
+    parser.add_argument("--record", type=Path, help="directory to copy the current report to")
+    directory = parser.parse_args().record
+    with step_errors():
+        if directory is not None:
+            record(directory)
+        source = None if directory is None else (directory / "metrics.json").as_posix()
+        text = render(README.read_text(encoding="utf-8"), source)
+        write_bytes(README, text.encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""One summary of all seeds; the report, its headline and the README are rendered from it alone.
+
+Numbers that `dvc metrics show` should list are scalars in nested objects; what is kept for the
+tables only lies in lists, which DVC passes over.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+
+from model.runtime.errors import InputError
+from pocketlm.params.schema import Params, ReportParams
+from pocketlm.report.records import load_record
+from pocketlm.report.results import SeedResult, TokenLosses
+from pocketlm.report.significance import Sample, WelchTest, welch_test
+
+# Evaluations in the order of the system; the key in the summary of each.
+SCORES = ("pre_quant", "quantised", "plain", "sliding", "ttt")
+
+
+def summarise(results: Sequence[SeedResult], params: Params) -> dict[str, Any]:
+    """Summarise the results of all seeds as plain JSON values.
+
+    Raises InputError if the seeds were scored on different text, or if a significance test is
+    asked for that cannot be made.
+    """
+    _same_text(results)
+    runs = [_run(result) for result in results]
+    first = results[0]
+    return {
+        **{score: _spread(runs, score) for score in SCORES},
+        "gain": {
+            f"over_{score}_{unit}": _mean(runs, score, unit) - _mean(runs, "ttt", unit)
+            for score in ("sliding", "plain")
+            for unit in ("loss", "bpb")
+        },
+        "scored": {
+            "documents": first.losses.documents,
+            "tokens": first.losses.tokens,
+            "bytes": first.losses.bytes,
+        },
+        "size": {
+            "total_bytes": max(run["total_bytes"] for run in runs),
+            "budget_bytes": first.quantize.budget_bytes,
+        },
+        "test": _test(params.report, runs),
+        "context": [params.model.sequence_length, params.evaluate.sliding_stride],
+        "runs": runs,
+        "stages": _stages(results, params.report),
+        "parts": _parts(results),
+        "tail": _tail(pool([result.losses for result in results])),
+        "origins": _origins(results),
+    }
+
+
+def pool(losses: Sequence[TokenLosses]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (int64) and TTT gain (float64, nats) by position, all seeds together."""
+    length = max(len(table.count) for table in losses)
+    count, gain = np.zeros(length, dtype=np.int64), np.zeros(length)
+    for table in losses:
+        count[: len(table.count)] += table.count
+        gain[: len(table.gain)] += table.gain
+    return count, gain
+
+
+def beyond(values: np.ndarray) -> np.ndarray:
+    """Share of the sum of `values` that lies at indices greater than x, for every x."""
+    sums = np.cumsum(values)
+    return 1 - sums / sums[-1]
+
+
+def _run(result: SeedResult) -> dict[str, Any]:
+    """What the tables show of one seed."""
+    train, quantize, evaluation = result.train, result.quantize, result.evaluation
+    scores = {
+        "pre_quant": train,
+        "quantised": quantize,
+        "plain": evaluation.plain,
+        "sliding": evaluation.sliding,
+        "ttt": evaluation,
+    }
+    return {
+        "seed": result.seed,
+        **{name: {"loss": score.loss, "bpb": score.bpb} for name, score in scores.items()},
+        "steps": train.steps,
+        "train_tokens": train.tokens,
+        "train_tokens_per_second": train.tokens_per_second,
+        "ttt_tokens_per_second": evaluation.tokens_per_second,
+        "train_peak_memory_mib": train.peak_memory_mib,
+        "ttt_peak_memory_mib": evaluation.peak_memory_mib,
+        "bits_per_weight": quantize.bits_per_weight,
+        "compressor": quantize.compressor,
+        "artifact_bytes": quantize.artifact_bytes,
+        "code_bytes": quantize.code_bytes,
+        "total_bytes": quantize.total_bytes,
+    }
+
+
+def _mean(runs: Sequence[dict[str, Any]], score: str, unit: str) -> float:
+    return statistics.fmean(run[score][unit] for run in runs)
+
+
+def _spread(runs: Sequence[dict[str, Any]], score: str) -> dict[str, float | None]:
+    """Mean over the seeds and sample standard deviation, None for a single seed."""
+    spread: dict[str, float | None] = {}
+    for unit in ("loss", "bpb"):
+        sample = Sample(tuple(run[score][unit] for run in runs))
+        spread[unit] = sample.mean
+        spread[f"{unit}_std"] = sample.sample_std if sample.n > 1 else None
+    return spread
+
+
+def _test(report: ReportParams, runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The significance test of TTT losses against the baseline; None if none is asked for."""
+    if report.baseline == "none":
+        return None
+    scored: list[int] = []
+    if report.baseline == "no_ttt":
+        before = [run["plain"]["loss"] for run in runs]
+    else:
+        record = load_record(report.baseline)
+        before, scored = record.losses, [record.scored.tokens, record.scored.bytes]
+    new = [run["ttt"]["loss"] for run in runs]
+    test = asdict(welch_test(before, new, report.margin, report.confidence))
+    del test["baseline"], test["new"]
+    return {
+        "baseline": report.baseline,
+        "baseline_scored": scored,
+        "baseline_losses": before,
+        "new_losses": new,
+        "significance": report.significance,
+        **test,
+    }
+
+
+def welch_result(test: dict[str, Any]) -> WelchTest:
+    """The test that `summarise` stored."""
+    baseline, new = (Sample(tuple(test[f"{name}_losses"])) for name in ("baseline", "new"))
+    rest = {f.name: test[f.name] for f in fields(WelchTest) if f.name not in ("baseline", "new")}
+    return WelchTest(baseline, new, **rest)
+
+
+def _stages(results: Sequence[SeedResult], report: ReportParams) -> list[dict[str, Any]]:
+    """Seconds of every stage by seed, with the budget where there is one."""
+    stages = [("train", "training clock", [r.train.seconds for r in results])]
+    stages += [
+        ("quantize", part, [r.quantize.seconds[part] for r in results])
+        for part in results[0].quantize.seconds
+    ]
+    stages += [
+        ("ttt_eval", name, [getattr(r.evaluation.seconds, name) for r in results])
+        for name in ("plain", "sliding", "ttt")
+    ]
+    stages += [
+        (step, "whole step", [r.step_seconds[step] for r in results])
+        for step in results[0].step_seconds
+    ]
+    budgets = {
+        ("train", "training clock"): report.train_budget_seconds,
+        ("ttt_eval", "ttt"): report.evaluate_budget_seconds,
+    }
+    return [
+        {"step": step, "stage": stage, "seconds": seconds, "budget": budgets.get((step, stage))}
+        for step, stage, seconds in stages
+    ]
+
+
+def _parts(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
+    """Mean bytes of each part of the submission over the seeds, largest first."""
+    names = sorted({name for result in results for name in result.quantize.bytes})
+    parts = [
+        {"part": name, "bytes": statistics.fmean(r.quantize.bytes.get(name, 0) for r in results)}
+        for name in names
+    ]
+    if "code" not in names:
+        code = statistics.fmean(result.quantize.code_bytes for result in results)
+        parts.append({"part": "code", "bytes": code})
+    return sorted(parts, key=lambda part: -part["bytes"])
+
+
+def _tail(pooled: tuple[np.ndarray, np.ndarray]) -> list[dict[str, float]]:
+    """Share of the TTT gain in the last tokens: beyond which about 50, 20 and 5 % of them lie.
+
+    Empty if TTT gained nothing, because a share of it means nothing then.
+    """
+    count, gain = pooled
+    if gain.sum() <= 0:
+        return []
+    tokens, gains = beyond(count), beyond(gain)
+    places = [int(np.argmax(tokens <= share)) for share in (0.5, 0.2, 0.05)]
+    return [
+        {"position": place, "tokens": float(tokens[place]), "gain": float(gains[place])}
+        for place in places
+    ]
+
+
+def _origins(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
+    """Where the results come from: one entry per step and environment, with its seeds."""
+    origins: list[dict[str, Any]] = []
+    for step in results[0].provenance:
+        for result in results:
+            made = result.provenance[step]
+            origin = {
+                "step": step,
+                "commit": made["commit"],
+                "device": made["device"],
+                "processes": made["world_size"],
+                "python": made["python"],
+                "versions": made["versions"],
+            }
+            known = next((o for o in origins if origin.items() <= o.items()), None)
+            if known is None:
+                origins.append({**origin, "seeds": [result.seed]})
+            else:
+                known["seeds"].append(result.seed)
+    return origins
+
+
+def _same_text(results: Sequence[SeedResult]) -> None:
+    """All seeds must have been scored on the same tokens."""
+    first = results[0]
+    for other in results[1:]:
+        if (other.losses.tokens, other.losses.bytes) != (first.losses.tokens, first.losses.bytes):
+            raise InputError(
+                f"seed {other.seed} was scored on {other.losses.tokens} tokens, "
+                f"seed {first.seed} on {first.losses.tokens}",
+                "run ttt_eval of all seeds with the same validation documents",
+            )

@@ -1,0 +1,1 @@
+"""The bridge between Snakemake and DVC, sweeps and the launcher."""

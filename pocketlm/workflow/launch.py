@@ -1,0 +1,50 @@
+"""Start a step in N processes: `python -m pocketlm.workflow.launch --processes N -m MODULE …`.
+
+One process needs no launcher, so the step takes this one's place. More are started by torchrun; of
+a step that failed, only its own message is shown, and its exit status is passed on.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+
+def launch(processes: int, module: str, arguments: list[str]) -> int:
+    """Run `python -m module arguments` in so many processes of this host; returns the status."""
+    # Imported here, as one process does without torch until it is the step.
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from model.runtime.distributed import require_gpus
+    from model.runtime.run_log import step_errors
+
+    with step_errors():
+        require_gpus(processes)
+    quiet = logging.getLogger("torch.distributed.elastic")  # its children log through it
+    quiet.addHandler(logging.NullHandler())
+    quiet.propagate = False
+    options = ["--standalone", "--nproc-per-node", str(processes), "-m", module, *arguments]
+    try:
+        torchrun.main(options)
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)  # negative: ended by a signal
+    except SignalException:
+        return 130
+    return 0
+
+
+def main() -> None:
+    """Parse the command line and start."""
+    parser = argparse.ArgumentParser(prog="python -m pocketlm.workflow.launch")
+    parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument("-m", dest="module", required=True, help="the step, e.g. steps.train")
+    options, arguments = parser.parse_known_args()
+    if options.processes == 1:
+        os.execv(sys.executable, [sys.executable, "-m", options.module, *arguments])
+    sys.exit(launch(options.processes, options.module, arguments))
+
+
+if __name__ == "__main__":
+    main()

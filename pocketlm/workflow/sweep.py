@@ -1,0 +1,245 @@
+"""Run a grid of parameters as DVC experiments: `python -m pocketlm.workflow.sweep FILE`.
+
+Every combination is queued as an experiment of one stage, so that what the stage reads
+(checkpoints, tokens) is what is in force, and the queue is then worked off. The stage's metrics,
+averaged over the seeds, end in sweep.csv, sweep.md and sweep.svg: loss against device seconds, with
+the Pareto front, the combinations that no other beats in both. The experiments stay in DVC: `dvc
+exp apply NAME` makes one the experiment in force, `dvc exp remove` forgets it.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.runtime.errors import InputError
+from model.runtime.files import atomic_file, read_json, write_bytes
+from model.runtime.run_log import step_errors
+from pocketlm.params.schema import check_params, load_params, read_yaml
+from pocketlm.report.blocks import Table, to_markdown
+from pocketlm.report.records import check
+
+Combination = dict[str, Any]
+Values = Annotated[list[Any], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A combination and what it gave: nats per token, device seconds, by experiment name."""
+
+    name: str
+    combination: Combination
+    loss: float
+    cost: float
+
+
+class Sweep(BaseModel):
+    """A sweep file. Parameters are named `section.key`, as in params.yaml.
+
+    stage: the step to run; always: values of every combination; cost: the metric that is the cost,
+    in seconds; grids: each a list of values by parameter, of which all combinations are run.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    stage: Literal["train", "quantize", "ttt_eval"]  # those whose metrics have a loss
+    always: Combination
+    cost: str
+    grids: Annotated[list[dict[str, Values]], Field(min_length=1)]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read a sweep file; raises InputError that names file and key."""
+    repair = "correct it; conf/sweep/ttt.yaml is an example"
+    return check(Sweep, read_yaml(path, "name a file like conf/sweep/ttt.yaml"), path, repair)
+
+
+def combinations(sweep: Sweep) -> list[Combination]:
+    """All combinations of all grids, each once, in the order of the file."""
+    found: dict[str, Combination] = {}
+    for grid in sweep.grids:
+        for values in itertools.product(*grid.values()):
+            combination = {**sweep.always, **dict(zip(grid, values, strict=True))}
+            found[json.dumps(combination, sort_keys=True)] = combination
+    return list(found.values())
+
+
+def check_sweep(sweep: Sweep, path: Path) -> None:
+    """Refuse, before anything runs, what would fail in this directory; raises InputError.
+
+    Every combination is checked with the parameters in force. The cost is looked up in metrics of
+    the stage, if there are any yet.
+    """
+    params = load_params()
+    for combination in combinations(sweep):
+        values = params.model_dump()
+        for key, value in combination.items():
+            *sections, name = key.split(".")
+            place = values
+            for section in sections:
+                if not isinstance(place.get(section), dict):
+                    place[section] = {}  # the schema names what does not belong
+                place = place[section]
+            place[name] = value
+        check_params(values, str(path))
+    for metrics in Path("artifacts", sweep.stage).rglob("metrics.json"):
+        seconds_of(read_json(metrics), sweep.cost, str(path))
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as `dvc exp run -S` reads it."""
+    text = json.dumps(value).replace('"', "").replace(" ", "")
+    return f"{key}={text}"
+
+
+def dvc(*arguments: str) -> str:
+    """Run a command of DVC in this directory and return what it prints; InputError if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise InputError(
+            f"dvc {' '.join(arguments)}: failed", "see its message above, then run the sweep again"
+        )
+    return done.stdout
+
+
+def enqueue(stage: str, planned: list[Combination]) -> dict[str, Combination]:
+    """Queue an experiment for each combination; returns them by name."""
+    prefix = time.strftime("sweep-%Y%m%d-%H%M%S")
+    named = {f"{prefix}-{number:03}": one for number, one in enumerate(planned)}
+    for name, combination in named.items():
+        settings = [f"--set-param={override(*item)}" for item in combination.items()]
+        dvc("exp", "run", "--queue", "--quiet", "--single-item", "--name", name, *settings, stage)
+    return named
+
+
+def collect(shown: str, named: dict[str, Combination], stage: str, cost: str) -> list[Point]:
+    """The points that `dvc exp show --json` knows of, in the order of `named`."""
+    results = dict(_experiments(json.loads(shown)))
+    points = []
+    for name, combination in named.items():
+        metrics = {
+            path: file["data"]
+            for path, file in results.get(name, {}).items()
+            if f"/{stage}/" in f"/{path}" and file.get("data")
+        }
+        if metrics:
+            losses = [one["loss"] for one in metrics.values()]
+            costs = [
+                one.get("world_size", 1) * seconds_of(one, cost, path)
+                for path, one in metrics.items()
+            ]
+            mean_loss, mean_cost = (sum(values) / len(values) for values in (losses, costs))
+            points.append(Point(name, combination, mean_loss, mean_cost))
+    return points
+
+
+def _experiments(shown: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and metrics, by file, of all experiments."""
+    for commit in shown:
+        for experiment in commit.get("experiments") or []:
+            newest = experiment["revs"][0]
+            data = newest.get("data") or {}
+            yield newest.get("name") or experiment.get("name"), data.get("metrics") or {}
+
+
+def seconds_of(metrics: dict[str, Any], cost: str, source: str) -> float:
+    """The metric named `cost`, e.g. `seconds.ttt`.
+
+    Raises InputError, which names `source`, if there is no such number.
+    """
+    found: Any = metrics
+    for part in cost.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    if not isinstance(found, int | float):
+        seconds = metrics.get("seconds")
+        parts = seconds if isinstance(seconds, dict) else {}
+        known = [f"seconds.{name}" for name in parts] or ["seconds"]
+        raise InputError(
+            f"{source}: cost: the stage has no metric {cost}",
+            f"choose a number, e.g. {', '.join(known)}",
+        )
+    return float(found)
+
+
+def pareto(points: list[Point]) -> list[Point]:
+    """The points that no other beats in both loss and cost, the cheapest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.cost, point.loss)):
+        if not front or point.loss < front[-1].loss:
+            front.append(point)
+    return front
+
+
+def write_results(directory: Path, points: list[Point], title: str) -> None:
+    """Write sweep.csv, sweep.md and sweep.svg, the best loss first."""
+    front = {point.name for point in pareto(points)}
+    keys = list(dict.fromkeys(key for point in points for key in point.combination))
+    header = ["experiment", *keys, "loss", "device seconds", "front"]
+    rows = []
+    for point in sorted(points, key=lambda point: point.loss):
+        values = [_text(point.combination.get(key)) for key in keys]
+        star = "*" if point.name in front else ""
+        rows.append([point.name, *values, f"{point.loss:.4f}", f"{point.cost:.1f}", star])
+    csv = "\n".join(",".join(row) for row in [header, *rows]) + "\n"
+    write_bytes(directory / "sweep.csv", csv.encode())
+    write_bytes(directory / "sweep.md", to_markdown([Table(header, rows)]).encode())
+    plot(directory / "sweep.svg", points, title)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else json.dumps(value).replace('"', "").replace(",", "")
+
+
+def plot(path: Path, points: list[Point], title: str) -> None:
+    """Loss against device seconds with the Pareto front."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    front = pareto(points)
+    axes.scatter([p.cost for p in points], [p.loss for p in points], s=18, color="tab:grey")
+    costs, losses = [p.cost for p in front], [p.loss for p in front]
+    axes.step(costs, losses, where="post", marker="o", color="tab:blue", label="Pareto front")
+    axes.set(xscale="log", xlabel="device seconds", ylabel="loss (nats per token)", title=title)
+    axes.legend()
+    with atomic_file(path) as file:
+        figure.savefig(file, format="svg")
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Queue, run, collect."""
+    parser = argparse.ArgumentParser(prog="python -m pocketlm.workflow.sweep")
+    parser.add_argument("sweep", type=Path, help="a file like conf/sweep/ttt.yaml")
+    parser.add_argument("--output", type=Path, default=Path("artifacts/sweep"))
+    options = parser.parse_args()
+    with step_errors():
+        sweep = read_sweep(options.sweep)
+        check_sweep(sweep, options.sweep)
+        named = enqueue(sweep.stage, combinations(sweep))
+        print(f"{len(named)} experiments queued", flush=True)
+        dvc("exp", "run", "--run-all", "--jobs", "1")
+        points = collect(dvc("exp", "show", "--json"), named, sweep.stage, sweep.cost)
+        if not points:
+            raise InputError("no experiment of the sweep succeeded", "see `dvc queue logs NAME`")
+        write_results(options.output, points, f"{sweep.stage}: {options.sweep}")
+        print((options.output / "sweep.md").read_text(), end="")
+        if len(points) < len(named):
+            missing = sorted(set(named) - {point.name for point in points})
+            print(f"failed: {', '.join(missing)}; see `dvc queue logs NAME`", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.data.loader import TokenStream, TrainingBatches, pack_span, validation_documents
+from model.data.shards import BOS, Manifest, ShardWriter
+from model.evaluation.losses import targets_of
+from model.runtime.distributed import Group
+from model.runtime.errors import InputError
+from pocketlm.params.presets import compose
+from tests.helpers.corpora import sentences, small_tokenizer
+
+TRAIN = compose("record", directory=Path(__file__).parents[2] / "conf").train
+CPU = torch.device("cpu")
+
+
+def write_stream(directory, tokens, shard_tokens, split="train"):
+    with ShardWriter(directory, split, shard_tokens) as writer:
+        writer.write(np.asarray(tokens, np.uint16), np.zeros(len(tokens)))
+    return [directory / shard.file for shard in writer.shards]
+
+
+def random_stream(length, seed=0):
+    """Tokens that begin with BOS, a tenth of them BOS."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(4, 1000, length)
+    tokens[random.random(length) < 0.1] = BOS
+    tokens[0] = BOS
+    return tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    total=st.integers(1, 60),
+    shard_tokens=st.integers(1, 25),
+    index=st.integers(0, 40),
+    length=st.integers(1, 100),
+)
+def test_spans_are_slices_of_the_endless_stream(
+    tmp_path_factory, total, shard_tokens, index, length
+):
+    tokens = np.arange(total) + 7
+    paths = write_stream(tmp_path_factory.mktemp("stream"), tokens, shard_tokens)
+    span = TokenStream(paths).span(index, length)
+    positions = range(index * length, index * length + length + 1)
+    expected = [7 + position % total for position in positions]
+    assert span.tolist() == expected
+    assert span.dtype == np.uint16
+
+
+def test_a_stream_needs_shards():
+    with pytest.raises(InputError, match="no training shards"):
+        TokenStream([])
+
+
+def test_the_worked_example_of_packing():
+    a, b, c, d, e, f, g = range(10, 17)
+    span = np.array([a, b, BOS, c, d, e, f, BOS, BOS, g])
+    assert pack_span(span, 3) == [2, 3, 2, 1, 2]
+    assert pack_span(span[:0], 3) == []
+    assert pack_span(np.full(6, 9), 3) == [3, 3]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tokens=st.lists(st.sampled_from([BOS, 5, 6, 7]), min_size=1, max_size=50),
+    sequence_length=st.integers(1, 9),
+)
+def test_packing_cuts_where_a_token_by_token_walk_does(tokens, sequence_length):
+    lengths: list[int] = []
+    for position, token in enumerate(tokens):
+        if position == 0 or token == BOS or lengths[-1] == sequence_length:
+            lengths.append(0)
+        lengths[-1] += 1
+    assert pack_span(np.array(tokens), sequence_length) == lengths
+
+
+def batches_of(stream, rank=0, size=1, step=0, length=32, per_step=128, sequence_length=16):
+    params = TRAIN.model_copy(update={"tokens_per_microbatch": length, "tokens_per_step": per_step})
+    batches = TrainingBatches(stream, params, sequence_length, Group(rank, size, CPU), CPU)
+    return batches.from_step(step)
+
+
+def take(batches, count):
+    taken = list(itertools.islice(batches, count))
+    batches.close()
+    return taken
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    return TokenStream(write_stream(tmp_path_factory.mktemp("stream"), random_stream(1000), 300))
+
+
+def test_batches_are_the_spans_with_their_targets(stream):
+    for index, (tokens, targets, documents) in enumerate(take(batches_of(stream), 40)):
+        span = stream.span(index, 32).astype(int).tolist()
+        assert tokens.tolist() == span[:-1]
+        assert targets.tolist() == span[1:]
+        assert tokens.dtype == targets.dtype == torch.int64
+        lengths = documents.boundaries.diff()
+        packed = pack_span(np.array(span[:-1]), 16)
+        assert lengths[lengths > 0].tolist() == packed
+        assert documents.boundaries.dtype == torch.int32
+        assert documents.boundaries.numel() % 64 == 0
+        assert documents.boundaries[-1] == documents.total == 32
+        assert (documents.longest, documents.uniform) == (16, None)
+
+
+def test_boundaries_grow_by_whole_buckets(tmp_path):
+    stream = TokenStream(write_stream(tmp_path, np.full(500, BOS), 500))
+    for length, entries in ((63, 64), (64, 128), (127, 128), (128, 192)):
+        params = {"length": length, "per_step": length}
+        (_, _, documents), *_ = take(batches_of(stream, **params), 1)
+        assert documents.boundaries.numel() == entries
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_together_take_what_one_takes(stream, size):
+    alone = [tokens.tolist() for tokens, _, _ in take(batches_of(stream), 12)]
+    shares = [
+        [tokens.tolist() for tokens, _, _ in take(batches_of(stream, rank, size), 12 // size)]
+        for rank in range(size)
+    ]
+    assert [tokens for round_ in zip(*shares, strict=True) for tokens in round_] == alone
+
+
+def test_nothing_is_dropped_or_repeated_at_shard_ends(stream):
+    taken = take(batches_of(stream), 1000)  # 32 times the stream of 1000 tokens
+    flat = torch.cat([tokens for tokens, _, _ in taken]).tolist()
+    assert flat == 32 * random_stream(1000).tolist()
+
+
+def test_resuming_needs_only_the_step(stream):
+    whole = take(batches_of(stream), 40)
+    resumed = take(batches_of(stream, step=7), 12)
+    for (tokens, targets, documents), expected in zip(resumed, whole[28:], strict=True):
+        assert torch.equal(tokens, expected[0])
+        assert torch.equal(targets, expected[1])
+        assert torch.equal(documents.boundaries, expected[2].boundaries)
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "batches"]
+
+
+def test_the_thread_ends_with_the_iterator(stream):
+    for count in (0, 1, 5):
+        batches = batches_of(stream)
+        list(itertools.islice(batches, count))
+        assert len(threads()) == (count > 0)
+        batches.close()
+        assert threads() == []
+
+
+def test_errors_of_the_thread_reach_the_caller():
+    class Broken:
+        def span(self, index, length):
+            if index == 3:
+                raise OSError("the disk is gone")
+            return np.full(length + 1, 9, np.uint16)
+
+    batches = batches_of(Broken())
+    assert len(list(itertools.islice(batches, 3))) == 3
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert threads() == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu_are_those_on_the_cpu(stream):
+    device = torch.device("cuda", 0)
+    params = TRAIN.model_copy(update={"tokens_per_microbatch": 32, "tokens_per_step": 128})
+    on_gpu = TrainingBatches(stream, params, 16, Group(0, 1, device), device).from_step(0)
+    for (tokens, targets, documents), expected in zip(
+        take(on_gpu, 40), take(batches_of(stream), 40), strict=True
+    ):
+        assert tokens.device == documents.boundaries.device == device
+        assert torch.equal(tokens.cpu(), expected[0])
+        assert torch.equal(targets.cpu(), expected[1])
+        assert torch.equal(documents.boundaries.cpu(), expected[2].boundaries)
+
+
+def manifest_of(directory, tokens, shard_tokens=50):
+    with ShardWriter(directory, "validation", shard_tokens) as writer:
+        writer.write(np.asarray(tokens, np.uint16), np.zeros(len(tokens)))
+    return Manifest(
+        directory, {}, 1000, "tokenizer.model", "", {"train": [], "validation": writer.shards}
+    )
+
+
+@pytest.mark.parametrize("shard_tokens", [7, 1000])
+def test_validation_documents_are_the_whole_split(tmp_path, shard_tokens):
+    tokens = random_stream(300, seed=1)
+    documents = validation_documents(manifest_of(tmp_path, tokens, shard_tokens))
+    assert np.concatenate(documents).tolist() == tokens.tolist()
+    assert len(documents) == (tokens == BOS).sum()
+    for document in documents:
+        assert document[0] == BOS
+        assert (document[1:] != BOS).all()
+        assert document.dtype == np.uint16
+
+
+def test_a_limit_takes_evenly_spaced_documents(tmp_path):
+    tokens = [token for number in range(10) for token in (BOS, 100 + number)]
+    manifest = manifest_of(tmp_path, tokens)
+
+    def numbers(limit):
+        return [int(document[1]) - 100 for document in validation_documents(manifest, limit)]
+
+    assert numbers(5) == [0, 2, 4, 6, 8]
+    assert numbers(3) == [0, 3, 6]
+    assert numbers(1) == [0]
+    assert numbers(99) == numbers(None) == list(range(10))
+
+
+def test_a_split_without_documents_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no validation documents"):
+        validation_documents(manifest_of(tmp_path, []))
+    with pytest.raises(InputError, match="does not begin with BOS"):
+        validation_documents(manifest_of(tmp_path, [5, 6]))
+
+
+def test_bytes_of_a_documents_targets_are_its_normalised_length(tmp_path):
+    tokenizer = small_tokenizer(tmp_path / "tokenizer.model")
+    for text in (*sentences(20, seed=5), "漢字  \u2581 x", " ", "👍"):
+        document = np.array([BOS, *tokenizer.encode([text])[0]], np.uint16)
+        counted = tokenizer.sizes(targets_of(document))
+        assert counted.sum() == len(tokenizer.normalize(text).encode())
+        assert counted[:-1].tolist() == tokenizer.sizes(document)[1:].tolist()

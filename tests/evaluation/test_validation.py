@@ -1,0 +1,39 @@
+"""The score that train and quantize report."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import steps.quantize
+import steps.train
+from model.data.shards import BOS
+from model.evaluation.losses import plain_losses
+from model.runtime.distributed import Group
+from pocketlm.params.presets import compose
+from steps.common import Step
+from steps.validation import validate
+from tests.helpers.corpora import sentences, small_tokenizer
+from tests.helpers.models import small_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_score_is_that_of_the_plain_losses_over_the_bytes_of_the_text(tmp_path, capsys):
+    tokenizer = small_tokenizer(tmp_path / "tokenizer.model")
+    texts = list(sentences(3, seed=2))
+    documents = [np.array([BOS, *pieces], np.uint16) for pieces in tokenizer.encode(texts)]
+    model, group = small_model(vocabulary=320), Group(0, 1, torch.device("cpu"))
+    step = Step("train", 0, compose("demo", ["evaluate.tokens_per_batch=64"], ROOT / "conf"), group)
+    score = validate(step, model, documents, tokenizer)
+    assert score is not None
+    assert score.tokens == sum(document.size for document in documents)
+    assert score.bytes == sum(len(tokenizer.normalize(text).encode()) for text in texts)
+    losses = plain_losses(model, documents, 4096, group)
+    assert score.nats == pytest.approx(sum(float(loss.sum()) for loss in losses), rel=1e-6)
+    assert "validate: tokens: 100 %" in capsys.readouterr().err
+
+
+def test_both_steps_score_by_it():
+    assert steps.train.validate is steps.quantize.validate is validate

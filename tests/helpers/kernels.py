@@ -1,0 +1,97 @@
+"""Kernels in tests: interpreted where there is no GPU, and compiled for one that is not here."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+SHARED_MEMORY = 232_448  # bytes a program may use on Hopper
+
+PREAMBLE = """
+import os
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+def build(kernel, types, constants, **options):
+    types = {n: types.get(n, "constexpr") for n in kernel.arg_names}
+    constants = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(kernel, types, constexprs=constants)
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    print(result.metadata.shared)
+    return result.asm["ptx"]
+"""
+
+
+def compile_for_hopper(program: str, cache: Path) -> list[int]:
+    """Run `program`, which calls `build`; the shared memory of each kernel it built, in bytes."""
+    return run_apart(PREAMBLE + program, cache)
+
+
+def run_apart(program: str, cache: Path) -> list[int]:
+    """Run `program` in a process that compiles its kernels; the numbers that it prints."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return [int(line) for line in result.stdout.split()]
+
+
+def round_bf16_as_hardware_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mend Triton's interpreter, which multiplies bf16 as integers and truncates fp32 to it."""
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (cast(self, x, tl.float32) for x in (a, b))
+        return multiply(self, a, b, *rest)
+
+    def cast_impl(self: Any, source: Any, wanted: Any) -> Any:
+        if (source.dtype.scalar, wanted.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, wanted)
+        rounded = torch.from_numpy(source.data).bfloat16().view(torch.int16).numpy()
+        return TensorHandle(rounded.view("uint16"), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+
+
+@contextmanager
+def kept_for_backward() -> Iterator[list[torch.Tensor]]:
+    """Collect the tensors that operations inside the block save for their backward pass."""
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def recorder(names: set[str]) -> Any:
+    """A backend of torch.compile that runs the graphs as they are and notes their operations."""
+
+    def compile_graph(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=compile_graph)

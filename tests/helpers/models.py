@@ -1,0 +1,67 @@
+"""Small models for tests, from the record preset with a few values changed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from model.network.gpt import GPT
+from pocketlm.params.schema import ModelParams, TrainParams, TTTParams
+
+RECORD = Path(__file__).parents[2] / "conf" / "record.yaml"
+
+SMALL: dict[str, Any] = {
+    "vocabulary": 64,
+    "layers": 4,
+    "width": 32,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_width": 8,
+    "mlp_width": 48,
+    "sequence_length": 32,
+    "rope_width": 4,
+    "bigram_buckets": 50,
+    "bigram_width": 12,
+    "value_layers": [2, 3],
+    "value_width": 8,
+}
+
+
+def record_params(**changes: Any) -> ModelParams:
+    """The model section of the record preset with `changes`."""
+    return ModelParams(**{**yaml.safe_load(RECORD.read_text())["model"], **changes})
+
+
+def small_model(seed: int = 0, **changes: Any) -> GPT:
+    """A small model none of whose weights is zero, so that every component has an effect."""
+    torch.manual_seed(seed)
+    model = GPT(record_params(**{**SMALL, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def ttt_params(**changes: Any) -> TTTParams:
+    """The ttt section of the record preset at the size of `small_model`, with `changes`.
+
+    Mode `window`, of which the other is a variation, without a hash embedding.
+    """
+    small: dict[str, Any] = {"chunk": 8, "context": 32, "rank": 4, "lr": 0.005, "batch": 4}
+    small |= {"mode": "window", "reach": 0, "hash_buckets": 0, "hash_rate": 1.0}
+    small["largest_chunk"] = changes.get("chunk", 8)
+    return TTTParams(**{**yaml.safe_load(RECORD.read_text())["ttt"], **small, **changes})
+
+
+def train_params(**changes: Any) -> TrainParams:
+    """The train section of the record preset with `changes`."""
+    return TrainParams(**{**yaml.safe_load(RECORD.read_text())["train"], **changes})
+
+
+def random_documents(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
+    """Documents of the given lengths for `small_model`: BOS and random pieces, uint16."""
+    generator = np.random.default_rng(seed)
+    pieces = [generator.integers(4, SMALL["vocabulary"], n - 1, dtype=np.uint16) for n in lengths]
+    return [np.concatenate([np.array([1], np.uint16), piece]) for piece in pieces]

@@ -1,0 +1,154 @@
+"""The files the other steps leave behind, with known numbers, for tests of the report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from model.runtime.files import sha256, write_json
+from model.runtime.run_log import RunLog, write_provenance
+
+PARTS = {
+    "attention matrices": 5_900_000,
+    "MLP matrices": 8_400_000,
+    "token embedding": 500_000,
+    "bigram embedding": 330_000,
+    "value embedding": 120_000,
+    "small tensors": 110_000,
+    "scales": 60_000,
+    "header": 4_000,
+}
+CODE = 90_000
+
+
+def token_losses(seed: int, documents: int = 200, longest: int = 12_000) -> pd.DataFrame:
+    """A plausible table of token losses; the documents are the same for every seed.
+
+    TTT gains about 0.004·(position/100)^0.45 nats at a position, sliding over plain beyond 2,048.
+    """
+    text, noise = np.random.default_rng(7), np.random.default_rng(100 + seed)
+    lengths = np.minimum(longest, np.exp(text.normal(6.6, 1.1, documents))).astype(int) + 1
+    position = np.concatenate([np.arange(1, length + 1) for length in lengths])
+    base = np.maximum(0.01, text.gamma(1.2, 1.58, len(position)) + 0.002 * seed)
+    sliding = base - 0.02 * (position > 2048) * (position % 2048 < 400)
+    gain = 0.004 * (position / 100) ** 0.45 + noise.normal(0, 0.15, len(position))
+    return pd.DataFrame(
+        {
+            "document": np.repeat(np.arange(documents), lengths).astype("int32"),
+            "position": position.astype("int32"),
+            "token": text.integers(0, 1024, len(position)).astype("uint16"),
+            "bytes": text.integers(1, 5, len(position)).astype("int16"),
+            "plain": base.astype("float32"),
+            "sliding": sliding.astype("float32"),
+            "ttt": (sliding - gain).astype("float32"),
+        }
+    )
+
+
+def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Write everything the report reads of one seed below `root`; returns the token losses."""
+    table = token_losses(seed) if table is None else table
+    train, quantize, ttt = (
+        root / "artifacts" / step / f"seed{seed}" for step in ("train", "quantize", "ttt_eval")
+    )
+    for place in (train, quantize, ttt):
+        place.mkdir(parents=True, exist_ok=True)
+    scores = {name: _score(table, name) for name in ("plain", "sliding", "ttt")}
+    (train / "model.safetensors").write_bytes(b"weights %d" % seed)
+    (quantize / "model.pocket").write_bytes(b"codes %d" % seed)
+    _curve(seed).to_csv(train / "curve.csv", index=False)
+    table.to_parquet(ttt / "losses.parquet", index=False)
+    artifact = sum(PARTS.values()) + 1000 * seed
+    metrics = {
+        train: {
+            "loss": scores["plain"]["loss"] - 0.0066,
+            "bpb": scores["plain"]["bpb"] - 0.0039,
+            "steps": 7141 - seed,
+            "tokens": (7141 - seed) * 786_432,
+            "seconds": 599.9,
+            "tokens_per_second": 9.36e6,
+            "peak_memory_mib": 22_987.0,
+        },
+        quantize: {
+            **scores["plain"],
+            "gap": 0.0066,
+            "artifact_bytes": artifact,
+            "code_bytes": CODE,
+            "total_bytes": artifact + CODE,
+            "budget_bytes": 16_000_000,
+            "bits_per_weight": 4.5,
+            "compressor": "lzma",
+            "seconds": {
+                "calibration": 12.5,
+                "hessians": 6.7,
+                "gptq": 21.2,
+                "compress": 23.0,
+                "evaluate": 4.4,
+            },
+            "bytes": {**PARTS, "small tensors": PARTS["small tensors"] + 1000 * seed},
+        },
+        ttt: {
+            **scores["ttt"],
+            "tokens": len(table),
+            "bytes": int(table["bytes"].sum()),
+            "plain": scores["plain"],
+            "sliding": scores["sliding"],
+            "seconds": {"plain": 9.0, "sliding": 61.0, "ttt": 409.5 + seed},
+            "tokens_per_second": 151_000.0,
+            "peak_memory_mib": 30_000.0,
+        },
+    }
+    inputs = {train: [], quantize: [train / "model.safetensors"], ttt: [quantize / "model.pocket"]}
+    outputs = {
+        train: [train / "model.safetensors"],
+        quantize: [quantize / "model.pocket"],
+        ttt: [ttt / "losses.parquet"],
+    }
+    for place, values in metrics.items():
+        step = place.parent.name
+        write_json(place / "metrics.json", values)
+        write_provenance(place / "provenance.json", step, {}, inputs[place], outputs[place])
+        log = RunLog(root / "logs" / step / f"seed{seed}.jsonl")
+        log.start(step, {})
+        log.event("end", metrics=values)
+        log.close()
+    return table
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Change keys of a JSON file; a value of None removes the key. NaN may be written."""
+    values = json.loads(path.read_text())
+    values.update(changes)
+    kept = {key: value for key, value in values.items() if value is not None}
+    path.write_text(json.dumps(kept))
+
+
+def change_weights(root: Path, seed: int) -> None:
+    """Train again without running the steps that follow."""
+    place = root / "artifacts" / "train" / f"seed{seed}"
+    (place / "model.safetensors").write_bytes(b"other weights")
+    provenance = json.loads((place / "provenance.json").read_text())
+    file = str(place / "model.safetensors")
+    provenance["outputs"][file] = sha256(file)
+    write_json(place / "provenance.json", provenance)
+
+
+def _score(table: pd.DataFrame, name: str) -> dict[str, float]:
+    nats = float(table[name].astype("float64").sum())
+    return {"loss": nats / len(table), "bpb": nats / np.log(2) / float(table["bytes"].sum())}
+
+
+def _curve(seed: int) -> pd.DataFrame:
+    random = np.random.default_rng(seed)
+    step = np.arange(50, 7142, 50)
+    loss = 1.87 + 5 * (step / 20) ** -0.75 + 0.12 * np.minimum(1, (7141 - step) / 4000)
+    return pd.DataFrame(
+        {
+            "step": step,
+            "seconds": step * 0.084,
+            "tokens": step * 786_432,
+            "loss": loss + random.normal(0, 0.03, len(step)),
+            "lr": np.minimum(1, (7141 - step) / 4000),
+        }
+    )

@@ -1,0 +1,397 @@
+"""The parameter schema: every mistake is named with its key, its reason and its repair."""
+
+import ast
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from model.data.sources.files import READERS
+from model.runtime.errors import InputError
+from pocketlm.params.presets import compose, presets, render
+from pocketlm.params.schema import (
+    BASELINES,
+    TEXT_SUFFIXES,
+    TOKENIZERS,
+    Params,
+    check_params,
+    load_params,
+)
+
+ROOT = Path(__file__).parents[2]
+SECTIONS = {
+    name: field.annotation
+    for name, field in Params.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+}
+
+
+@pytest.fixture
+def values() -> dict[str, Any]:
+    """The demo preset as plain values."""
+    return copy.deepcopy(compose("demo").model_dump())
+
+
+def changed(values: dict[str, Any], key: str, value: object) -> dict[str, Any]:
+    """`values` with one key of the form section.name (or name) set."""
+    place = values
+    *path, name = key.split(".")
+    for part in path:
+        place = place[part]
+    place[name] = value
+    return values
+
+
+def problem(values: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        check_params(values, "params.yaml")
+    return str(caught.value)
+
+
+def test_committed_file_is_the_demo() -> None:
+    assert (ROOT / "params.yaml").read_text() == render(compose("demo"))
+
+
+@pytest.mark.parametrize("name", presets(ROOT / "conf"))
+def test_presets_survive_the_file(name: str, tmp_path: Path) -> None:
+    params = compose(name)
+    path = tmp_path / "params.yaml"
+    path.write_text(render(params))
+    assert load_params(path) == params
+    assert yaml.safe_load(path.read_text()) == params.model_dump()  # YAML 1.1 reads the same
+
+
+def test_every_value_is_explained() -> None:
+    for line in render(compose("demo")).splitlines():
+        assert "# " in line.rstrip()
+
+
+def test_overrides_and_their_mistakes() -> None:
+    assert compose("demo", ["ttt.lr=3e-4"]).ttt.lr == 3e-4
+    with pytest.raises(InputError, match="rl"):
+        compose("demo", ["ttt.rl=3e-4"])
+    with pytest.raises(InputError, match="choose one of demo, h100, record"):
+        compose("laptop")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("ttt.rnak", "ttt.rank"),
+        ("seed", "seeds"),
+        ("trian", "train"),
+        ("model.head", "model.heads"),
+    ],
+)
+def test_misspelt_key_names_the_nearest(values: dict[str, Any], key: str, nearest: str) -> None:
+    text = problem(changed(values, key, 1))
+    assert f"params.yaml: {key}: unknown key" in text
+    assert f"did you mean {nearest}?" in text
+
+
+def test_unknown_key_lists_the_known(values: dict[str, Any]) -> None:
+    assert "known keys: attention" in problem(changed(values, "ops.zzzzzz", 1))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("model.layers", "4", "valid integer"),
+        ("model.layers", 2.5, "valid integer"),
+        ("model.smear_gate", 1, "valid boolean"),
+        ("train.matrix_lr", "fast", "valid number"),
+        ("train.matrix_lr", -0.1, "greater than 0"),
+        ("train.ema_decay", 1.5, "less than 1"),
+        ("data.source", "internet", "'docstrings', 'files' or 'fineweb'"),
+        ("seeds", [0, -1], "greater than or equal to 0"),
+    ],
+)
+def test_wrong_values(values: dict[str, Any], key: str, value: object, reason: str) -> None:
+    text = problem(changed(values, key, value))
+    assert f"params.yaml: {key}" in text
+    assert reason in text
+
+
+def test_missing_key(values: dict[str, Any]) -> None:
+    del values["ttt"]["lr"]
+    assert "params.yaml: ttt.lr: missing" in problem(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "reason"),
+    [
+        ({"model.heads": 3}, "model.heads", "do not divide into 2 kv_heads"),
+        ({"model.rope_width": 15}, "model.rope_width", "odd"),
+        ({"model.rope_width": 64}, "model.rope_width", "larger than head_width"),
+        ({"model.value_layers": [4]}, "model.value_layers", "not among 0..3"),
+        ({"model.vocabulary": 512}, "model.vocabulary", "differs from tokenizer.vocabulary"),
+        (
+            {"model.vocabulary": 65537, "tokenizer.vocabulary": 65537},
+            "tokenizer.vocabulary",
+            "2 bytes per token",
+        ),
+        ({"quantize.budget_bytes": 100_000}, "quantize.budget_bytes", "cannot hold"),
+        ({"quantize.compressors": []}, "quantize.compressors", "is empty"),
+        ({"processes": 3}, "processes", "do not divide train.tokens_per_step"),
+        ({"train.tokens_per_microbatch": 3000}, "train.tokens_per_step", "not a multiple"),
+        (
+            {"train.tokens_per_microbatch": 128},
+            "train.tokens_per_microbatch",
+            "shorter than model.sequence_length",
+        ),
+        ({"train.cooldown_steps": 0}, "train.qat_threshold", "never reached"),
+        ({"train.cooldown_steps": 6}, "train.qat_threshold", "1/cooldown_steps = 0.167"),
+        ({"evaluate.sliding_stride": 257}, "evaluate.sliding_stride", "skipped"),
+        ({"ttt.context": 8}, "ttt.context", "shorter than largest_chunk"),
+        ({"ttt.context": 16, "ttt.refresh": 2}, "ttt.refresh", "none are kept"),
+        ({"ttt.mode": "window", "ttt.reach": 2}, "ttt.reach", "the whole context does"),
+        ({"ttt.sites": [], "ttt.hash_buckets": 0}, "ttt.sites", "nothing would adapt"),
+        ({"data.source": "files"}, "data.files", "is empty"),
+        ({"data.source": "files", "data.files": ["a/*", "a/*.csv"]}, "data.files", "*.csv names"),
+        ({"data.source": "files", "data.files": ["a/README"]}, "data.files", "unknown kind"),
+        ({"data.validation_files": ["v.json"]}, "data.validation_files", "v.json names files"),
+        ({"data.validation_fraction": 0.0}, "data.validation_fraction", "nothing to evaluate on"),
+        ({"data.validation_fraction": 1.0}, "data.validation_fraction", "nothing to train on"),
+        ({"seeds": []}, "seeds", "is empty"),
+        ({"seeds": [1, 1]}, "seeds", "twice"),
+        ({"report.baseline": "records/none.json"}, "report.baseline", "no such file"),
+        (
+            {"report.baseline": "records/demo/metrics.json"},
+            "report.baseline",
+            "not lie in records/",
+        ),
+        ({"tokenizer.model": "none.model"}, "tokenizer.model", "no such file"),
+        ({"tokenizer.model": "README.md"}, "tokenizer.model", "not lie in tokenizers/"),
+    ],
+)
+def test_impossible_combinations(
+    values: dict[str, Any], changes: dict[str, object], key: str, reason: str
+) -> None:
+    for name, value in changes.items():
+        changed(values, name, value)
+    text = problem(values)
+    assert f"params.yaml: {key}: " in text
+    assert reason in text
+    assert "\n  repair: " in text
+
+
+@pytest.mark.parametrize(
+    "name", ["a/*", "a/**", "a/b*", "a.d/*.zst", "a/*l", "[ab].txt", "b.jsonl.zst", "*.parquet"]
+)
+def test_globs_that_may_match_readable_files_are_accepted(
+    values: dict[str, Any], name: str
+) -> None:
+    values["data"] |= {"source": "files", "files": [name]}
+    assert check_params(values, "params.yaml").data.files == [name]
+
+
+def test_a_share_that_is_not_used_may_be_any(values: dict[str, Any]) -> None:
+    values["data"] |= {"validation_files": ["v.txt"], "validation_fraction": 0.0}
+    assert check_params(values, "params.yaml").data.validation_fraction == 0.0
+
+
+def test_kinds_of_files_are_those_that_can_be_read() -> None:
+    assert tuple(READERS) == TEXT_SUFFIXES
+
+
+def test_every_mistake_is_listed_at_once(values: dict[str, Any]) -> None:
+    text = problem(changed(changed(values, "ttt.rnak", 1), "model.layers", "4"))
+    assert "ttt.rnak" in text
+    assert "model.layers" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"seeds: [0, 1", "not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"", "not a mapping"),
+        (b"seeds: [0]\nseeds: [1]\n", "duplicate key"),
+    ],
+)
+def test_unreadable_files(content: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=reason):
+        load_params(path)
+
+
+def test_absent_file_says_how_to_write_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"workflow\.preset demo"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_number_without_a_point(tmp_path: Path) -> None:
+    path, params = tmp_path / "params.yaml", compose("demo", ["ttt.lr=1e-3"])
+    text = render(params)
+    path.write_text(text.replace("  lr: 0.001 ", "  lr: 1e-3 "))
+    assert path.read_text() != text
+    assert load_params(path) == params
+
+
+def test_matrix_values_of_the_record() -> None:
+    assert compose("record").model.matrix_values == 25_952_256
+
+
+# What the program reads of the parameters, found in its source: `params.train.steps` counts as
+# train.steps, and so does `settings.steps` in a file where `settings` is annotated as TrainParams
+# or assigned from `params.train`.
+
+
+def program_files() -> list[Path]:
+    folders = ("data", "model", "steps", "workflow")
+    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    return [file for file in files if file != ROOT / "pocketlm/params/schema.py"]
+
+
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def last_name(node: ast.AST | None) -> str | None:
+    """`c` of the expressions `c`, `a.b.c` and of the annotation "C" (in quotes)."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def names_of_sections(module: ast.Module) -> dict[str, set[str]]:
+    """Names in a file that stand for a section, with the sections they may stand for."""
+    types = {model.__name__: section for section, model in SECTIONS.items() if model}
+    names = {section: {section} for section in SECTIONS}
+
+    def add(target: ast.AST, value: ast.AST | None) -> None:
+        source = last_name(value) or ""
+        section = types.get(source, source)
+        if section in SECTIONS and (name := last_name(target)):
+            names.setdefault(name, set()).add(section)
+
+    for node in ast.walk(module):
+        if isinstance(node, ast.arg):
+            for part in ast.walk(node.annotation) if node.annotation else ():
+                add(ast.Name(node.arg), part)
+        elif isinstance(node, ast.AnnAssign):
+            add(node.target, node.annotation)
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                if both and any(isinstance(part, ast.Starred) for part in ast.walk(node.value)):
+                    continue
+                for one, value in (
+                    zip(target.elts, node.value.elts, strict=True)  # type: ignore[attr-defined]
+                    if both
+                    else [(target, node.value)]
+                ):
+                    add(one, value)
+    return names
+
+
+def keys_read(file: Path) -> set[str]:
+    """Keys `section.name` (or a top-level `name`) that a file reads."""
+    module, keys = tree(file), set()
+    names = names_of_sections(module)
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute):
+            owner = last_name(node.value)
+            keys |= {f"{section}.{node.attr}" for section in names.get(owner or "", ())}
+            if owner in ("params", "PARAMS"):
+                keys.add(node.attr)
+        if isinstance(node, ast.keyword) and node.arg is None:  # f(**section.model_dump())
+            call = node.value.func if isinstance(node.value, ast.Call) else None
+            if isinstance(call, ast.Attribute) and call.attr == "model_dump":
+                for section in names.get(last_name(call.value) or "", ()):
+                    keys |= {f"{section}.{key}" for key in fields(SECTIONS[section])}
+    return keys
+
+
+def test_every_parameter_is_read() -> None:
+    read = set().union(*map(keys_read, program_files()))
+    text = (ROOT / "dvc.yaml").read_text() + (ROOT / "Snakefile").read_text()
+    declared = {f"{section}.{key}" for section, model in SECTIONS.items() for key in fields(model)}
+    declared |= {key for key in Params.model_fields if key not in SECTIONS}
+    unread = {key for key in declared - read if f"${{{key}}}" not in text}
+    assert not unread, f"declared but never read: {', '.join(sorted(unread))}"
+
+
+def keys_taken(file: Path) -> set[str]:
+    """What a file takes from the whole of the parameters: `section.key`, or `section` passed on."""
+    module = tree(file)
+    own = {  # nodes of functions whose argument `params` is one section
+        id(node)
+        for function in ast.walk(module)
+        if isinstance(function, ast.FunctionDef)
+        and any(
+            arg.arg == "params" and last_name(arg.annotation) != "Params"
+            for arg in function.args.args
+        )
+        for node in ast.walk(function)
+    }
+    taken = [
+        node
+        for node in ast.walk(module)
+        if isinstance(node, ast.Attribute) and id(node) not in own
+        if last_name(node.value) == "params" and node.attr in Params.model_fields
+    ]
+    inside = {
+        id(node.value): node.attr
+        for node in ast.walk(module)
+        if isinstance(node, ast.Attribute) and node.value in taken
+    }
+    return {f"{n.attr}.{inside[id(n)]}" if id(n) in inside else n.attr for n in taken}
+
+
+def fields(model: Any) -> list[str]:
+    return list(model.model_fields)
+
+
+def imported_files(file: Path) -> set[Path]:
+    """A source file and all files of the project that it imports, directly or not."""
+    found, waiting = set(), [file]
+    while waiting:
+        current = waiting.pop()
+        if current in found or current == ROOT / "pocketlm/params/schema.py":
+            continue
+        found.add(current)
+        for node in ast.walk(tree(current)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                place = ROOT / node.module.replace(".", "/")
+                paths = [place.with_suffix(".py"), place / "__init__.py"]
+                paths += [place / f"{alias.name}.py" for alias in node.names]
+                waiting += [path for path in paths if path.is_file()]
+    return found
+
+
+@pytest.mark.parametrize("stage", ["tokenize", "train", "quantize", "ttt_eval", "report"])
+def test_dvc_knows_what_a_step_reads(stage: str) -> None:
+    """A stage's `params` in dvc.yaml cover the sections and keys its program takes from params."""
+    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["params"]
+    used = set().union(*map(keys_taken, imported_files(ROOT / f"steps/{stage}.py")))
+    missing = {key for key in used if key.split(".")[0] not in declared and key not in declared}
+    assert not missing - {"processes"}, f"dvc.yaml: {stage}: params lacks {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("stage", ["tokenize", "train", "quantize", "ttt_eval", "report"])
+def test_dvc_knows_the_code_of_a_step(stage: str) -> None:
+    """A stage's `deps` in dvc.yaml cover the program and what it imports to compute its result."""
+    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    plumbing = {
+        "model/runtime/errors.py",
+        "model/runtime/files.py",
+        "model/runtime/run_log.py",
+        "model/runtime/distributed.py",
+    }
+    for file in imported_files(ROOT / f"steps/{stage}.py"):
+        name = file.relative_to(ROOT).as_posix()
+        covered = any(name == dep or name.startswith(f"{dep}/") for dep in deps)
+        assert covered or name in plumbing or file.name == "__init__.py", f"{stage}: {name}"
+
+
+@pytest.mark.parametrize(("stage", "folder"), [("tokenize", TOKENIZERS), ("report", BASELINES)])
+def test_dvc_watches_the_files_that_parameters_may_name(stage: str, folder: Path) -> None:
+    assert (ROOT / folder).is_dir()
+    assert str(folder) in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+
+from model.runtime.errors import InputError
+from model.runtime.files import read_json, sha256
+from model.runtime.run_log import RunLog, read_log, step_errors, write_provenance
+from steps.common import run
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_first_line_explains_the_run(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl")
+    log.start("train", {"train": {"steps": 3}}, seed=1)
+    log.event("step", loss=2.0)
+    log.event("step", loss=1.0)
+    log.close()
+    (start,) = read_log(tmp_path / "log.jsonl", "start")
+    assert start["versions"]["torch"]
+    assert start["params"]["train"]["steps"] == 3
+    assert (start["step"], start["seed"]) == ("train", 1)
+    assert [line["loss"] for line in read_log(tmp_path / "log.jsonl", "step")] == [2.0, 1.0]
+
+
+def test_an_interrupted_log_is_continued_after_the_lines_that_hold(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = RunLog(path)
+    for number in range(5):
+        log.event("step", number=number)
+    log.close()
+    again = RunLog(path, keep_lines=2)
+    again.event("step", number=9)
+    again.close()
+    assert [line["number"] for line in read_log(path, "step")] == [0, 1, 9]
+
+
+def test_a_log_without_a_file_is_silent():
+    log = RunLog(None)
+    log.start("train", {})
+    log.event("step")
+    assert log.lines == 0
+
+
+def test_the_sidecar_names_the_hashes_of_inputs_and_outputs(tmp_path):
+    (tmp_path / "in").write_text("input")
+    (tmp_path / "out").write_text("output")
+    path = tmp_path / "provenance.json"
+    write_provenance(path, "train", {"train": {}}, [tmp_path / "in"], [tmp_path / "out"])
+    sidecar = read_json(path)
+    assert sidecar["inputs"] == {str(tmp_path / "in"): sha256(tmp_path / "in")}
+    assert sidecar["outputs"] == {str(tmp_path / "out"): sha256(tmp_path / "out")}
+    assert {"commit", "device", "params", "versions"} <= set(sidecar)
+
+
+def test_an_input_error_is_shown_as_two_lines_and_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as exit_, step_errors():
+        raise InputError("shard.bin: truncated", "fetch it again")
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: shard.bin: truncated\n  repair: fetch it again\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "repair"),
+    [
+        (InputError("shard.bin: truncated", "fetch it again"), "fetch it again"),
+        (OSError("x"), None),
+    ],
+)
+def test_a_step_that_fails_says_so_in_its_log(tmp_path, monkeypatch, error, repair):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    monkeypatch.setattr("sys.argv", ["fail", "--seed", "1"])
+
+    def fail(step):
+        step.open_log(["train"])
+        raise error
+
+    with pytest.raises((SystemExit, OSError)):
+        run("fail", fail)
+    (line,) = read_log(".work/fail/seed1/log.jsonl", "error")
+    assert line["kind"] == type(error).__name__
+    assert line["repair"] == repair

@@ -1,0 +1,193 @@
+"""The quantize step as a program, on a small random model and a real corpus in miniature."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import benchmarks.quantise
+from model.artifact.format import load_artifact, read_artifact, restore
+from model.artifact.quantizer import Quantized, round_to_step
+from model.data.shards import BOS, Manifest, Shard, ShardWriter
+from model.data.sources import SPLITS, Split
+from model.network.checkpoint import load_checkpoint, save_checkpoint
+from model.quantization.byte_budget import code_bytes
+from model.runtime.files import sha256, write_json
+from model.runtime.run_log import read_log
+from pocketlm.params.presets import compose, render
+from steps.common import run
+from steps.quantize import main
+from tests.helpers.corpora import sentences, small_tokenizer
+from tests.helpers.models import SMALL, small_model
+
+SMALL_EXPERIMENT = [
+    *(f"model.{key}={json.dumps(value)}" for key, value in SMALL.items()),
+    "model.vocabulary=320",
+    "tokenizer.vocabulary=320",
+    "quantize.calibration_sequences=6",
+    "quantize.calibration_tokens=32",
+    "quantize.block_columns=16",
+    "quantize.compressors=[lzma, zstd]",
+    "evaluate.documents=4",
+    "evaluate.tokens_per_batch=128",
+    "evaluate.sliding_stride=16",
+]
+ROOT = Path(__file__).parents[2]
+OUTPUT = "artifacts/quantize/seed0"
+
+
+def write_params(directory: Path, *changes: str) -> None:
+    params = compose("demo", [*SMALL_EXPERIMENT, *changes], ROOT / "conf")
+    (directory / "params.yaml").write_text(render(params))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """What the earlier steps leave behind."""
+    root = tmp_path_factory.mktemp("inputs")
+    tokens = root / "artifacts/tokenize/tokens"
+    tokens.mkdir(parents=True)
+    tokenizer = small_tokenizer(tokens / "tokenizer.model")
+    shards: dict[Split, list[Shard]] = {}
+    for seed, split in enumerate(SPLITS):
+        with ShardWriter(tokens, split, 10_000) as writer:
+            for pieces in tokenizer.encode(list(sentences(6, seed))):
+                document = np.array([BOS, *pieces], np.uint16)
+                writer.write(document, tokenizer.sizes(document))
+        shards[split] = writer.shards
+    digest = sha256(tokens / "tokenizer.model")
+    Manifest(tokens, {}, 320, "tokenizer.model", digest, shards).save()
+    trained = root / "artifacts/train" / "seed0"
+    save_checkpoint(trained / "model.safetensors", small_model(vocabulary=320))
+    write_json(trained / "metrics.json", {"loss": 5.0})
+    return root
+
+
+@pytest.fixture
+def workspace(tmp_path, inputs, monkeypatch) -> Path:
+    """A directory to run the step in."""
+    (tmp_path / "artifacts").mkdir()
+    for name in ("tokenize", "train"):
+        (tmp_path / "artifacts" / name).symlink_to(inputs / "artifacts" / name)
+    write_params(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def quantise(monkeypatch) -> dict:
+    monkeypatch.setattr(sys, "argv", ["quantize", "--seed", "0"])
+    run("quantize", main)
+    return json.loads(Path(OUTPUT, "metrics.json").read_text())
+
+
+def test_the_step_quantises_packs_and_scores(workspace, monkeypatch):
+    metrics = quantise(monkeypatch)
+    artifact = workspace / OUTPUT / "model.pocket"
+    assert metrics["artifact_bytes"] == artifact.stat().st_size == sum(metrics["bytes"].values())
+    assert metrics["total_bytes"] == metrics["artifact_bytes"] + metrics["code_bytes"]
+    assert metrics["total_bytes"] <= metrics["budget_bytes"] == 16_000_000
+    assert metrics["gap"] == pytest.approx(metrics["loss"] - 5.0)
+    assert "range" in metrics["compressor"]
+    stages = {"calibration", "hessians", "sensitivity", "gptq", "compress", "verify", "evaluate"}
+    assert metrics["seconds"].keys() == stages | {"total"}
+    (log,) = (workspace / "logs/quantize").iterdir()
+    assert {line["name"] for line in read_log(log, "stage")} == stages
+    assert not (workspace / ".work/quantize/seed0/model.pocket").exists()
+
+    trained = load_checkpoint("artifacts/train/seed0/model.safetensors")
+    matrices, (_, tensors) = trained.matrices(), read_artifact(artifact)
+    for name, weight in trained.state_dict().items():
+        stored = tensors[name]
+        if name.endswith(("embedding", "table", "weight")):
+            assert isinstance(stored, Quantized)
+            (step,) = stored.scales.float().unique().tolist()
+            nearest = torch.equal(stored.codes, round_to_step(weight, step).codes)
+            assert nearest == (name not in matrices and name != "embedding")  # or else GPTQ
+        else:
+            assert torch.equal(restore(stored), weight.half().float())
+
+
+def test_the_benchmark_measures_what_the_step_left(workspace, monkeypatch, capsys):
+    metrics = quantise(monkeypatch)
+    benchmarks.quantise.main(["--json", "--compressors", "zstd"])
+    printed = capsys.readouterr().out
+    assert "mlp.down" in printed
+    assert "all codes" in printed
+    recorded = json.loads((workspace / "records/benchmarks/quantise.json").read_text())
+    keys = {"device", "versions", "commit", "calibration_s", "coding_s", "decode_s"}
+    assert keys < recorded.keys()
+    assert recorded["quantise_s"] == metrics["seconds"]["total"]
+    assert recorded["gap_nats"] == metrics["gap"]
+    assert recorded["total_bytes"] == metrics["total_bytes"]
+    # Small streams cost a little more than their entropy, the header and what is learned.
+    assert 0.9 < recorded["coded_over_entropy"] < 1.3
+
+
+def test_gptq_beats_rounding_on_the_models_own_text(workspace, monkeypatch):
+    quantise(monkeypatch)
+    (line,) = read_log(next((workspace / "logs/quantize").iterdir()), "gptq")
+    matrices = load_checkpoint("artifacts/train/seed0/model.safetensors").matrices()
+    assert line["relative_errors"].keys() == {*matrices, "embedding"}
+    # 11 bits of Gaussian weights: rounding alone has a relative error of about 1e-6.
+    assert all(0 < error < 2e-6 for error in line["relative_errors"].values())
+
+
+def test_a_small_budget_is_met_by_coarser_steps(workspace, monkeypatch):
+    whole = quantise(monkeypatch)
+    budget = whole["code_bytes"] + whole["artifact_bytes"] // 2
+    write_params(workspace, f"quantize.budget_bytes={budget}")
+    small = quantise(monkeypatch)
+    assert 0.999 * budget <= small["total_bytes"] <= budget
+    assert small["predicted_gap"] > 10 * whole["predicted_gap"] > 0
+    load_artifact(Path(OUTPUT, "model.pocket"))
+
+
+def test_an_impossible_budget_fails_and_publishes_nothing(workspace, monkeypatch, capsys):
+    write_params(workspace, f"quantize.budget_bytes={code_bytes(ROOT) + 3000}")
+    with pytest.raises(SystemExit) as failure:
+        quantise(monkeypatch)
+    assert failure.value.code == 2
+    assert "the coarsest rounding that makes sense" in capsys.readouterr().err
+    assert not Path(OUTPUT).exists()
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(workspace, monkeypatch, capsys):
+    model = small_model(vocabulary=320)
+    with torch.no_grad():
+        model.matrices()["blocks.1.mlp.up.weight"].weight[0, 0] = float("nan")
+    (workspace / "artifacts/train").unlink()
+    save_checkpoint(workspace / "artifacts/train/seed0/model.safetensors", model)
+    with pytest.raises(SystemExit):
+        quantise(monkeypatch)
+    assert "blocks.1.mlp.up.weight holds values that are not finite" in capsys.readouterr().err
+
+
+def test_two_processes_give_the_result_of_one(workspace, monkeypatch):
+    alone = quantise(monkeypatch)
+    first = read_artifact(Path(OUTPUT, "model.pocket"))[1]
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    subprocess.run(
+        [sys.executable, "-m", *command, "steps.quantize", "--seed", "0", "--threads", "1"],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    together = json.loads(Path(OUTPUT, "metrics.json").read_text())
+    assert together["world_size"] == 2
+    assert together["loss"] == pytest.approx(alone["loss"], abs=1e-3)
+    second = read_artifact(Path(OUTPUT, "model.pocket"))[1]
+    assert list(first) == list(second)
+    changed = total = 0
+    for name, stored in first.items():
+        other = second[name]
+        if isinstance(stored, Quantized) and isinstance(other, Quantized):
+            changed += int((stored.codes != other.codes).sum())
+            total += stored.codes.numel()
+        else:
+            assert torch.equal(restore(stored), restore(other))
+    assert changed < 0.002 * total  # sums in another order turn a few codes at the borders

@@ -1,0 +1,277 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zstandard
+
+import model.runtime.files
+from model.data.loader import TokenStream, validation_documents
+from model.data.shards import BOS, Manifest
+from model.data.sources import held_out
+from model.data.tokenizer import Tokenizer
+from model.runtime.distributed import Group
+from model.runtime.errors import InputError
+from model.runtime.files import read_json, sha256
+from model.runtime.run_log import read_log
+from pocketlm.params.presets import compose, render
+from steps.common import Step
+from steps.tokenize import main
+from tests.helpers.corpora import sentences, small_tokenizer, write_json_lines
+
+TEXTS = [*sentences(400), "", " \n ", "漢字 \u2581 👍\u200d x\x00y", "<s> not a token </s>"]
+ROOT = Path(__file__).parents[2]
+OVERRIDES = [
+    "data.source=files",
+    "data.files=[corpus/*]",
+    "data.validation_fraction=0.1",
+    "tokenizer.vocabulary=320",
+    "tokenizer.training_megabytes=0.05",
+    "tokenizer.shard_tokens=5000",
+    "model.vocabulary=320",
+]
+OUTPUT = Path("artifacts/tokenize/tokens")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty directory with a corpus, in which the step runs."""
+    monkeypatch.chdir(tmp_path)
+    Path("corpus").mkdir()
+    Path("tokenizers").mkdir()
+    write_json_lines(Path("corpus/a.jsonl"), TEXTS)
+
+
+def demo(*overrides):
+    return compose("demo", [*OVERRIDES, *overrides], ROOT / "conf")
+
+
+def run_step(*overrides):
+    main(Step("tokenize", None, demo(*overrides), one_process()))
+    return Manifest.load(OUTPUT)
+
+
+def one_process():
+    return Group(0, 1, torch.device("cpu"))
+
+
+def files(directory="."):
+    return {str(path): path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
+
+
+def test_every_document_is_written_once_and_counted():
+    manifest = run_step()
+    tokenizer = Tokenizer(manifest.tokenizer)
+    stream = TokenStream(manifest.train)
+    train = stream.span(0, stream.total)[:-1]
+    expected: dict[str, list[str]] = {"train": [], "validation": []}
+    for text in TEXTS:
+        if tokenizer.normalize(text):
+            expected["validation" if held_out(text, 0.1) else "train"].append(text)
+    starts = np.flatnonzero(train == BOS)
+    documents = {
+        "train": np.split(train, starts[1:]),
+        "validation": validation_documents(manifest),
+    }
+    assert len(manifest.train) > 3
+    for split, texts in expected.items():
+        decoded = [tokenizer.decode(document.tolist()) for document in documents[split]]
+        assert decoded == [tokenizer.normalize(text) for text in texts]
+        assert manifest.totals(split) == {
+            "documents": len(texts),
+            "tokens": sum(map(len, documents[split])),
+            "bytes": sum(len(tokenizer.normalize(text).encode()) for text in texts),
+        }
+
+
+def test_the_step_explains_what_it_did():
+    manifest = run_step()
+    metrics = read_json(OUTPUT.parent / "metrics.json")
+    assert metrics["train"] == manifest.totals("train")
+    assert metrics["validation"] == manifest.totals("validation")
+    provenance = read_json(OUTPUT.parent / "provenance.json")
+    assert provenance["inputs"] == {"corpus/a.jsonl": sha256("corpus/a.jsonl")}
+    assert provenance["outputs"][str(OUTPUT / "manifest.json")] == sha256(OUTPUT / "manifest.json")
+    assert [line["vocabulary"] for line in read_log("logs/tokenize.jsonl", "tokenizer")] == [320]
+    text = (OUTPUT / "manifest.json").read_text()
+    assert str(Path.cwd()) not in text
+    shards = {path.name for path in [*manifest.train, *manifest.validation]}
+    assert {path.name for path in OUTPUT.iterdir()} == {"tokenizer.model", "manifest.json"} | shards
+
+
+def test_the_same_text_gives_the_same_files():
+    def made():
+        run_step()
+        return files(OUTPUT)
+
+    first = made()
+    assert made() == first
+    run_step("tokenizer.shard_tokens=1000000")  # fewer shards replace more
+    assert len(list(OUTPUT.glob("train_*.bin"))) == 1
+    assert made() == first
+
+
+def test_every_kind_of_file_gives_the_same_shards():
+    reference = run_step()
+    lines = Path("corpus/a.jsonl").read_bytes()
+    Path("corpus/a.jsonl").unlink()
+    Path("corpus/a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    assert run_step().shards == reference.shards
+    Path("corpus/a.jsonl.zst").unlink()
+    pq.write_table(pa.table({"text": TEXTS}), "corpus/a.parquet")
+    assert run_step().shards == reference.shards
+    Path("corpus/a.parquet").unlink()
+    for number, text in enumerate(TEXTS):
+        Path(f"corpus/{number:04d}.txt").write_text(text, encoding="utf-8", newline="")
+    assert run_step().shards == reference.shards
+
+
+def test_given_validation_files_are_all_of_the_hold_out():
+    write_json_lines(Path("held_out.jsonl"), sentences(7, seed=4))
+    manifest = run_step("data.validation_files=[held_out.jsonl]")
+    assert manifest.totals("validation")["documents"] == 7
+    assert manifest.totals("train")["documents"] == len([t for t in TEXTS if t.strip()])
+
+
+def test_a_given_tokenizer_is_used_as_it_is():
+    small_tokenizer(Path("tokenizers/given.model"))
+    manifest = run_step("tokenizer.model=tokenizers/given.model")
+    assert manifest.tokenizer.read_bytes() == Path("tokenizers/given.model").read_bytes()
+    assert "tokenizers/given.model" in read_json(OUTPUT.parent / "provenance.json")["inputs"]
+
+
+def test_a_given_tokenizer_of_another_size_is_refused():
+    small_tokenizer(Path("tokenizers/given.model"), vocabulary=300)
+    with pytest.raises(InputError, match="320 pieces asked for, but the tokenizer has 300"):
+        run_step("tokenizer.model=tokenizers/given.model")
+    assert not OUTPUT.exists()
+
+
+def test_the_docstrings_of_this_python():
+    vocabulary = ["tokenizer.vocabulary=512", "model.vocabulary=512"]
+    manifest = run_step("data.source=docstrings", "data.docstring_megabytes=0.2", *vocabulary)
+    total = sum(manifest.totals(split)["bytes"] for split in ("train", "validation"))
+    assert 100_000 < total < 500_000
+
+
+def test_published_shards_come_through_the_hub(monkeypatch):
+    remote = Path("remote").resolve()
+    made = run_step()
+    (remote / "datasets/tokenizers").mkdir(parents=True)
+    folder = remote / "datasets/datasets/fineweb10B_sp320"
+    folder.mkdir(parents=True)
+    made.tokenizer.rename(remote / "datasets/tokenizers/t.model")
+    made.train[0].rename(folder / "fineweb_train_000000.bin")
+    made.validation[0].rename(folder / "fineweb_val_000000.bin")
+    entry = {
+        "name": "fineweb10B_sp320",
+        "tokenizer_name": "t",
+        "stats": {"files_train": 1, "files_val": 1},
+    }
+    tokenizers = [{"name": "t", "model_path": "tokenizers/t.model"}]
+    (remote / "datasets/manifest.json").write_text(
+        json.dumps({"datasets": [entry], "tokenizers": tokenizers})
+    )
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda repository, name, **_: str(remote / name)
+    )
+    fetched = run_step("data.source=fineweb", "data.fineweb_shards=1")
+    assert fetched.shards["train"] == made.shards["train"][:1]
+    assert fetched.shards["validation"] == made.shards["validation"][:1]
+    assert fetched.tokenizer_sha256 == made.tokenizer_sha256
+
+
+# Bad input: an error that names the cause, and nothing under artifacts/.
+
+ROW = b'{"text": "good"}\n'
+BAD = {
+    "empty file": (b"", "the corpus is empty"),
+    "blank documents": (b'{"text": "  "}\n' * 9, "the corpus is empty"),
+    "not utf-8": (ROW + b'{"text": "\xff"}\n', r"corpus/a\.jsonl: line 2, byte 10: not UTF-8"),
+    "no text": (ROW * 3 + b'{"body": ""}\n', r'a\.jsonl: line 4: no string under the key "text"'),
+    "too little": (ROW * 9, r"tokenizer\.vocabulary: 320"),
+}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["trained", "given tokenizer"])
+@pytest.mark.parametrize(("content", "problem"), BAD.values(), ids=BAD)
+def test_bad_corpora_are_refused(content, problem, given):
+    Path("corpus/a.jsonl").write_bytes(content)
+    overrides = []
+    if given:
+        small_tokenizer(Path("tokenizers/given.model"))
+        overrides = ["tokenizer.model=tokenizers/given.model"]
+        problem = problem.replace(r"tokenizer\.vocabulary: 320", "no validation documents")
+    with pytest.raises(InputError, match=problem):
+        run_step(*overrides, "data.validation_fraction=1e-9")
+    assert not OUTPUT.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("data.validation_fraction=1e-9", "no validation documents"),
+        ("data.files=[absent/*.jsonl]", r"data\.files: absent/\*\.jsonl matches no file"),
+        ("data.validation_files=[absent.jsonl]", r"data\.validation_files: absent\.jsonl matches"),
+        ("data.validation_files=[corpus/a.jsonl]", "also among data.files"),
+    ],
+)
+def test_choices_that_leave_nothing_are_refused(override, problem):
+    with pytest.raises(InputError, match=problem):
+        run_step(override)
+    assert not OUTPUT.exists()
+
+
+def test_all_held_out_is_refused():
+    small_tokenizer(Path("tokenizers/given.model"))
+    with pytest.raises(InputError, match="none is left to train on"):
+        run_step("data.validation_fraction=0.999999", "tokenizer.model=tokenizers/given.model")
+
+
+def test_a_bad_parquet_file_is_named():
+    Path("corpus/b.parquet").write_bytes(b"PAR1" * 9)
+    with pytest.raises(InputError, match=r"corpus/b\.parquet: .*not a readable parquet file"):
+        run_step()
+
+
+@pytest.mark.parametrize("writes", [2, 3, 5])
+def test_a_full_disk_leaves_the_earlier_result(monkeypatch, writes):
+    run_step()
+    before = files(OUTPUT)
+    fsync, count = os.fsync, 0
+
+    def full(descriptor):
+        nonlocal count
+        count += 1
+        if count >= writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(model.runtime.files.os, "fsync", full)
+    with pytest.raises(InputError, match="the disk is full"):
+        run_step("tokenizer.shard_tokens=4000")
+    assert files(OUTPUT) == before
+    assert not [name for name in files() if name.endswith(".part")]
+
+
+def test_the_command_line_reports_bad_input_in_two_lines():
+    params = demo()
+    Path("params.yaml").write_text(render(params))
+    Path("corpus/a.jsonl").write_bytes(b"\xff")
+    result = subprocess.run(
+        [sys.executable, "-m", "steps.tokenize", "--threads", "1"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 2
+    problem, repair = result.stderr.strip().splitlines()[-2:]
+    assert problem == "error: corpus/a.jsonl: line 1, byte 0: not UTF-8 (invalid start byte)"
+    assert repair == "  repair: convert the document to UTF-8"

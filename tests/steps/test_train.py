@@ -1,0 +1,325 @@
+"""The train step as a program: interrupted, shared by processes, given bad input."""
+
+import csv
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from model.data.packing import Documents
+from model.data.shards import Manifest, ShardWriter
+from model.data.sources import SPLITS
+from model.network.checkpoint import load_checkpoint
+from model.runtime.distributed import Group
+from model.runtime.errors import InputError
+from model.runtime.files import read_json, sha256
+from model.runtime.run_log import read_log
+from model.training.resume import State, load_state, run_key, save_state
+from model.training.schedule import Clock
+from model.training.trainer import Trainer
+from pocketlm.params.presets import compose
+from steps.common import _is_first_to_fail
+from steps.train import Line, Training
+from tests.helpers.corpora import sentences, small_tokenizer
+from tests.helpers.models import SMALL, small_model, train_params
+from tests.helpers.processes import run_processes
+
+ROOT = Path(__file__).parents[2]
+VOCABULARY = 320
+STEPS = 24
+TRAIN: dict[str, Any] = {
+    "steps": STEPS,
+    "budget_seconds": None,
+    "tokens_per_step": 256,
+    "tokens_per_microbatch": 64,
+    "cooldown_steps": 12,
+    "matrix_lr": 0.01,
+    "embedding_lr": 0.01,
+    "scalar_lr": 0.01,
+    "muon_momentum_steps": 10,
+    "ema_decay": 0.9,
+    "qat_threshold": 0.5,
+    "log_every": 2,
+    "save_every_seconds": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """A directory of token shards, as the tokenize step leaves it."""
+    directory = tmp_path_factory.mktemp("tokens")
+    tokenizer = small_tokenizer(directory / "tokenizer.model", VOCABULARY)
+    writers = {split: ShardWriter(directory, split, 1500) for split in SPLITS}
+    for split, count in zip(SPLITS, (60, 4), strict=True):
+        with writers[split] as writer:
+            for pieces in tokenizer.encode(list(sentences(count, seed=len(split)))):
+                document = np.array([1, *pieces], np.uint16)
+                writer.write(document, tokenizer.sizes(document))
+    Manifest(
+        directory,
+        {"source": "test"},
+        tokenizer.vocabulary,
+        "tokenizer.model",
+        sha256(directory / "tokenizer.model"),
+        {split: writers[split].shards for split in SPLITS},
+    ).save()
+    return directory
+
+
+def workplace(path: Path, tokens: Path, **train: Any) -> Path:
+    """A directory to run the step in."""
+    values = compose("demo", directory=ROOT / "conf").model_dump(mode="json")
+    values["model"] |= SMALL | {"vocabulary": VOCABULARY}
+    values["tokenizer"]["vocabulary"] = VOCABULARY
+    values["evaluate"] |= {"documents": 3, "sliding_stride": 16}
+    values["quantize"]["calibration_tokens"] = 32
+    values["ttt"]["context"] = 32
+    values["train"] |= TRAIN | train
+    (path / "artifacts/tokenize").mkdir(parents=True)
+    (path / "artifacts/tokenize/tokens").symlink_to(tokens)
+    (path / "params.yaml").write_text(yaml.safe_dump(values))
+    return path
+
+
+def start(directory: Path, **environment: str) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "steps.train", "--seed", "0", "--threads", "1"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
+    return subprocess.Popen(
+        arguments, cwd=directory, env=variables, stderr=subprocess.PIPE, text=True
+    )
+
+
+def start_two(directory: Path) -> list[subprocess.Popen]:
+    """Start the step as two processes of one group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [start(directory, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for success and return what the process said."""
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+def curve(directory: Path) -> list[tuple[int, float, float]]:
+    with (directory / "artifacts/train/seed0/curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["step", "seconds", "tokens", "loss", "lr"]
+    return [(int(row["step"]), float(row["loss"]), float(row["lr"])) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tokens, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    directory = workplace(tmp_path_factory.mktemp("run") / "whole", tokens)
+    finish(start(directory))
+    return directory
+
+
+def test_outputs_of_a_run(whole):
+    output = whole / "artifacts/train/seed0"
+    metrics = read_json(output / "metrics.json")
+    assert metrics["steps"] == STEPS
+    assert metrics["tokens"] == STEPS * 256
+    assert metrics["world_size"] == 1
+    assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"])
+    assert 0 < metrics["loss"] < np.log(VOCABULARY)
+    assert metrics["peak_memory_mib"] > 1
+    warm = read_log(whole / "logs/train/seed0.jsonl", "warm")
+    assert [line["startup_seconds"] for line in warm] == [metrics["startup_seconds"]]
+    assert metrics["startup_seconds"] > warm[0]["seconds"]  # importing torch comes before the log
+    rows = curve(whole)
+    assert [row[0] for row in rows] == list(range(2, STEPS + 1, 2))
+    assert rows[0][1] > rows[-1][1]
+    assert rows[0][2] == 0.01
+    assert rows[-1][2] == pytest.approx(0.01 / 12)
+    model = load_checkpoint(output / "model.safetensors")
+    assert model.embedding.shape[0] == VOCABULARY
+    files = set(read_json(output / "provenance.json")["outputs"])
+    assert {f"artifacts/train/seed0/{name}" for name in ("model.safetensors", "curve.csv")} < files
+    assert not (whole / ".work/train/seed0/state.safetensors").exists()
+    assert (whole / "logs/train/seed0.jsonl").exists()
+
+
+def test_a_killed_run_continues_to_the_same_weights(tokens, whole, tmp_path):
+    directory = workplace(tmp_path / "killed", tokens)
+    state = directory / ".work/train/seed0/state.safetensors"
+    kills = []
+    for _ in range(2):
+        process = start(directory)
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        while process.poll() is None:
+            if state.exists() and state.stat().st_mtime_ns > before:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.communicate()
+        kills.append(process.returncode)
+    assert kills == [-signal.SIGKILL] * 2
+    assert not (directory / "artifacts/train/seed0").exists()
+    finish(start(directory))
+    log = directory / "logs/train/seed0.jsonl"
+    assert len(read_log(log, "start")) == 1
+    assert [line["steps"] for line in read_log(log, "state")][-1] > 0
+    ours, theirs = (d / "artifacts/train/seed0/model.safetensors" for d in (directory, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert curve(directory) == curve(whole)
+
+
+def test_two_processes_have_the_curve_of_one(tokens, whole, tmp_path):
+    directory = workplace(tmp_path / "two", tokens, save_every_seconds=1e9)
+    processes = start_two(directory)
+    for process in processes:
+        finish(process)
+    assert read_json(directory / "artifacts/train/seed0/metrics.json")["world_size"] == 2
+    for ours, theirs in zip(curve(directory), curve(whole), strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-4)
+    assert curve(directory)[0][1] == pytest.approx(curve(whole)[0][1], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"matrix_lr": 1e30, "embedding_lr": 1e30}, ("loss is", "matrix_lr", "repair")),
+        (
+            {"tokens_per_step": 1 << 20, "tokens_per_microbatch": 1 << 20},
+            ("tokens to train on", "tokens_per_microbatch"),
+        ),
+    ],
+    ids=["NaN", "too little text"],
+)
+def test_bad_input_is_named(tokens, tmp_path, change, words):
+    directory = workplace(tmp_path / "bad", tokens, **change)
+    process = start(directory)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 2, said
+    assert all(word in said for word in words), said
+    assert "Traceback" not in said
+    assert not (directory / "artifacts/train/seed0").exists()
+
+
+@pytest.mark.parametrize("clip", [0.3, None])
+def test_a_run_that_diverged_is_told_to_clip_only_if_it_does_not(clip):
+    line = Line(
+        cast(
+            "Training",
+            SimpleNamespace(
+                params=train_params(gradient_clip=clip),
+                seconds=0.0,
+                trainer=SimpleNamespace(steps=7),
+                step=SimpleNamespace(group=Group(0, 1, torch.device("cpu"))),
+            ),
+        ),
+        None,
+    )
+    line.add(torch.tensor(float("nan")), 0.5)
+    with pytest.raises(InputError, match="the loss is nan at step 7") as caught:
+        line.write(cast("Clock", None))
+    assert "lower train.matrix_lr" in caught.value.repair
+    assert ("train.gradient_clip" in caught.value.repair) == (clip is None)
+
+
+def batches():
+    """The same micro-batch for ever."""
+    tokens = torch.randint(0, 64, (65,), generator=torch.Generator().manual_seed(0))
+    while True:
+        yield tokens[:-1], tokens[1:], Documents.from_lengths([20, 32, 12])
+
+
+def trainer(seed: int = 0, **changes: Any) -> Trainer:
+    params = train_params(**{**TRAIN, "tokens_per_step": 128, **changes})
+    return Trainer(small_model(seed), params, Group(0, 1, torch.device("cpu")))
+
+
+def test_warm_up_leaves_no_trace_and_draws_no_random_numbers():
+    cold, warm = trainer(), trainer()
+    random_state = torch.get_rng_state()
+    warm.warm_up(batches())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert warm.steps == 0
+    for one in (cold, warm):
+        for multiplier in (1.0, 0.2):
+            one.step(batches(), multiplier)
+    state = warm.state()
+    assert state.keys() == cold.state().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in cold.state().items())
+
+
+def test_state_of_another_model_is_refused():
+    state = trainer().state()
+    other = trainer()
+    other.load(state, 5)
+    assert other.steps == 5
+    del state["weights/embedding"]
+    with pytest.raises(InputError, match="another model"):
+        trainer().load(state, 5)
+
+
+def test_state_file_is_for_its_own_run_only(tmp_path):
+    path, key = tmp_path / "state.safetensors", run_key(seed=0, train={"matrix_lr": 0.1})
+    assert load_state(path, key)[0] is None
+    save_state(path, key, State({"w": torch.arange(3.0)}, {"steps": 7}))
+    state, _ = load_state(path, key)
+    assert state is not None
+    assert state.facts == {"steps": 7}
+    assert torch.equal(state.tensors["w"], torch.arange(3.0))
+    other, found = load_state(path, run_key(seed=0, train={"matrix_lr": 0.2}))
+    assert other is None
+    assert "other parameters" in found
+    path.write_bytes(path.read_bytes()[:-5])
+    assert load_state(path, key)[0] is None
+
+
+def test_processes_that_do_not_share_a_step_evenly_are_refused(tokens, tmp_path):
+    directory = workplace(tmp_path / "odd", tokens, tokens_per_step=128, tokens_per_microbatch=128)
+    command = ["pocketlm.workflow.launch", "--processes", "2", "-m", "steps.train", "--seed", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("started with 2 processes") == 1
+    assert done.stderr.count("do not divide train.tokens_per_step (128)") == 1
+
+
+def _fail_twice(group: Group) -> list[bool]:
+    first = [_is_first_to_fail(group) for _ in range(2)]
+    group.barrier()  # the main process keeps the group's store
+    return first
+
+
+def test_one_process_of_a_group_says_why_it_failed():
+    assert sorted(run_processes(2, _fail_twice)) == [[False, False], [True, False]]
+
+
+def test_a_second_run_of_the_same_step_waits(tokens, tmp_path):
+    directory = workplace(tmp_path / "twice", tokens)
+    work = directory / ".work/train/seed0"
+    work.mkdir(parents=True)
+    with open(work / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(directory)
+        assert process.stderr is not None
+        assert "another run of this step is using it; waiting" in process.stderr.readline()
+        assert not (work / "log.jsonl").exists()
+    finish(process)
+    assert (directory / "artifacts/train/seed0/metrics.json").exists()

@@ -1,0 +1,108 @@
+"""Kernels compiled before test-time training begins."""
+
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.network.compute_weights import fixed_weights
+from model.ttt import warmup
+from model.ttt.chunking import passes
+from model.ttt.warmup import excerpts, read_excerpts, rehearse
+from tests.helpers.kernels import CUDA, run_apart
+from tests.helpers.models import random_documents, small_model, ttt_params
+
+
+@pytest.mark.parametrize("reach", [0, 3])
+def test_excerpts_make_passes_of_every_number_of_chunks(reach):
+    ttt = ttt_params(mode="cached", chunk=2, largest_chunk=8, context=64, reach=reach)
+    documents = random_documents([5, 700, 300])
+    found = list(excerpts(documents, ttt))
+    assert [len(texts) for _, texts in found] == [2, 3] * 3
+    for alike, texts in found:
+        lengths = [text.size for text in texts]
+        assert lengths == sorted(lengths, reverse=True)
+        made = {(p.end - p.start, p.end - p.first) for p in passes(lengths[0], alike)}
+        assert made == {(alike.chunk, alike.chunk * n) for n in range(1, reach + 2)}
+    assert {alike.chunk for alike, _ in found} == {p.end - p.start for p in passes(700, ttt)}
+
+
+def test_texts_are_the_beginnings_of_documents():
+    documents = random_documents([40, 30])
+    for _, texts in excerpts(documents, ttt_params(chunk=8)):
+        assert np.array_equal(texts[0], documents[0][: texts[0].size])
+
+
+def test_nothing_is_done_on_a_cpu_or_without_documents():
+    model = small_model()
+    before = torch.get_rng_state()
+    rehearse(model, [], ttt_params())
+    rehearse(model, random_documents([20]), ttt_params())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("mode", ["window", "cached"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_one_session_at_a_time_takes_memory(mode, recorded, monkeypatch):
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    sizes = []
+
+    class Watched(warmup.Session):
+        def __init__(self, model, ttt, capacity, replay):
+            assert not alive
+            super().__init__(model, ttt, capacity, replay)
+            alive.add(self)
+            sizes.append((ttt.chunk, capacity))
+
+    monkeypatch.setattr(warmup, "Session", Watched)
+    ttt = ttt_params(mode=mode, chunk=2, largest_chunk=4, batch=4, cuda_graphs=recorded)
+    model = small_model()
+    gc.disable()
+    try:
+        with fixed_weights(model):
+            read_excerpts(model, random_documents([300, *[9] * 8]), ttt)
+    finally:
+        gc.enable()
+    assert not alive
+    assert sizes == [(2, 2), (2, 4), (4, 2), (4, 4)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["window", "cached"])
+def test_after_it_nothing_is_compiled_and_nothing_is_other(mode, tmp_path):
+    program = f"""
+import numpy as np
+import torch
+import triton
+from model.kernels import dispatch
+from model.runtime.distributed import Group
+from model.ttt import rehearse, ttt_losses
+from tests.helpers.models import random_documents, small_model, ttt_params
+
+compiled = []
+triton.knobs.runtime.jit_post_compile_hook = lambda **found: compiled.append(found["repr"])
+device = torch.device("cuda")
+dispatch.configure("auto", device)
+model = small_model(width=256, head_width=64).cuda()
+documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
+ttt = ttt_params(mode="{mode}", chunk=16, context=64, rank=16, cuda_graphs=True)
+rehearse(model, documents, ttt)
+print(len(compiled))
+compiled.clear()
+before = torch.cuda.memory_allocated()
+rehearse(model, documents, ttt)
+print(torch.cuda.memory_allocated() - before)
+found = ttt_losses(model, documents, ttt, Group(0, 1, device))
+print(len(compiled))
+again = ttt_losses(model, documents, ttt, Group(0, 1, device))
+print(int(all(np.allclose(a, b, atol=3e-2) for a, b in zip(found, again, strict=True))))
+"""
+    before, memory, after, same = run_apart(program, tmp_path)
+    assert before > 15
+    assert memory == 0
+    assert after == 0
+    assert same

@@ -1,0 +1,162 @@
+"""What the files of the repository promise each other."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pocketlm.params.presets import compose, presets
+from pocketlm.workflow.dvcstate import deps, outs, stages, sync
+from pocketlm.workflow.reproduce import claim_gpus
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()
+]
+BANNED = {"brotli", "constriction", "dvc", "hydra", "matplotlib", "pandas", "pyarrow", "pydantic"}
+BANNED |= {"rich", "safetensors", "scipy", "sentencepiece", "snakemake", "zstandard"}
+STEPS = ["tokenize", "train", "quantize", "ttt_eval", "report"]
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_stages_are_the_rules_in_the_order_of_the_data_flow() -> None:
+    rules = re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), re.MULTILINE)
+    assert rules == list(stages()) == STEPS
+    for position, stage in enumerate(STEPS):
+        later = {out for other in STEPS[position:] for out in outs(other)}
+        read = set(deps(stage, [0]))
+        assert not read & (later | {out.format(seed=0) for out in later}), stage
+
+
+def test_every_step_is_a_module_that_is_started_as_one() -> None:
+    """Started by path, steps/tokenize.py would hide the standard library's tokenize."""
+    for name, stage in stages().items():
+        assert (ROOT / f"steps/{name}.py").is_file()
+        assert re.search(rf"-m steps\.{name}\b", stage["cmd"])
+    started = re.compile(r"python\S* +steps/|torchrun[^\n]* steps/")
+    files = [*PAGES, ROOT / "dvc.yaml", ROOT / "Snakefile", ROOT / "Makefile"]
+    assert not [file.name for file in files if started.search(file.read_text())]
+
+
+def test_a_folder_of_results_means_every_seed() -> None:
+    found = deps("report", [0, 7])
+    assert "artifacts/ttt_eval/seed7/metrics.json" in found
+    assert "artifacts/train/seed0/curve.csv" in found
+    assert not [path for path in found if "{seed}" in path or "__pycache__" in path]
+
+
+def test_times_are_left_alone_while_another_run_holds_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lock = tmp_path / ".snakemake/locks/0.output.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    sync(compose("demo", directory=ROOT / "conf"))  # no DVC repository here: it must not ask
+    assert "snakemake --unlock" in capsys.readouterr().err
+
+
+def test_steps_side_by_side_get_gpus_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    first = claim_gpus(1, tmp_path)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    second = claim_gpus(2, tmp_path)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,6"
+    for file in (*first, *second):
+        file.close()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert len(claim_gpus(2, tmp_path)) == 2
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert claim_gpus(2, tmp_path) == claim_gpus(0, tmp_path) == []
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of the shell blocks of a page."""
+    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = [
+        line.split(" #")[0].strip().removeprefix("$ ")
+        for block in blocks
+        for line in block.splitlines()
+    ]
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_commands_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in commands(page):
+        words = line.split()
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets, line
+        if words[0] == "snakemake" and len(words) > 1 and not words[1].startswith("-"):
+            assert words[1] in STEPS, line
+        for module in re.findall(r"-m ([\w.]+)", line):
+            if module.split(".")[0] in ("steps", "workflow", "benchmarks", "data", "model"):
+                path = ROOT / module.replace(".", "/")
+                assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), line
+        if "pocketlm.params.presets" in words:
+            name = words[words.index("pocketlm.params.presets") + 1]
+            assert name in [*presets(ROOT / "conf"), "NAME"], line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_constraints_pin_every_requirement_exactly() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert not [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9a-z.]+", pin)]
+    pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
+    project = (ROOT / "pyproject.toml").read_text()
+    required = project.split("dependencies = [")[1].split("slurm = ")[0]
+    names = re.findall(r'^\s*"([A-Za-z0-9._-]+)', required, re.MULTILINE)
+    wanted = {re.sub(r"[-_.]+", "-", name).lower() for name in names}
+    assert not wanted - pinned
+
+
+def test_model_imports_with_torch_alone() -> None:
+    """No module of model/ loads another package when it is imported.
+
+    But for triton, which comes with torch for CUDA: kernels are in modules of their own.
+    """
+    program = (
+        "import sys, importlib, pkgutil, torch, torch._dynamo, numpy\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in BANNED: raise ImportError(name + ' is not needed')\n"
+        f"BANNED = {BANNED!r}\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "import model\n"
+        "for module in pkgutil.walk_packages(model.__path__, 'model.'):\n"
+        "    try: importlib.import_module(module.name)\n"
+        "    except ModuleNotFoundError as error:\n"
+        "        if error.name != 'triton': raise\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_dvc_and_snakemake_profiles_agree_with_the_design() -> None:
+    config = (ROOT / ".dvc/config").read_text()
+    for line in ("analytics = false", "check_update = false", 'type = "reflink,copy"'):
+        assert line in config
+    for profile in sorted((ROOT / "profiles").glob("*/config.yaml")):
+        settings = yaml.safe_load(profile.read_text())
+        assert settings["rerun-triggers"] == ["mtime"]
+        assert settings["max-checksum-file-size"] == 0

@@ -1,0 +1,195 @@
+"""Sweeps: combinations, Pareto front, tables; and a real one of a tiny stage through DVC."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.runtime.errors import InputError
+from model.runtime.files import write_json
+from pocketlm.params.presets import compose, render
+from pocketlm.params.schema import load_params
+from pocketlm.workflow.sweep import (
+    Point,
+    Sweep,
+    combinations,
+    main,
+    override,
+    pareto,
+    read_sweep,
+    seconds_of,
+    write_results,
+)
+
+ROOT = Path(__file__).parents[2]
+STAGE = """
+import json, pathlib, yaml
+ttt = yaml.safe_load(open("params.yaml"))["ttt"]
+place = pathlib.Path("artifacts/ttt_eval/seed0")
+place.mkdir(parents=True, exist_ok=True)
+seconds = {"ttt": 64 / ttt["chunk"]}
+metrics = {"loss": 3 - ttt["lr"] * ttt["chunk"], "seconds": seconds, "world_size": 2}
+(place / "metrics.json").write_text(json.dumps(metrics))
+"""
+PIPELINE = """
+stages:
+  ttt_eval:
+    cmd: python stage.py
+    deps: [stage.py]
+    params: [ttt]
+    metrics:
+      - artifacts/ttt_eval/seed0/metrics.json:
+          cache: false
+"""
+SWEEP = """
+stage: ttt_eval
+always: {ttt.rank: 4}
+cost: seconds.ttt
+grids:
+  - {ttt.chunk: [8, 16], ttt.lr: [0.01]}
+"""
+
+
+def test_products_of_all_grids_each_combination_once() -> None:
+    grids: list[dict[str, list[Any]]] = [{"a": [1, 2], "b": [3, 4]}, {"b": [3], "a": [1, 5]}]
+    sweep = Sweep(stage="train", always={"z": 0}, cost="seconds", grids=grids)
+    found = [(one["z"], one["a"], one["b"]) for one in combinations(sweep)]
+    assert found == [(0, 1, 3), (0, 1, 4), (0, 2, 3), (0, 2, 4), (0, 5, 3)]
+
+
+def test_every_combination_of_the_committed_sweep_is_valid() -> None:
+    """By the schema, which is what `dvc exp run` would find out one at a time."""
+    sweep = read_sweep(ROOT / "conf/sweep/ttt.yaml")
+    found = combinations(sweep)
+    assert len(found) > 20
+    for combination in found:
+        settings = [override(*item) for item in combination.items()]
+        params = compose("h100", settings, ROOT / "conf").model_dump()
+        for key, value in combination.items():
+            section, name = key.split(".")
+            assert params[section][name] == value
+
+
+def test_front_is_what_nothing_beats_in_both() -> None:
+    values = [(3.0, 1.0), (2.0, 2.0), (2.5, 3.0), (1.0, 9.0), (2.0, 2.5), (1.0, 10.0)]
+    points = [Point(str(number), {}, *value) for number, value in enumerate(values)]
+    assert [point.name for point in pareto(points)] == ["0", "1", "3"]
+
+
+def test_tables_begin_with_the_best_and_mark_the_front(tmp_path: Path) -> None:
+    points = [Point("one", {"a": [1, 2]}, 2.0, 4.0), Point("two", {"b": 0.5}, 1.0, 8.0)]
+    points.append(Point("three", {"b": 0.1}, 1.5, 9.0))
+    write_results(tmp_path, points, "title")
+    with open(tmp_path / "sweep.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["experiment"], row["a"], row["b"], row["front"]) for row in rows] == [
+        ("two", "", "0.5", "*"),
+        ("three", "", "0.1", ""),
+        ("one", "[1 2]", "", "*"),
+    ]
+    assert len((tmp_path / "sweep.md").read_text().splitlines()) == 5
+    assert "<svg" in (tmp_path / "sweep.svg").read_text()
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with parameters, where a sweep may start."""
+    (tmp_path / "params.yaml").write_text(render(compose("demo", directory=ROOT / "conf")))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[8, 16]", "8", ("grids.0.ttt.chunk", "valid list")),
+        ("[8, 16]", "[]", ("grids.0.ttt.chunk", "at least 1 item")),
+        ("[8, 16]", "[8", ("not valid YAML",)),
+        ("stage:", "stag:", ("stag: extra inputs", "stage: field required")),
+        ("grids:", "grids: []\nother:", ("grids: list should have at least 1", "other: extra")),
+        (SWEEP, "text", ("top level", "valid dictionary")),
+        (
+            "stage: ttt_eval",
+            "stage: ttt",
+            ("stage: input should be", "'train', 'quantize' or 'ttt_eval'"),
+        ),
+        ("ttt.lr", "ttt.lrr", ("ttt.lrr: unknown key", "did you mean ttt.lr?")),
+        ("ttt.lr", "tt.lr", ("tt: unknown key", "did you mean ttt?")),
+        ("ttt.lr", "ttt.lr.x", ("ttt.lr: input should be a valid number",)),
+        ("[0.01]", "[0.01, fast]", ("ttt.lr: input should be a valid number", "'fast'")),
+        ("[8, 16]", "[8, 512]", ("ttt.largest_chunk: 16 is smaller than chunk (512)",)),
+        ("seconds.ttt", "seconds.tt", ("cost: the stage has no metric seconds.tt", "seconds.ttt")),
+        ("seconds.ttt", "seconds", ("cost: the stage has no metric seconds", "seconds.ttt")),
+    ],
+)
+def test_bad_sweep_files_are_refused_before_anything_runs(
+    experiment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    old: str,
+    new: str,
+    words: tuple[str, ...],
+) -> None:
+    metrics = experiment / "artifacts/ttt_eval/seed0/metrics.json"
+    write_json(metrics, {"loss": 3.0, "seconds": {"ttt": 1.0}})
+    assert old in SWEEP
+    (experiment / "sweep.yaml").write_text(SWEEP.replace(old, new))
+    monkeypatch.setattr(sys, "argv", ["sweep", "sweep.yaml"])
+    monkeypatch.setattr("pocketlm.workflow.sweep.dvc", lambda *_: pytest.fail("something ran"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("error: ", "repair: ", *words)), said
+    assert "sweep.yaml" in said
+
+
+def test_a_step_with_one_number_of_seconds_names_that() -> None:
+    assert seconds_of({"seconds": 2.5}, "seconds", "sweep.yaml") == 2.5
+    with pytest.raises(InputError) as caught:
+        seconds_of({"seconds": 2.5}, "seconds.total", "sweep.yaml")
+    assert caught.value.repair == "choose a number, e.g. seconds"
+
+
+def test_an_absent_sweep_file_is_named() -> None:
+    with pytest.raises(InputError, match=r"absent\.yaml: no such file"):
+        read_sweep(Path("absent.yaml"))
+
+
+@pytest.mark.workflow
+def test_a_sweep_runs_as_dvc_experiments(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(render(compose("demo", directory=ROOT / "conf")))
+    files = {"stage.py": STAGE, "dvc.yaml": PIPELINE, "sweep.yaml": SWEEP}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    identity = {
+        f"GIT_{who}_{what}": "test@example.org"
+        for who in ("AUTHOR", "COMMITTER")
+        for what in ("NAME", "EMAIL")
+    }
+    environment = {**os.environ, **identity, "PATH": path, "PYTHONPATH": str(ROOT)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("git", "init", "-q")
+    run(sys.executable, "-m", "dvc", "init", "-q")
+    run("git", "add", ".")
+    run("git", "commit", "-q", "-m", "start")
+    run(sys.executable, "-m", "pocketlm.workflow.sweep", "sweep.yaml")
+    with open(tmp_path / "artifacts/sweep/sweep.csv") as file:
+        rows = list(csv.DictReader(file))
+    found = [
+        (row["ttt.chunk"], row["ttt.rank"], row["loss"], row["device seconds"]) for row in rows
+    ]
+    assert found == [("16", "4", "2.8400", "8.0"), ("8", "4", "2.9200", "16.0")]
+    assert load_params(tmp_path / "params.yaml").ttt.rank == 16  # the experiment in force is kept

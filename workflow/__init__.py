@@ -1,1 +1,0 @@
-"""Parameters, presets and the glue between Snakemake and DVC."""

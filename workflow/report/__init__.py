@@ -1,1 +1,0 @@
-"""The report: read results, summarise them, draw and render."""
