@@ -176,11 +176,11 @@ def synthetic_documents(total: int, longest: int, device: torch.device, seed: in
     """`synthetic_lengths` as packed documents, padded as the training batches are."""
     lengths = synthetic_lengths(total, longest, seed)
     lengths += [0] * (-(len(lengths) + 1) % 64)
-    boundaries = Documents.from_lengths(lengths).boundaries.to(device)
-    return Documents(boundaries, total, longest)
+    cu_seqlens = Documents.from_lengths(lengths).cu_seqlens.to(device)
+    return Documents(cu_seqlens, total, longest)
 
 
 def causal_pairs(documents: Documents) -> int:
     """Pairs (token, itself or an earlier one of its document): Σ n(n + 1)/2 over documents."""
-    lengths = documents.boundaries.diff().long()
+    lengths = documents.cu_seqlens.diff().long()
     return int((lengths * (lengths + 1) // 2).sum())

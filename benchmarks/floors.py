@@ -1,6 +1,6 @@
 """What a training step must do at least: floating-point operations, and bytes through memory.
 
-Model FLOPs of a micro-batch, the numerator of the utilisation (MFU):
+Model FLOPs of a micro-batch, the numerator of the utilization (MFU):
 
     6 · (values in matrices that tokens are multiplied by) · tokens
     + 12 · layers · heads · d · Σ_documents n(n + 1)/2

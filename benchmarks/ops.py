@@ -21,7 +21,7 @@ from model.network.gpt import GPT
 from model.network.linear import Linear
 from model.runtime.distributed import process_group
 from model.runtime.errors import InputError
-from model.training.muon import orthogonalise
+from model.training.muon import orthogonalize
 from pocketlm.params.schema import ModelParams, Params
 
 COLUMNS = ("implementation", "forward ms", "both ms", "floor ms", "error", "cannot be had")
@@ -130,7 +130,7 @@ def attention(bench: Bench) -> None:
         check = bench.measure(on_documents(function, few), small)
         floor = bench.floor(flops, moved)
         rows.append((name, times.forward, times.both, floor, check.error(expected), ""))
-    count = int((documents.boundaries.diff() > 0).sum())
+    count = int((documents.cu_seqlens.diff() > 0).sum())
     table(f"attention: {bench.tokens:,} tokens in {count} documents", COLUMNS, rows)
 
 
@@ -142,7 +142,7 @@ def mlp(bench: Bench) -> None:
     weights = [layer.weight.detach().to(bench.dtype).requires_grad_() for layer in (up, down)]
 
     def run(r: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        up.working, down.working = first, second
+        up.compute_weight, down.compute_weight = first, second
         return dispatch.mlp(r, up, down)
 
     flops = 18.0 * bench.tokens * width * hidden
@@ -161,7 +161,7 @@ def mix(bench: Bench) -> None:
     scale = torch.tensor(0.5, device=bench.device)
 
     def run(x: Tensor, x0: Tensor, earlier: Tensor, mix: Tensor, weight: Tensor) -> Tensor:
-        u, n = dispatch.mixed_norm(x, x0, mix, scale, (earlier, weight))
+        u, n = dispatch.mix_residual_norm(x, x0, mix, scale, (earlier, weight))
         return u + n
 
     moved = floors.BF16 * 16.0 * bench.tokens * bench.model.width
@@ -215,14 +215,14 @@ def products(bench: Bench) -> None:
 
 
 def newton_schulz(bench: Bench) -> None:
-    """Orthogonalisation of the model's matrices, by shape."""
+    """Orthogonalization of the model's matrices, by shape."""
     model = GPT(bench.model)
     shapes = [matrix.weight.shape for matrix in model.matrices().values()]
     iterations, rows = bench.params.train.newton_schulz_steps, []
     for shape in dict.fromkeys(shapes):
         stack = torch.randn(shapes.count(shape), *shape, device=bench.device)
         milliseconds = common.median_ms(
-            partial(orthogonalise, stack, iterations), bench.device, bench.repeats
+            partial(orthogonalize, stack, iterations), bench.device, bench.repeats
         )
         m, n = sorted(shape)
         flops = len(stack) * iterations * (4.0 * m * m * n + 2.0 * m**3)

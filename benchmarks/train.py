@@ -1,4 +1,4 @@
-"""Speed of training: tokens/s, utilisation, ms by part beside their floors, memory, start-up.
+"""Speed of training: tokens/s, utilization, ms by part beside their floors, memory, start-up.
 
 `python -m benchmarks.train` on one GPU; `torchrun --standalone --nproc-per-node 2 -m
 benchmarks.train` for two, which with the same --json adds the speed-up over the figures of one.
@@ -111,7 +111,7 @@ def measure_steps(run: Run, steps: int) -> None:
     watched = {
         "optimizer": (trainer.optimizer, "step"),
         "moving average": (trainer.average, "update"),
-        "gradients collected": (trainer.working, "collect"),
+        "gradients collected": (trainer.compute_weights, "collect"),
     }
     timers = {name: Timed(getattr(*place), device) for name, place in watched.items()}
     for name, (owner, attribute) in watched.items():
@@ -151,12 +151,12 @@ def measure_microbatch(run: Run, repeats: int) -> None:
     batches = run.sample = [next(run.batches) for _ in range(trainer.microbatches)]
 
     def microbatch(batch: Batch) -> None:
-        trainer.announce(batch[2])
+        trainer.mark_dynamic(batch[2])
         trainer.model.losses(*batch).mean().backward()
-        trainer.working.collect()
+        trainer.compute_weights.collect()
 
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    with trainer.working.in_use(None):
+    with trainer.compute_weights.in_use(None):
         times = [common.median_ms(partial(microbatch, b), device, repeats) for b in batches]
         run.parts["micro-batch"] = sum(times) / len(times)
         with profile(activities=[activity]) as profiler:

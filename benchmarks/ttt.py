@@ -45,7 +45,7 @@ from model.runtime.files import read_json, write_json
 from model.runtime.memory import peak_memory_mib
 from model.runtime.process import seconds_since_start, use_compile_cache, use_growing_segments
 from model.runtime.run_log import environment
-from model.ttt import rehearse, ttt_losses
+from model.ttt import ttt_losses, warm_up_kernels
 from model.ttt.adapters import values_per_document
 from model.ttt.batching import document_batches, rows_that_fit, tokens_at_once
 from model.ttt.chunking import Pass, chunks
@@ -178,7 +178,7 @@ def varied(ttt: TTTParams, text: str) -> TTTParams:
     if "chunk" in changes:
         changes.setdefault("largest_chunk", changes["chunk"])
     if changes.get("mode") == "window":
-        changes.setdefault("reach", 0)
+        changes.setdefault("bptt_chunks", 0)
     numbers = {k: float(v) for k, v in changes.items() if isinstance(v, str) and k != "mode"}
     return TTTParams(**{**ttt.model_dump(), **changes, **numbers})
 
@@ -268,7 +268,7 @@ def read_once(
 
 def warm_up(ttt: TTTParams, model: GPT, documents: Sequence[np.ndarray], group: Group) -> None:
     """Compile the passes and load their kernels, by passes of every kind."""
-    rehearse(model, documents, ttt)
+    warm_up_kernels(model, documents, ttt)
     for alike, texts in excerpts(documents, ttt):
         ttt_losses(model, texts, alike, group)
 

@@ -1,4 +1,4 @@
-"""The shared package: model, optimizer, quantisation and test-time training.
+"""The shared package: model, optimizer, quantization and test-time training.
 
 Import from its modules (`from model.network.gpt import GPT`); importing them needs torch and numpy
 alone,

@@ -1,4 +1,4 @@
-"""Quantise the trained model with text it writes itself, and pack it into the byte budget.
+"""Quantize the trained model with text it writes itself, and pack it into the byte budget.
 
 Calibration, Hessians, sensitivities and GPTQ are shared by all processes; the main one compresses.
 The artifact is read back, compared with what was packed, and scored before the step publishes it.
@@ -37,7 +37,7 @@ from model.quantization.quantize_model import (
     store_model,
 )
 from model.quantization.sensitivity import sensitivities
-from model.runtime.cuda_graphs import CUDAReplay
+from model.runtime.cuda_graphs import CUDAGraphRunner
 from model.runtime.errors import InputError
 from model.runtime.files import read_json
 from model.runtime.process import use_compile_cache
@@ -98,9 +98,9 @@ class Quantization:
         with progress("calibration: tokens of each sequence", total, is_main) as bar:
             advance = bar.advance if bar else None
             noise, temperature = self.noise(total), params.calibration_temperature
-            recorded = params.cuda_graphs and self.model.device.type == "cuda"
-            replay = CUDAReplay(self.model.device) if recorded else None
-            return generate(self.model, noise, temperature, BOS, forbidden, advance, replay)
+            captured = params.cuda_graphs and self.model.device.type == "cuda"
+            runner = CUDAGraphRunner(self.model.device) if captured else None
+            return generate(self.model, noise, temperature, BOS, forbidden, advance, runner)
 
     def hessians(self, text: Tensor) -> dict[str, Tensor]:
         """Second moments of the inputs of all that GPTQ solves, over the text of all processes."""
@@ -157,7 +157,7 @@ class Quantization:
 
 
 def main(step: Step) -> None:
-    """Calibrate, quantise, pack, read back, score, publish."""
+    """Calibrate, quantize, pack, read back, score, publish."""
     use_compile_cache(COMPILE_CACHE)
     job = Quantization(step)
     choice = dispatch.configure(device=step.group.device, **step.params.ops.model_dump())

@@ -7,7 +7,7 @@ from pocketlm.report.blocks import to_html, to_markdown
 from pocketlm.report.document import TITLE, headline, report
 from pocketlm.report.figures import draw
 from pocketlm.report.results import read_seed, result_files
-from pocketlm.report.summary import summarise
+from pocketlm.report.summary import summarize
 from steps.common import Step, run
 
 SECTIONS = ("model", "quantize", "evaluate", "report")
@@ -18,7 +18,7 @@ def main(step: Step) -> None:
     step.open_log(SECTIONS)
     root, seeds = Path("."), step.params.seeds
     results = [read_seed(root, seed) for seed in seeds]
-    summary = summarise(results, step.params)
+    summary = summarize(results, step.params)
     output = step.output
     drawings, blocks = draw(results, summary), report(summary)
     texts = {

@@ -143,12 +143,12 @@ class Training:
         trainer, schedule = self.trainer, Schedule(self.params)
         budget = self.params.budget_seconds
         with progress("train", budget or self.params.steps, self.step.group.is_main) as bar:
-            line = Line(self, bar)
+            line = LossLog(self, bar)
             clock = Clock(self.step.group.device, self.seconds)
             saved = clock.seconds
             while True:
                 multiplier = schedule.multiplier(trainer.steps, clock.seconds)
-                multiplier = self.decisions.share(multiplier)
+                multiplier = self.decisions.broadcast_from_main(multiplier)
                 if not multiplier:
                     break
                 line.add(trainer.step(batches, multiplier), multiplier)
@@ -156,7 +156,7 @@ class Training:
                     continue
                 line.write(clock)
                 due = clock.seconds - saved >= self.params.save_every_seconds
-                if self.decisions.share(due):
+                if self.decisions.broadcast_from_main(due):
                     with clock.paused() as saved:
                         self.save(saved)
             with clock.paused() as self.seconds:
@@ -174,7 +174,7 @@ def _lines(path: Path) -> int:
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
-class Line:
+class LossLog:
     """The line of the log that is being collected: the mean loss since the last one."""
 
     def __init__(self, training: Training, bar: Bar | None) -> None:

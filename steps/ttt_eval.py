@@ -1,4 +1,4 @@
-"""Score the quantised model on the validation documents: plain, sliding, and with TTT.
+"""Score the quantized model on the validation documents: plain, sliding, and with TTT.
 
 Every token's three losses are kept in `losses.parquet`, one row per scored token in the order of
 the documents; the metrics are their sums.
@@ -29,7 +29,7 @@ from model.network.gpt import GPT
 from model.runtime.files import atomic_file
 from model.runtime.memory import peak_memory_mib
 from model.runtime.process import seconds_since_start, use_compile_cache, use_growing_segments
-from model.ttt import rehearse, ttt_losses
+from model.ttt import ttt_losses, warm_up_kernels
 from steps.common import COMPILE_CACHE, TOKENS, Step, progress, run
 
 SECTIONS = ("evaluate", "ttt", "ops")
@@ -63,7 +63,7 @@ def main(step: Step) -> None:
         "ops",
         choice=str(dispatch.configure(device=step.group.device, **step.params.ops.model_dump())),
     )
-    rehearse(model, documents, step.params.ttt)
+    warm_up_kernels(model, documents, step.params.ttt)
     step.log.event("warm", startup_seconds=seconds_since_start(step.group.device))
     total = sum(document.size for document in documents)
     results = {
@@ -76,7 +76,7 @@ def main(step: Step) -> None:
         losses = {name: result.losses for name, result in results.items()}
         output = step.output / "losses.parquet"
         write_losses(output, documents, sizes, losses)
-        metrics = summarise(step, results, sizes)
+        metrics = summarize(step, results, sizes)
         metrics |= {"peak_memory_mib": max(memory), "world_size": step.group.size}
         step.publish(metrics, SECTIONS, [artifact, TOKENS / MANIFEST], [output])
 
@@ -108,7 +108,7 @@ def measure(step: Step, name: str, total: int, evaluate: Evaluate) -> Result:
     return Result(losses, seconds)
 
 
-def summarise(
+def summarize(
     step: Step, results: dict[str, Result], sizes: Sequence[np.ndarray]
 ) -> dict[str, Any]:
     """The metrics; the loss of the whole is that with TTT."""

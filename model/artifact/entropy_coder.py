@@ -1,4 +1,4 @@
-"""Adaptive range coding of matrices of codes: context modelling by row and column.
+"""Adaptive range coding of matrices of codes: context modeling by row and column.
 
 Range coding is due to Martin 1979; the coder itself is the `constriction` package (Bamler 2022,
 arXiv:2201.01741). It spends −log2 p(c) bits on a code c, so all gain lies in p. The codes of a

@@ -1,4 +1,4 @@
-"""The artifact: a quantised model in one file that loads to the same bits on every machine.
+"""The artifact: a quantized model in one file that loads to the same bits on every machine.
 
     offset  bytes  content, all numbers little-endian
     0       8      magic "pocketlm"

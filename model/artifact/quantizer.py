@@ -65,7 +65,7 @@ def round_to_step(weight: Tensor, step: float) -> Quantized:
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Quantized:
-    """Quantise (rows, columns), each row on its own with nothing clipped."""
+    """Quantize (rows, columns), each row on its own with nothing clipped."""
     clips = weight.float().abs().amax(1)
     scales = (clips / largest_code(bits)).half().float()
     scales = scales.clamp(min=SMALLEST_SCALE, max=torch.finfo(torch.float16).max)

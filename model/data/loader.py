@@ -145,7 +145,7 @@ class TrainingBatches:
         span = self.stream.span(index, self.length).astype(np.int64)
         lengths = pack_span(span[:-1], self.sequence_length)
         lengths += [0] * (-(len(lengths) + 1) % BOUNDARY_BUCKET)
-        boundaries = Documents.from_lengths(lengths).boundaries
+        boundaries = Documents.from_lengths(lengths).cu_seqlens
         documents = Documents(boundaries, self.length, self.sequence_length)
         return torch.from_numpy(np.stack((span[:-1], span[1:]))), documents
 

@@ -1,11 +1,11 @@
 """Packed documents: several documents in one flat token buffer, never looking at each other.
 
-A buffer of T tokens holds n documents one after the other. `boundaries` (called cu_seqlens in
-attention libraries) has n+1 entries; document j occupies [boundaries[j], boundaries[j+1]).
+A buffer of T tokens holds n documents one after the other. `cu_seqlens` (called cu_seqlens in
+attention libraries) has n+1 entries; document j occupies [cu_seqlens[j], cu_seqlens[j+1]).
 Repeating the last entry adds empty documents, so that the tensor can keep a fixed size.
 
     tokens      [B a b | B c d e]
-    boundaries  [0, 3, 7]
+    cu_seqlens  [0, 3, 7]
     positions   [0 1 2   0 1 2 3]
 
 A "document" here is what the model treats as one: a whole text, or one piece of a text that was
@@ -30,16 +30,16 @@ TILE = 64  # tokens of a tile of attention
 class Documents:
     """Where the documents of a packed buffer lie.
 
-    boundaries: int32 (n+1,), on the device of the tokens.
+    cu_seqlens: int32 (n+1,), on the device of the tokens.
     total: T, the number of tokens in the buffer (equal to the last boundary).
-    longest: an upper bound of the documents' lengths.
+    max_seqlen: an upper bound of the documents' lengths.
     uniform: the common length if all documents have the same one, else None. A (rows, length)
         batch is the packed case with uniform length.
     """
 
-    boundaries: Tensor
+    cu_seqlens: Tensor
     total: int
-    longest: int
+    max_seqlen: int
     uniform: int | None = None
 
     @classmethod
@@ -52,8 +52,8 @@ class Documents:
     @classmethod
     def from_rows(cls, rows: int, length: int, device: torch.device | str = "cpu") -> "Documents":
         """Describe a flattened (rows, length) batch, each row a document."""
-        boundaries = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
-        return cls(boundaries, rows * length, length, length)
+        cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
+        return cls(cu_seqlens, rows * length, length, length)
 
     def to(self, device: torch.device) -> "Documents":
         """The same documents on another device, with the tiles if they are known already."""
@@ -64,7 +64,7 @@ class Documents:
         return self._moved(lambda x: x.pin_memory())
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Documents":
-        moved = replace(self, boundaries=move(self.boundaries))
+        moved = replace(self, cu_seqlens=move(self.cu_seqlens))
         if "tiles" in self.__dict__:
             moved.__dict__["tiles"] = move(self.tiles)
         return moved
@@ -72,22 +72,22 @@ class Documents:
     @property
     def count(self) -> int:
         """Number of documents, empty ones included."""
-        return self.boundaries.numel() - 1
+        return self.cu_seqlens.numel() - 1
 
     @cached_property
     def index(self) -> Tensor:
         """int64 (T,): the document each token belongs to."""
-        # Among all boundaries, not the ends alone: given a slice, torch.compile searches the tensor
+        # Among all cu_seqlens, not the ends alone: given a slice, torch.compile searches the tensor
         # from its beginning (inductor of torch 2.11, on CUDA).
-        boundaries = self.boundaries
-        tokens = torch.arange(self.total, dtype=boundaries.dtype, device=boundaries.device)
-        return torch.searchsorted(boundaries, tokens, right=True) - 1
+        cu_seqlens = self.cu_seqlens
+        tokens = torch.arange(self.total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        return torch.searchsorted(cu_seqlens, tokens, right=True) - 1
 
     @cached_property
     def positions(self) -> Tensor:
         """int64 (T,): each token's position inside its document."""
-        tokens = torch.arange(self.total, device=self.boundaries.device)
-        return tokens - self.boundaries[self.index]
+        tokens = torch.arange(self.total, device=self.cu_seqlens.device)
+        return tokens - self.cu_seqlens[self.index]
 
     @cached_property
     def first(self) -> Tensor:
@@ -99,11 +99,11 @@ class Documents:
         """int32 (T // TILE + n, 3): all pieces of up to TILE tokens that documents are cut into.
 
         Each row has the document's first token, the piece's first token and the document's end.
-        The longest documents come first, as programs that take long should begin early; a
+        The max_seqlen documents come first, as programs that take long should begin early; a
         document's pieces stand together, so that they find its keys in the cache. Rows that are
         left over have a piece that begins at its document's end.
         """
-        ends, device = self.boundaries.long(), self.boundaries.device
+        ends, device = self.cu_seqlens.long(), self.cu_seqlens.device
         order = torch.argsort(ends.diff(), descending=True, stable=True)
         begin, end = ends[:-1][order], ends[1:][order]
         pieces = (end - begin + TILE - 1) // TILE
@@ -116,7 +116,7 @@ class Documents:
         return torch.stack((begin, first, end), 1).int()
 
 
-def part_of(x: Tensor, documents: Documents, part: Tensor | None) -> Tensor:
+def select_positions(x: Tensor, documents: Documents, part: Tensor | None) -> Tensor:
     """The tokens of a part, of x (T, …): (documents·m, …); None: all."""
     if part is None:
         return x

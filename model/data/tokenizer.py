@@ -1,9 +1,9 @@
 """SentencePiece BPE with byte fallback, and the bytes that each token stands for.
 
-SentencePiece first normalises a text (NFKC; control characters dropped; runs of white space, line
+SentencePiece first normalizes a text (NFKC; control characters dropped; runs of white space, line
 ends among them, become one space; none at either end), writes spaces as U+2581 and merges
 characters into pieces; characters it has no piece for become byte pieces. So the pieces spell the
-normalised text exactly. What a token adds to its length in UTF-8:
+normalized text exactly. What a token adds to its length in UTF-8:
 
     control, unknown, unused    0
     byte piece                  1

@@ -37,7 +37,7 @@ from torch import Tensor
 from model.data.packing import Documents
 from model.kernels.custom_op import operation
 from model.kernels.triton_common import multiprocessors, portion, product
-from model.network.kv_cache import SlidingLayer
+from model.network.kv_cache import RingLayerCache
 
 KEYS = 64  # keys in a tile
 LARGEST_TILE = 64  # queries in a tile, those of a group's heads counted singly
@@ -103,7 +103,7 @@ def absorb(q, k, v, seen, scale, largest, total, y):
 
 
 @triton.jit
-def normalised(largest, total, y):
+def normalized(largest, total, y):
     """Result and lse of a running softmax; 0 and -inf where it met no key."""
     some = total > 0
     total = tl.where(some, total, 1)
@@ -146,7 +146,7 @@ def ring_attention_kernel(
             seen = (key + tl.arange(0, KEYS))[None, :] <= token[:, None]
             largest, total, y = absorb(q, k, v, seen, scale, largest, total, y)
 
-    y, lse = normalised(largest, total, y)
+    y, lse = normalized(largest, total, y)
     if WHOLE:  # else the parts are combined first
         share = tl.zeros((TILE,), tl.float32)
         if EXCLUSIVE:
@@ -471,8 +471,8 @@ def _backward(ctx: Any, dz: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 chunk_attention.register_autograd(_backward, setup_context=_save)
 
 
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: SlidingLayer, exclusive: bool
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: RingLayerCache, exclusive: bool
 ) -> Tensor:
     """Cached attention over a ring, with or without the own value's direction.
 

@@ -18,7 +18,7 @@ from model.data.packing import Documents
 from model.kernels import cached, reference, varlen
 from model.kernels.reference import softcapped as softcapped
 from model.kernels.reference import softcapped_loss as softcapped_loss
-from model.network.kv_cache import LayerCache, SlidingLayer
+from model.network.kv_cache import LayerCache, RingLayerCache
 from model.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # Operations that a kernel or the plain formula does, and the module that tells if one can be had.
 FUSED = {
-    "ring": "cached_attention_triton",
-    "mix": "residual_norm",
+    "cached_attention": "cached_attention_triton",
+    "residual_norm": "residual_norm",
     "mlp": "fused_mlp",
     "adapters": "low_rank",
 }
@@ -39,8 +39,8 @@ class Choice:
     """Which implementation of each operation runs, and why."""
 
     attention: str
-    ring: str
-    mix: str
+    cached_attention: str
+    residual_norm: str
     mlp: str
     adapters: str
     reasons: Mapping[str, str]
@@ -55,13 +55,13 @@ class _Bound:
 
     attention: varlen.Attention
     exclusive: Callable[..., Tensor] | None
-    turned: Callable[..., Tensor] | None
+    qk_norm_rope: Callable[..., Tensor] | None
     self_attention: Callable[..., Tensor] | None
-    part_attention: Callable[..., Tensor] | None
-    ring: Callable[..., Tensor] | None
+    query_subset_attention: Callable[..., Tensor] | None
+    cached_attention: Callable[..., Tensor] | None
     mix: Callable[..., tuple[Tensor, Tensor]] | None
-    summed_norm: Callable[..., tuple[Tensor, Tensor]] | None
-    fan_out: Callable[[Tensor, int], tuple[Tensor, ...]] | None
+    add_residual_norm: Callable[..., tuple[Tensor, Tensor]] | None
+    grad_fanout: Callable[[Tensor, int], tuple[Tensor, ...]] | None
     accumulate: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None
     mlp: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     low_rank_sum: Callable[..., tuple[Tensor, Tensor]] | None
@@ -73,8 +73,8 @@ _bound: dict[str, _Bound] = {}
 def configure(
     attention: str,
     device: torch.device,
-    ring: str = "auto",
-    mix: str = "auto",
+    cached_attention: str = "auto",
+    residual_norm: str = "auto",
     mlp: str = "auto",
     adapters: str = "auto",
 ) -> Choice:
@@ -91,7 +91,12 @@ def configure(
     def obstacle_of(module: str) -> Callable[[str], str | None]:
         return lambda name: _obstacle(module, name, device)
 
-    asked = {"ring": ring, "mix": mix, "mlp": mlp, "adapters": adapters}
+    asked = {
+        "cached_attention": cached_attention,
+        "residual_norm": residual_norm,
+        "mlp": mlp,
+        "adapters": adapters,
+    }
     wanted |= {op: (asked[op], FUSED_ORDER, obstacle_of(module)) for op, module in FUSED.items()}
     found = {op: _choose(op, *which) for op, which in wanted.items()}
     names = {op: name for op, (name, _) in found.items()}
@@ -102,14 +107,16 @@ def configure(
     _bound[device.type] = _Bound(
         attention=varlen.IMPLEMENTATIONS[names["attention"]],
         exclusive=kernel("attention", "varlen_attention_triton", "triton_attention"),
-        turned=kernel("attention", "qk_norm_rope", "turned"),
+        qk_norm_rope=kernel("attention", "qk_norm_rope", "qk_norm_rope"),
         self_attention=kernel("attention", "qkv_attention", "self_attention"),
-        part_attention=kernel("attention", "query_subset_attention", "part_attention"),
-        ring=kernel("ring", "cached_attention_triton", "ring_attention"),
-        mix=kernel("mix", "residual_norm", "mixed_norm"),
-        summed_norm=kernel("mix", "residual_norm", "summed_norm"),
-        fan_out=kernel("mix", "grad_fanout", "fan_out"),
-        accumulate=kernel("mix", "grad_accumulation", "accumulate"),
+        query_subset_attention=kernel(
+            "attention", "query_subset_attention", "query_subset_attention"
+        ),
+        cached_attention=kernel("cached_attention", "cached_attention_triton", "cached_attention"),
+        mix=kernel("residual_norm", "residual_norm", "mix_residual_norm"),
+        add_residual_norm=kernel("residual_norm", "residual_norm", "add_residual_norm"),
+        grad_fanout=kernel("residual_norm", "grad_fanout", "grad_fanout"),
+        accumulate=kernel("residual_norm", "grad_accumulation", "accumulate"),
         mlp=kernel("mlp", "fused_mlp", "fused_mlp"),
         low_rank_sum=kernel("adapters", "low_rank", "low_rank_sum"),
     )
@@ -183,10 +190,10 @@ def cached_attention(
     """Attention of tokens that continue what is in `cache`, which takes them in.
 
     q (rows·new, heads, d), k and v (rows·new, kv_heads, d); documents: uniform rows. The kernel
-    for a `SlidingCache` runs wherever it can.
+    for a `RingKVCache` runs wherever it can.
     """
-    ring = _chosen(q.device).ring
-    if ring is not None and isinstance(cache, SlidingLayer):
+    ring = _chosen(q.device).cached_attention
+    if ring is not None and isinstance(cache, RingLayerCache):
         return ring(q, k, v, documents, cache, exclusive)
     y = cached.attend(q, k, v, documents, cache)
     return reference.exclude_own_value(y, v) if exclusive else y
@@ -194,59 +201,59 @@ def cached_attention(
 
 def reads_filled_slots(device: torch.device) -> bool:
     """Whether a ring's empty slots cost nothing, so that one shape serves every length."""
-    return _chosen(device).ring is not None
+    return _chosen(device).cached_attention is not None
 
 
-def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tensor:
+def qk_norm_rope(x: Tensor, gain: Tensor | None, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys x (T, heads, width) of the products with W_q or W_k, ready for attention.
 
     Normed, the first heads multiplied by gain ((up to heads,), None: no gain), and rotated by
-    `turns`, of `model.kernels.rotary.rotation`.
+    `cos_sin`, of `model.kernels.rotary.rotation`.
     """
-    fused = _chosen(x.device).turned
+    fused = _chosen(x.device).qk_norm_rope
     if fused is None or not _taken(x, x.shape[2]):
-        return reference.turned(x, gain, turns)
-    return fused(x, gain, turns)
+        return reference.qk_norm_rope(x, gain, cos_sin)
+    return fused(x, gain, cos_sin)
 
 
 def self_attention(
     projected: Tensor,
     documents: Documents,
     gain: Tensor,
-    turns: tuple[Tensor, Tensor],
+    cos_sin: tuple[Tensor, Tensor],
     width: int,
     exclusive: bool,
 ) -> Tensor:
     """Attention from the products with W_q, W_k and W_v on, before that with W_o.
 
     projected (T, (heads + 2·kv_heads)·width): q, k and v of each token side by side; gain: fp32
-    (heads,) of the normed queries; turns: of `model.kernels.rotary.rotation`; exclusive: each
+    (heads,) of the normed queries; cos_sin: of `model.kernels.rotary.rotation`; exclusive: each
     token's own value is removed from its result. Returns (T, heads·width).
     """
     fused = _chosen(projected.device).self_attention
     if fused is not None and _taken(projected, width):
-        return fused(projected, documents, gain, turns, width, exclusive)
+        return fused(projected, documents, gain, cos_sin, width, exclusive)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return varlen_attention(q, k, v, documents, exclusive)
 
-    return reference.attend(projected, gain, turns, width, attention)
+    return reference.attend(projected, gain, cos_sin, width, attention)
 
 
-def part_attention(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> Tensor:
+def query_subset_attention(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> Tensor:
     """Attention of some tokens of each document: q (rows, m, heads, d) of a part (m,), int64.
 
     k and v (rows, n, kv_heads, d) of all n tokens; a query sees those up to its own position.
     Returns (rows, m, heads, d).
     """
-    fused = _chosen(q.device).part_attention
+    fused = _chosen(q.device).query_subset_attention
     if fused is None or not _taken(q, q.shape[3]):
         visible = torch.arange(k.shape[1], device=k.device) <= part[:, None]
         return cached.grouped_attention(q, k, v, visible)
     return fused(q, k, v, part)
 
 
-def find_pieces(documents: Documents, device: torch.device) -> None:
+def prepare_documents(documents: Documents, device: torch.device) -> None:
     """Compute once what the chosen implementations need to know of the documents.
 
     Called before compiled parts run, which would otherwise find it again in every layer.
@@ -256,7 +263,7 @@ def find_pieces(documents: Documents, device: torch.device) -> None:
         _ = documents.tiles
 
 
-def mixed_norm(
+def mix_residual_norm(
     x: Tensor,
     x0: Tensor,
     mix: Tensor | None,
@@ -270,11 +277,11 @@ def mixed_norm(
     """
     fused = _chosen(x.device).mix
     if fused is None or mix is None or x.dtype not in varlen.DTYPES:
-        return reference.mixed_norm(x, x0, mix, scale, skip)
+        return reference.mix_residual_norm(x, x0, mix, scale, skip)
     return fused(x, x0, mix, scale, *(skip or (None, None)))
 
 
-def summed_norm(
+def add_residual_norm(
     x: Tensor, branch: Tensor, delta: Tensor | None, weight: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The residual stream x (T, width) after a branch, and its norm times scale (0-dimensional).
@@ -283,15 +290,15 @@ def summed_norm(
     there is one, as passes with adapters are made of many small operations; where not, the
     compiler makes one of the sum and the norm.
     """
-    fused = _chosen(x.device).summed_norm
+    fused = _chosen(x.device).add_residual_norm
     if fused is None or delta is None or weight is None or x.dtype not in varlen.DTYPES:
-        return reference.summed_norm(x, branch, delta, weight, scale)
+        return reference.add_residual_norm(x, branch, delta, weight, scale)
     return fused(x, branch, delta, weight, scale)
 
 
-def fan_out(x: Tensor, readers: int) -> tuple[Tensor, ...]:
+def grad_fanout(x: Tensor, readers: int) -> tuple[Tensor, ...]:
     """x for each of several readers, whose gradients are added at once if x is mixed by kernels."""
-    fused = _chosen(x.device).fan_out
+    fused = _chosen(x.device).grad_fanout
     if fused is None or x.dtype not in varlen.DTYPES or not x.requires_grad:
         return tuple(x.view_as(x) for _ in range(readers))
     return fused(x, readers)

@@ -31,17 +31,17 @@ def package() -> Any:
 
 @operation("flash_attn_4")
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
     """y (T, heads, d) and the log of the sum of exponentials, fp32 (heads, T)."""
     y, lse, *_ = package()._flash_attn_fwd(
         q,
         k,
         v,
-        cu_seqlens_q=boundaries,
-        cu_seqlens_k=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
         causal=True,
         return_lse=True,
     )
@@ -61,8 +61,8 @@ def backward(
     v: Tensor,
     y: Tensor,
     lse: Tensor,
-    boundaries: Tensor,
-    longest: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
@@ -74,10 +74,10 @@ def backward(
         dy,
         lse,
         causal=True,
-        cu_seqlens_q=boundaries,
-        cu_seqlens_k=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
         dq=dq,
         dk=dk,
         dv=dv,
@@ -91,12 +91,12 @@ def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_others: Any) -> tuple[Tenso
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, boundaries, ctx.longest = inputs
-    ctx.save_for_backward(q, k, v, *output, boundaries)
+    q, k, v, cu_seqlens, ctx.max_seqlen = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    return *backward(dy, *ctx.saved_tensors, ctx.longest), None, None
+    return *backward(dy, *ctx.saved_tensors, ctx.max_seqlen), None, None
 
 
 forward.register_autograd(_backward, setup_context=_save)
@@ -104,5 +104,5 @@ forward.register_autograd(_backward, setup_context=_save)
 
 def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Causal attention inside each document; see `model.kernels.varlen`."""
-    y, _ = forward(q, k, v, documents.boundaries, documents.longest)
+    y, _ = forward(q, k, v, documents.cu_seqlens, documents.max_seqlen)
     return y

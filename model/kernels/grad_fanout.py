@@ -45,6 +45,6 @@ class _FanOut(torch.autograd.Function):
         return add_all(present) if present else None, None
 
 
-def fan_out(x: Tensor, readers: int) -> tuple[Tensor, ...]:
+def grad_fanout(x: Tensor, readers: int) -> tuple[Tensor, ...]:
     """x for each of several readers."""
     return _FanOut.apply(x, readers)

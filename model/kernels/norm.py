@@ -1,4 +1,4 @@
-"""Weightless root-mean-square normalisation: x / sqrt(mean(x²) + ε), Zhang & Sennrich 2019."""
+"""Weightless root-mean-square normalization: x / sqrt(mean(x²) + ε), Zhang & Sennrich 2019."""
 
 import torch
 import torch.nn.functional as F
@@ -9,5 +9,5 @@ EPSILON = torch.finfo(torch.float32).eps
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Normalise the last dimension of x; same shape and dtype."""
+    """Normalize the last dimension of x; same shape and dtype."""
     return F.rms_norm(x, (x.shape[-1],), eps=EPSILON)

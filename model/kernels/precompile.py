@@ -1,7 +1,7 @@
 """Triton's kernels compiled side by side, before the first of them runs.
 
 Triton compiles a kernel when it is first launched, and the launch waits for that: some 35 kernels
-of half a second, one after the other, in a pass of test-time training. Inside `compile_ahead()` a
+of half a second, one after the other, in a pass of test-time training. Inside `precompile()` a
 launch only hands its kernel to a thread, and at the end of the block all are compiled and loaded.
 Threads are enough, as the time is that of LLVM and of another program (ptxas).
 
@@ -44,7 +44,7 @@ def _loaded(compile: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def compile_ahead() -> Iterator[None]:
+def precompile() -> Iterator[None]:
     """Compile the kernels that the block launches, and launch none of them.
 
     What they would have written stays as it is, so nobody may use the block's results. Raises what

@@ -37,7 +37,7 @@ def _turn(cosine_ptr, sine_ptr, token, inside, column, HALF: tl.constexpr):
 
 @triton.jit
 def _partner(column, HALF: tl.constexpr):
-    """The column that turns with each column."""
+    """The column that cos_sin with each column."""
     other = tl.where(column < HALF, column + HALF, column - HALF)
     return tl.where(column < 2 * HALF, other, column)
 
@@ -189,7 +189,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 turned_operation.register_autograd(_backward, setup_context=_save)
 
 
-def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """`model.kernels.reference.turned` of x (T, heads, width) in one kernel each way."""
-    gain = turns[0].new_empty(0) if gain is None else gain
-    return turned_operation(x.flatten(1), gain, *turns, x.shape[2]).view_as(x)
+def qk_norm_rope(x: Tensor, gain: Tensor | None, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """`model.kernels.reference.qk_norm_rope` of x (T, heads, width) in one kernel each way."""
+    gain = cos_sin[0].new_empty(0) if gain is None else gain
+    return turned_operation(x.flatten(1), gain, *cos_sin, x.shape[2]).view_as(x)

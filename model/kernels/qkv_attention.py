@@ -123,10 +123,10 @@ def self_attention(
     projected: Tensor,
     documents: Documents,
     gain: Tensor,
-    turns: tuple[Tensor, Tensor],
+    cos_sin: tuple[Tensor, Tensor],
     width: int,
     exclusive: bool,
 ) -> Tensor:
     """Attention of packed documents; see `model.kernels.self_attention`."""
-    z, *_ = fused_attention(projected, gain, *turns, documents.tiles, width, exclusive)
+    z, *_ = fused_attention(projected, gain, *cos_sin, documents.tiles, width, exclusive)
     return z.flatten(1)

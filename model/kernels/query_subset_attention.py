@@ -34,7 +34,7 @@ from model.kernels.cached_attention_triton import (
     SMALLEST_TILE,
     absorb,
     joining,
-    normalised,
+    normalized,
     packed_rows,
     ring_attention_combine_kernel,
     ring_attention_sum_kernel,
@@ -89,7 +89,7 @@ def part_attention_kernel(
         v = rows_at(v_ptr, key * v_stride, key < end, D, WIDTH)
         seen = key[None, :] <= last[:, None]
         largest, total, y = absorb(q, k, v, seen, scale, largest, total, y)
-    y, lse = normalised(largest, total, y)
+    y, lse = normalized(largest, total, y)
     base = tl.program_id(1).to(tl.int64) * size + row * m * HEADS + head * GROUP
     query = token * HEADS + member
     store_rows(y_ptr + base * D, y, query, inside, D, WIDTH)
@@ -148,7 +148,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[int | float], dict[st
 
 
 @operation("part_attention")
-def attention_of_part(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+def query_subset_operation(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
     """y (rows, m, heads, d) in the dtype of q, and lse, fp32 (rows, m, heads).
 
     q (rows, m, heads, d), k and v (rows, n, kv_heads, d), one dtype; part: int64 (m,), positions
@@ -175,13 +175,13 @@ def attention_of_part(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> tuple[Te
     return y, lse
 
 
-@attention_of_part.register_fake
+@query_subset_operation.register_fake
 def _(q: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 @operation("part_attention_backward")
-def attention_of_part_backward(
+def query_subset_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, part: Tensor, y: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv from dy; the other arguments and y, lse as in the forward pass."""
@@ -202,7 +202,7 @@ def attention_of_part_backward(
     return dq, dk, dv
 
 
-@attention_of_part_backward.register_fake
+@query_subset_backward.register_fake
 def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -213,17 +213,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *attention_of_part_backward(dy, *ctx.saved_tensors), None
+    return *query_subset_backward(dy, *ctx.saved_tensors), None
 
 
-attention_of_part.register_autograd(_backward, setup_context=_save)
+query_subset_operation.register_autograd(_backward, setup_context=_save)
 
 
-def part_attention(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> Tensor:
+def query_subset_attention(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> Tensor:
     """Attention of the queries of a part to all keys up to their own.
 
     q (rows, m, heads, d), k and v (rows, n, kv_heads, d); part: int64 (m,), the positions of the
     queries among the keys, the same in each document. Returns (rows, m, heads, d).
     """
-    y, _ = attention_of_part(q, k, v, part)
+    y, _ = query_subset_operation(q, k, v, part)
     return y

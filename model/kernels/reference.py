@@ -34,14 +34,14 @@ def softcapped_loss(z: Tensor, targets: Tensor, cap: float) -> Tensor:
     return F.cross_entropy(softcapped(z, cap), targets, reduction="none")
 
 
-def mixed_norm(
+def mix_residual_norm(
     x: Tensor,
     x0: Tensor,
     mix: Tensor | None,
     scale: Tensor,
     skip: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `model.kernels.mixed_norm`."""
+    """See `model.kernels.mix_residual_norm`."""
     if skip is not None:
         earlier, weight = skip
         x = x + weight.to(x.dtype) * earlier
@@ -51,10 +51,10 @@ def mixed_norm(
     return x, rms_norm(x) * scale.to(x.dtype)
 
 
-def summed_norm(
+def add_residual_norm(
     x: Tensor, branch: Tensor, delta: Tensor | None, weight: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `model.kernels.summed_norm`."""
+    """See `model.kernels.add_residual_norm`."""
     if delta is not None:
         branch = branch + (delta if weight is None else delta * weight.to(x.dtype))
     # Not a sum, of which and the product before it the compiler would make one call, for which x
@@ -83,7 +83,7 @@ def low_rank_sum(
 def attend(
     projected: Tensor,
     gain: Tensor,
-    turns: tuple[Tensor, Tensor],
+    cos_sin: tuple[Tensor, Tensor],
     width: int,
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
@@ -91,10 +91,10 @@ def attend(
     heads = projected.unflatten(1, (-1, width))
     kv_heads = (heads.shape[1] - gain.numel()) // 2
     q, k, v = heads.split([gain.numel(), kv_heads, kv_heads], dim=1)
-    return attention(turned(q, gain, turns), turned(k, None, turns), v).flatten(1)
+    return attention(qk_norm_rope(q, gain, cos_sin), qk_norm_rope(k, None, cos_sin), v).flatten(1)
 
 
-def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tensor:
+def qk_norm_rope(x: Tensor, gain: Tensor | None, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys (T, heads, width), normed, the first times a gain each, and rotated."""
     # The gain, though it commutes with the rotation, comes first: its gradient needs the normed x,
     # which follows from the product kept anyway; the rotated one would be kept for it alone.
@@ -103,7 +103,7 @@ def turned(x: Tensor, gain: Tensor | None, turns: tuple[Tensor, Tensor]) -> Tens
         without = x.shape[1] - gain.numel()
         gain = F.pad(gain, (0, without), value=1.0) if without else gain
         x = x * gain.to(x.dtype)[:, None]
-    return rotate(x, *turns)
+    return rotate(x, *cos_sin)
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:

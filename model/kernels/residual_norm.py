@@ -166,7 +166,7 @@ def _ones(width: int, device: torch.device) -> Tensor:
 
 
 @operation("mixed_norm")
-def mixed_norm(
+def mix_residual_norm(
     x: Tensor,
     x0: Tensor,
     mix: Tensor | None,
@@ -191,7 +191,7 @@ def mixed_norm(
     return u, n
 
 
-@mixed_norm.register_fake
+@mix_residual_norm.register_fake
 def _(x: Tensor, *_others: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
@@ -298,11 +298,11 @@ def _frozen(ctx: Any, du: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
     return dx, others, None, None, None if weight is None else dearlier, None
 
 
-mixed_norm.register_autograd(_backward, setup_context=_save)
+mix_residual_norm.register_autograd(_backward, setup_context=_save)
 
 
-def summed_norm(
+def add_residual_norm(
     x: Tensor, branch: Tensor, delta: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """u = x + branch + weight⊙delta and its norm; shapes and dtypes as for `mixed_norm`."""
-    return mixed_norm(x, branch, None, scale, delta, weight)
+    """u = x + branch + weight⊙delta and its norm; shapes and dtypes as for `mix_residual_norm`."""
+    return mix_residual_norm(x, branch, None, scale, delta, weight)

@@ -27,7 +27,7 @@ OPTIONS = _options()
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Causal attention inside each document; see `model.kernels.varlen`."""
-    ends, longest = documents.boundaries, documents.longest
-    y = varlen_attn(q, k, v, ends, ends, longest, longest, **OPTIONS)
+    ends, max_seqlen = documents.cu_seqlens, documents.max_seqlen
+    y = varlen_attn(q, k, v, ends, ends, max_seqlen, max_seqlen, **OPTIONS)
     assert isinstance(y, Tensor)  # a pair only if asked for more
     return y

@@ -35,7 +35,7 @@ DENSE_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 
 def reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """One document at a time, softmax in fp32."""
-    spans = [(a, b) for a, b in pairwise(documents.boundaries.tolist()) if b > a]
+    spans = [(a, b) for a, b in pairwise(documents.cu_seqlens.tolist()) if b > a]
     return torch.cat([_one_document(q[a:b], k[a:b], v[a:b]) for a, b in spans])
 
 
@@ -69,12 +69,12 @@ def padded(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     if documents.uniform:
         q, k, v = (x.view(documents.count, documents.uniform, *x.shape[1:]) for x in (q, k, v))
         return dense(q, k, v, mask=None, causal=True).flatten(0, 1)
-    slot = documents.index * documents.longest + documents.positions
+    slot = documents.index * documents.max_seqlen + documents.positions
     rows = int(documents.index[-1]) + 1  # the empty documents after it would be half the work
 
     def spread(x: Tensor) -> Tensor:
-        flat = x.new_zeros(rows * documents.longest, *x.shape[1:]).index_copy(0, slot, x)
-        return flat.view(rows, documents.longest, *x.shape[1:])
+        flat = x.new_zeros(rows * documents.max_seqlen, *x.shape[1:]).index_copy(0, slot, x)
+        return flat.view(rows, documents.max_seqlen, *x.shape[1:])
 
     y = dense(spread(q), spread(k), spread(v), mask=None, causal=True)
     return y.flatten(0, 1).index_select(0, slot)
@@ -91,16 +91,16 @@ def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tenso
     """FlashAttention-2 from the package of that name."""
     from flash_attn import flash_attn_varlen_func
 
-    ends, longest = documents.boundaries, documents.longest
-    return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+    ends, max_seqlen = documents.cu_seqlens, documents.max_seqlen
+    return flash_attn_varlen_func(q, k, v, ends, ends, max_seqlen, max_seqlen, causal=True)
 
 
 def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """FlashAttention-3."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    ends, longest = documents.boundaries, documents.longest
-    y = flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+    ends, max_seqlen = documents.cu_seqlens, documents.max_seqlen
+    y = flash_attn_varlen_func(q, k, v, ends, ends, max_seqlen, max_seqlen, causal=True)
     return y[0] if isinstance(y, tuple) else y  # older versions return lse as well
 
 

@@ -6,7 +6,7 @@ and q is multiplied by a learned gain per head; the scale is 1/sqrt(head width).
 attention (XSA) removes from each head's result y the direction v̂ of the token's own value,
 y ← y − (y·v̂)v̂, so that a head can only report what *other* tokens say.
 
-In a training step, and in test-time training, q, k and v are one product with a working copy of the
+In a training step, and in test-time training, q, k and v are one product with a copy of the
 three matrices (`model.network.compute_weights`); everywhere else they are three, so that each is a
 module whose input hooks see.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.data.packing import Documents, part_of
+from model.data.packing import Documents, select_positions
 from model.kernels import dispatch, reference
 from model.network.adapters import PROJECTIONS, LowRank
 from model.network.kv_cache import LayerCache
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.key = Linear(params.width, params.kv_heads * params.head_width)
         self.value = Linear(params.width, params.kv_heads * params.head_width)
         self.output = Linear(params.heads * params.head_width, params.width, zero=True)
-        self.working: Tensor | None = None  # query, key and value, one below the other
+        self.compute_weight: Tensor | None = None  # query, key and value, one below the other
         self.gain = nn.Parameter(torch.full((params.heads,), params.query_gain))
         self.value_gain = nn.Parameter(torch.ones(())) if uses_values else None
 
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self,
         n: Tensor,
         documents: Documents,
-        turns: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, Tensor],
         values: Tensor | None,
         adapters: LowRank | None,
         cache: LayerCache | None,
@@ -55,22 +55,22 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """From n (T, width) to (T, width), and what adapters add beside the attention, or None.
 
-        turns: cosines and sines of `rotation`; values: embeddings (T, kv_heads·d) or None;
+        cos_sin: cosines and sines of `rotation`; values: embeddings (T, kv_heads·d) or None;
         adapters: of the sites that read n; cache: earlier keys and values of the documents; part:
         the tokens (`model.data.packing`) that are wanted; None: all.
         """
         if part is not None or not (
             adapters is None or adapters.sites[: len(PROJECTIONS)] == PROJECTIONS
         ):
-            q, k, v, beside = self._project_apart(n, documents, turns, values, adapters, part)
+            q, k, v, beside = self._project_apart(n, documents, cos_sin, values, adapters, part)
         else:
             projected, beside = self._project(n, values, adapters)
             if cache is None:
                 y = dispatch.self_attention(
-                    projected, documents, self.gain, turns, self.head_width, self.exclusive
+                    projected, documents, self.gain, cos_sin, self.head_width, self.exclusive
                 )
                 return self.output(y), beside
-            q, k, v = self._cut(projected, turns)
+            q, k, v = self._cut(projected, cos_sin)
         return self.output(self._attend(q, k, v, documents, cache, part)), beside
 
     def _project(
@@ -80,10 +80,10 @@ class Attention(nn.Module):
         inner = None
         if adapters is not None:
             n, inner = adapters.inner(n)
-        if self.working is None:
+        if self.compute_weight is None:
             whole = torch.cat([layer(n) for layer in (self.query, self.key, self.value)], 1)
         else:
-            whole = F.linear(n, self.working)
+            whole = F.linear(n, self.compute_weight)
         beside = None
         if adapters is not None and inner is not None:
             whole, rest = adapters.added(inner, whole)
@@ -91,12 +91,12 @@ class Attention(nn.Module):
         return self._with_embeddings(whole, values), beside
 
     def _cut(
-        self, projected: Tensor, turns: tuple[Tensor, Tensor]
+        self, projected: Tensor, cos_sin: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, heads, d), keys and values (T, kv_heads, d), ready for attention."""
         heads = self._heads(projected)
         both, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        turned = dispatch.turned(both, self.gain, turns)
+        turned = dispatch.qk_norm_rope(both, self.gain, cos_sin)
         q, k = turned.split([self.heads, self.kv_heads], dim=1)
         return q, k, v
 
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         self,
         n: Tensor,
         documents: Documents,
-        turns: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, Tensor],
         values: Tensor | None,
         adapters: LowRank | None,
         part: Tensor | None,
@@ -122,8 +122,11 @@ class Attention(nn.Module):
         if "value" in deltas:
             v = v + deltas["value"]
         q, k, v = (self._heads(x) for x in (q, k, self._with_embeddings(v, values)))
-        cosines, sines = (part_of(x, documents, part) for x in turns)
-        q, k = dispatch.turned(q, self.gain, (cosines, sines)), dispatch.turned(k, None, turns)
+        cosines, sines = (select_positions(x, documents, part) for x in cos_sin)
+        q, k = (
+            dispatch.qk_norm_rope(q, self.gain, (cosines, sines)),
+            dispatch.qk_norm_rope(k, None, cos_sin),
+        )
         return q, k, v, deltas.get("attention")
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -143,13 +146,13 @@ class Attention(nn.Module):
         self, n: Tensor, documents: Documents, part: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         layers = (self.query, self.key, self.value)
-        if self.working is None:
+        if self.compute_weight is None:
             q, k, v = (layer(n) for layer in layers)
-            return part_of(q, documents, part), k, v
+            return select_positions(q, documents, part), k, v
         widths = [layer.weight.shape[0] for layer in layers]
-        query, others = self.working.split([widths[0], sum(widths[1:])])
+        query, others = self.compute_weight.split([widths[0], sum(widths[1:])])
         k, v = F.linear(n, others).split(widths[1:], dim=-1)
-        return F.linear(part_of(n, documents, part), query), k, v
+        return F.linear(select_positions(n, documents, part), query), k, v
 
     def _attend(
         self,
@@ -172,7 +175,7 @@ class Attention(nn.Module):
     def _attend_part(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, part: Tensor
     ) -> Tensor:
-        own = part_of(v, documents, part)
+        own = select_positions(v, documents, part)
         q, k, v = (x.unflatten(0, (documents.count, -1)) for x in (q, k, v))
-        y = dispatch.part_attention(q, k, v, part).flatten(0, 1)
+        y = dispatch.query_subset_attention(q, k, v, part).flatten(0, 1)
         return reference.exclude_own_value(y, own) if self.exclusive else y

@@ -6,7 +6,7 @@ layers from drowning the earlier ones; a and b are learned per channel.
 
 What differs between blocks comes in as tensors (the depth scale is one), so that one compiled graph
 serves all blocks that have a skip or not, and value embeddings or not. In a training step a and b
-are part of the working copies of the output matrices (`model.network.compute_weights`).
+are part of the compute_weight copies of the output matrices (`model.network.compute_weights`).
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from model.data.packing import Documents, part_of
+from model.data.packing import Documents, select_positions
 from model.kernels import dispatch
 from model.network.adapters import BlockAdapters
 from model.network.attention import Attention
@@ -54,7 +54,7 @@ class Block(nn.Module):
         x0: Tensor,
         skip: tuple[Tensor, Tensor] | None,
         documents: Documents,
-        turns: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, Tensor],
         values: Tensor | None,
         adapters: BlockAdapters,
         cache: LayerCache | None,
@@ -62,17 +62,17 @@ class Block(nn.Module):
     ) -> Tensor:
         """Map x (T, width) to (T, width).
 
-        skip: an earlier block's output (T, width) and its weights (width,), or None; turns and
+        skip: an earlier block's output (T, width) and its weights (width,), or None; cos_sin and
         values: see `Attention.project`; cache: earlier keys and values of the same documents.
         part: the tokens that are wanted (`model.data.packing`; no cache); None: all.
         """
-        x, n = dispatch.mixed_norm(x, x0, self.mix, self.depth_scale, skip)
+        x, n = dispatch.mix_residual_norm(x, x0, self.mix, self.depth_scale, skip)
         branch, beside = self.attention(
-            n, documents, turns, values, adapters.attention, cache, part
+            n, documents, cos_sin, values, adapters.attention, cache, part
         )
-        x = part_of(x, documents, part)
+        x = select_positions(x, documents, part)
         branch = _scaled(branch, self.attention_scale, self.attention.output)
-        x, r = dispatch.summed_norm(x, branch, beside, self.attention_scale, self.depth_scale)
+        x, r = dispatch.add_residual_norm(x, branch, beside, self.attention_scale, self.depth_scale)
         if adapters.mlp is None:
             return x + self._feed_forward(r)
         r, inner = adapters.mlp.inner(r)
@@ -84,7 +84,7 @@ class Block(nn.Module):
 
 
 def _scaled(branch: Tensor, scale: Tensor | None, output: Linear) -> Tensor:
-    """The branch times its scale, which is part of a working copy of `output` already."""
-    if scale is None or output.working is not None:
+    """The branch times its scale, which is part of a compute_weight copy of `output` already."""
+    if scale is None or output.compute_weight is not None:
         return branch
     return branch * scale.to(branch.dtype)

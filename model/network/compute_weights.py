@@ -6,7 +6,7 @@ In front of every product with many tokens stands something that depends on the 
     attention  a ⊙ (y·W_oᵀ) = y·(diag(a)·W_o)ᵀ
     MLP        b ⊙ (h·W_downᵀ) = h·(diag(b)·W_down)ᵀ
 
-The working copy of each is made from the fp32 masters (rounded first in late quantisation-aware
+The working copy of each is made from the fp32 masters (rounded first in late quantization-aware
 training) and cast to the compute dtype. The products of all micro-batches use it; their gradients,
 summed in fp32, go back to the masters, scales and rounding by the chain rule once per step. So the
 scales cost neither an activation kept for backward nor a sum over all tokens per channel, nothing
@@ -53,7 +53,7 @@ def products(block: Block) -> list[Product]:
     ]
 
 
-class WorkingWeights:
+class ComputeWeights:
     """Working copies of the matrices of `model`; weights and gradients stay where they are.
 
     One step: `with in_use(rounding)`, in which every backward pass is followed by `collect`; at
@@ -129,12 +129,12 @@ def model_products(model: GPT) -> list[Product]:
 @contextmanager
 def _in_place(chosen: Sequence[Product], copies: Sequence[Tensor]) -> Iterator[None]:
     for product, copy in zip(chosen, copies, strict=True):
-        product.place.working = copy
+        product.place.compute_weight = copy
     try:
         yield
     finally:
         for product in chosen:
-            product.place.working = None
+            product.place.compute_weight = None
 
 
 def _effective(chosen: Sequence[Product], rounding: Rounding | None) -> list[Tensor]:

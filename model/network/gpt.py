@@ -30,7 +30,7 @@ from model.network.adapters import BlockAdapters, LowRank
 from model.network.block import Block, depth_scale
 from model.network.embeddings import BigramEmbedding, SmearGate, ValueEmbedding
 from model.network.hash_embedding import HashTable
-from model.network.kv_cache import NO_TOKEN, Cache
+from model.network.kv_cache import NO_TOKEN, KVCache
 from model.network.linear import Linear
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Adapters(NamedTuple):
     table: HashTable | None = None
 
 
-class Past(NamedTuple):
+class CachedPrefix(NamedTuple):
     """What is cached of the documents so far, but for keys and values.
 
     length: tokens, int or 0-dimensional; token: the last, int64 (documents,) or NO_TOKEN;
@@ -61,21 +61,21 @@ class Past(NamedTuple):
     embedding: Tensor | int
 
 
-class Input(NamedTuple):
+class BlockInputs(NamedTuple):
     """What the blocks work on.
 
-    embedding: normed and smeared, (T, width) in the compute dtype; turns: of `rotation`;
+    embedding: normed and smeared, (T, width) in the compute dtype; cos_sin: of `rotation`;
     values: value embeddings (T, kv_heads·d) or None; normed: the embedding before the smear, for a
     cache, else None.
     """
 
     embedding: Tensor
-    turns: tuple[Tensor, Tensor]
+    cos_sin: tuple[Tensor, Tensor]
     values: Tensor | None
     normed: Tensor | None
 
 
-NOTHING = BlockAdapters()
+NO_ADAPTERS = BlockAdapters()
 
 
 class TiedHead(nn.Module):
@@ -118,7 +118,7 @@ class GPT(nn.Module):
         half = params.layers // 2
         self.skip_weights = nn.Parameter(torch.ones(half, width)) if params.skips and half else None
         self.head = TiedHead()
-        self._input: Callable[..., Input] = self._embed
+        self._input: Callable[..., BlockInputs] = self._embed
         self._score: Callable[..., Tensor] = self._losses
 
     def compile_parts(self, **options: Any) -> None:
@@ -157,16 +157,16 @@ class GPT(nn.Module):
             return self.compute_dtype
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    def new_cache(self, rows: int, capacity: int) -> Cache:
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `rows` documents of up to `capacity` tokens."""
-        return Cache(self.params, rows, capacity, self.device, self.dtype)
+        return KVCache(self.params, rows, capacity, self.device, self.dtype)
 
     def forward(
         self,
         tokens: Tensor,
         documents: Documents,
         adapters: Adapters | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         select: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token, fp32 (T or len(select), vocabulary).
@@ -184,7 +184,7 @@ class GPT(nn.Module):
         targets: Tensor,
         documents: Documents,
         adapters: Adapters | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         select: Tensor | None = None,
         part: Tensor | None = None,
     ) -> Tensor:
@@ -218,15 +218,15 @@ class GPT(nn.Module):
         tokens: Tensor,
         documents: Documents,
         adapters: Adapters | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         part: Tensor | None = None,
     ) -> Tensor:
         """Residual stream after the last block, (T, width) in the compute dtype.
 
         part: the tokens for which alone the last block works, see `losses`.
         """
-        past = Past(cache.length, cache.last_token, cache.last_embedding) if cache else None
-        dispatch.find_pieces(documents, tokens.device)
+        past = CachedPrefix(cache.length, cache.last_token, cache.last_embedding) if cache else None
+        dispatch.prepare_documents(documents, tokens.device)
         given = self._input(tokens, documents, adapters.table if adapters else None, past)
         if cache is not None:
             assert given.normed is not None
@@ -236,15 +236,15 @@ class GPT(nn.Module):
 
     def _run_blocks(
         self,
-        given: Input,
+        given: BlockInputs,
         documents: Documents,
         adapters: Adapters | None,
-        cache: Cache | None,
+        cache: KVCache | None,
         part: Tensor | None,
     ) -> Tensor:
-        x0, turns, values, _ = given
+        x0, cos_sin, values, _ = given
         # Views, as one object in two places would make compiled graphs of their own.
-        x, *inputs = dispatch.fan_out(x0, 1 + len(self.blocks))
+        x, *inputs = dispatch.grad_fanout(x0, 1 + len(self.blocks))
         skips = () if self.skip_weights is None else self.skip_weights.unbind()
         earlier: list[Tensor] = []
         for layer, (block, x0) in enumerate(zip(self.blocks, inputs, strict=True)):
@@ -254,9 +254,9 @@ class GPT(nn.Module):
                 x0,
                 (earlier.pop(), skips[layer - len(skips)]) if second_half else None,
                 documents,
-                turns,
+                cos_sin,
                 values if layer in self.params.value_layers else None,
-                adapters.blocks[layer] if adapters else NOTHING,
+                adapters.blocks[layer] if adapters else NO_ADAPTERS,
                 cache.layers[layer] if cache else None,
                 part if layer == len(self.blocks) - 1 else None,
             )
@@ -265,11 +265,15 @@ class GPT(nn.Module):
         return x
 
     def _embed(
-        self, tokens: Tensor, documents: Documents, table: HashTable | None, past: Past | None
-    ) -> Input:
+        self,
+        tokens: Tensor,
+        documents: Documents,
+        table: HashTable | None,
+        past: CachedPrefix | None,
+    ) -> BlockInputs:
         """Everything that the blocks get from the tokens and their positions."""
         positions = documents.positions + (past.length if past else 0)
-        turns = rotation(positions, self.params.rope_width, self.params.rope_base)
+        cos_sin = rotation(positions, self.params.rope_width, self.params.rope_base)
         values = None
         if self.value_embedding is not None:
             values = self.value_embedding(tokens, self.dtype)
@@ -283,4 +287,4 @@ class GPT(nn.Module):
         x = normed
         if self.smear is not None:
             x = self.smear(x, documents, past.embedding if past else 0)
-        return Input(x, turns, values, normed if past else None)
+        return BlockInputs(x, cos_sin, values, normed if past else None)

@@ -4,8 +4,8 @@ All documents of a cache have the same length so far. Keys are stored rotated, a
 positions. What is stored carries no gradient: a training step through a cached continuation
 differentiates the new tokens alone.
 
-    Cache          grows: every pass appends its tokens; the plain specification of the other
-    SlidingCache   a ring of the latest `capacity` tokens; a pass may be repeated before its tokens
+    KVCache          grows: every pass appends its tokens; the plain specification of the other
+    RingKVCache   a ring of the latest `capacity` tokens; a pass may be repeated before its tokens
                    enter the ring, and shapes do not depend on the length, which is on the device
 """
 
@@ -24,7 +24,7 @@ NO_TOKEN = -1  # precedes the first token of a document
 
 @dataclass
 class LayerCache:
-    """One layer's part of a `Cache`: keys and values, each (rows, capacity, kv_heads, d)."""
+    """One layer's part of a `KVCache`: keys and values, each (rows, capacity, kv_heads, d)."""
 
     keys: Tensor
     values: Tensor
@@ -53,7 +53,7 @@ class LayerCache:
         return keys, values, visible
 
 
-class Cache:
+class KVCache:
     """Earlier text of `rows` documents for `GPT.forward`, up to `capacity` tokens each."""
 
     def __init__(
@@ -81,7 +81,7 @@ class Cache:
 
 @dataclass
 class CurrentPass:
-    """What all layers of a `SlidingCache` must know of the pass under way.
+    """What all layers of a `RingKVCache` must know of the pass under way.
 
     filled: int64 (), how many slots, from the first, hold something; slots: how many are looked at;
     recording: whether its tokens will enter the ring, and `entering` how many of them (None: all).
@@ -95,13 +95,13 @@ class CurrentPass:
     entering: int | None = None
 
 
-class SlidingLayer(LayerCache):
-    """One layer's part of a `SlidingCache`."""
+class RingLayerCache(LayerCache):
+    """One layer's part of a `RingKVCache`."""
 
     def __init__(self, current: CurrentPass, keys: Tensor, values: Tensor) -> None:
         super().__init__(keys, values)
         self._current = current
-        self.recorded: tuple[Tensor, Tensor] | None = None
+        self.captured: tuple[Tensor, Tensor] | None = None
 
     def past(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """The ring's keys and values, each (rows, capacity, kv_heads, d), and the filled slots.
@@ -114,7 +114,7 @@ class SlidingLayer(LayerCache):
         """Note k and v (rows, new, kv_heads, d) if this is the pass whose tokens are kept."""
         if self._current.recording:
             entering = self._current.entering
-            self.recorded = (k[:, :entering].detach(), v[:, :entering].detach())
+            self.captured = (k[:, :entering].detach(), v[:, :entering].detach())
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Record k and v and set them beside the ring's; see `LayerCache.extend`."""
@@ -128,13 +128,13 @@ class SlidingLayer(LayerCache):
         return keys, values, torch.cat((seen.expand(new, -1), causal), 1)
 
 
-class SlidingCache(Cache):
+class RingKVCache(KVCache):
     """The latest `capacity` tokens of up to `rows` documents, each in slot position mod capacity.
 
-    A chunk of new tokens is `move_to`, any number of passes through the model, each begun by
-    `open`, and `close`. The passes see the same past; the tokens of the recorded one, or the first
-    so many of them, enter the ring at the end. slots: how many slots, from the first, the passes
-    look at; at least min(position, capacity) hold something.
+    A chunk of new tokens is `seek`, any number of passes through the model, each begun by
+    `begin_forward`, and `commit`. The passes see the same past; the tokens of the captured one, or
+    the first so many of them, enter the ring at the end. slots: how many slots, from the first, the
+    passes look at; at least min(position, capacity) hold something.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class SlidingCache(Cache):
         self._length, filled = torch.zeros(2, dtype=torch.int64, device=device).unbind()
         self._current = CurrentPass(filled)
         self.length = self._length
-        self._layers = [SlidingLayer(self._current, *pair) for pair in self.storage]
+        self._layers = [RingLayerCache(self._current, *pair) for pair in self.storage]
         self.layers = self._layers
         self._tokens = torch.full((rows,), NO_TOKEN, dtype=torch.int64, device=device)
         self._embeddings = torch.zeros((rows, params.width), dtype=dtype, device=device)
@@ -168,30 +168,30 @@ class SlidingCache(Cache):
         self.rows = rows
         self.last_token, self.last_embedding = self._tokens[:rows], self._embeddings[:rows]
 
-    def move_to(self, position: int, slots: int) -> None:
+    def seek(self, position: int, slots: int) -> None:
         """Say where the next tokens stand in their documents, and how many slots to look at."""
         self._current.slots = min(slots, self.capacity)
         self._begin.fill_(position)
         self._current.filled.fill_(min(position, self._current.slots))
 
-    def open(self, record: bool, entering: int | None = None) -> None:
+    def begin_forward(self, record: bool, entering: int | None = None) -> None:
         """Begin a pass; record: its first `entering` tokens (None: all) will enter the ring."""
         self._length.copy_(self._begin)  # which GPT.forward will count on
         self._current.recording, self._current.entering = record, entering
 
     def remember(self, tokens: Tensor, embeddings: Tensor) -> None:
-        """Note what the pass will leave as last token and embedding; see `Cache.remember`."""
+        """Note what the pass will leave as last token and embedding; see `KVCache.remember`."""
         entering = self._current.entering
         if self._current.recording and entering != 0:
             last = -1 if entering is None else entering - 1
             embeddings = embeddings.detach().view(self.rows, -1, embeddings.shape[-1])
             self._last = tokens.view(self.rows, -1)[:, last], embeddings[:, last]
 
-    def close(self) -> None:
-        """Let the recorded tokens enter the ring, over the oldest ones."""
+    def commit(self) -> None:
+        """Let the captured tokens enter the ring, over the oldest ones."""
         if self._current.entering == 0:
             return
-        parts = [x for layer in self._layers if layer.recorded for x in layer.recorded]
+        parts = [x for layer in self._layers if layer.captured for x in layer.captured]
         new = parts[0].shape[1]
         kept = min(new, self.capacity)
         if kept:
@@ -202,6 +202,6 @@ class SlidingCache(Cache):
             slots = (self._begin + numbers) % self.capacity
             ring.index_copy_(3, slots, latest.view(*ring.shape[:3], kept, *ring.shape[4:]))
         for layer in self._layers:
-            layer.recorded = None
+            layer.captured = None
         self._tokens[: self.rows] = self._last[0]
         self._embeddings[: self.rows] = self._last[1]

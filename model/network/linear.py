@@ -2,7 +2,7 @@
 
 The weight stays in fp32 for the optimizer and is cast where it is used, so one parameter has one
 name in the checkpoint, the optimizer, the Hessian, the adapters and the artifact. During a training
-step `working` takes its place (`model.network.compute_weights`).
+step `compute_weight` takes its place (`model.network.compute_weights`).
 """
 
 import torch
@@ -22,11 +22,11 @@ class Linear(nn.Module):
         super().__init__()
         weight = torch.zeros(outputs, inputs) if zero else initial.orthogonal(outputs, inputs)
         self.weight = nn.Parameter(weight)
-        self.working: Tensor | None = None
+        self.compute_weight: Tensor | None = None
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """What x is multiplied by: the working copy if there is one, else the weight in `dtype`."""
-        return self.weight.to(dtype) if self.working is None else self.working
+        """What x is multiplied by: `compute_weight` if there is one, else the weight in `dtype`."""
+        return self.weight.to(dtype) if self.compute_weight is None else self.compute_weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x (…, inputs) to (…, outputs) in the dtype of x."""

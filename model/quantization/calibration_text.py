@@ -1,4 +1,4 @@
-"""Text written by the model itself, to calibrate its own quantisation.
+"""Text written by the model itself, to calibrate its own quantization.
 
 Token t+1 of sequence i is drawn by inverting the cumulative distribution of softmax(z / τ) at a
 number u[i, t] in [0, 1) that was drawn beforehand from (seed, i). The text therefore depends
@@ -8,7 +8,7 @@ border between two tokens.
 
 A token's work has shapes that depend only on the number of cache slots it looks at, which grows by
 blocks, or is fixed where a kernel skips the empty ones; and it reads and writes memory that stays
-in place. So it can be recorded as a CUDA graph for every number of slots and replayed, as its some
+in place. So it can be captured as a CUDA graph for every number of slots and replayed, as its some
 hundred kernels run faster than Python launches them.
 
 Each sequence is one document: BOS, then text. Control tokens are never drawn: in packed documents
@@ -25,8 +25,8 @@ from model.data.packing import Documents
 from model.kernels import dispatch
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
-from model.network.kv_cache import SlidingCache
-from model.runtime.cuda_graphs import Replay
+from model.network.kv_cache import RingKVCache
+from model.runtime.cuda_graphs import GraphRunner
 
 ReportProgress = Callable[[int], None]
 SLOTS = 256  # of the cache, by which the number that a token looks at grows
@@ -66,28 +66,28 @@ class _Writer:
         self._model, self._temperature = model, temperature
         self._noise, self._forbidden = noise.to(device), forbidden.to(device)
         self.tokens = torch.full((rows, length), bos, dtype=torch.int64, device=device)
-        self._cache = SlidingCache(model.params, rows, length, device, model.dtype)
+        self._cache = RingKVCache(model.params, rows, length, device, model.dtype)
         self._step = Documents.from_rows(rows, 1, device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def move_to(self, position: int) -> int:
+    def seek(self, position: int) -> int:
         """Go to the token at `position`; returns how many slots of the cache it will look at."""
         slots = self.tokens.shape[1]
         if not dispatch.reads_filled_slots(self.tokens.device):
             slots = min(-(-position // SLOTS) * SLOTS, slots)
-        self._cache.move_to(position, slots)
+        self._cache.seek(position, slots)
         self._position.fill_(position)
         return slots
 
     def write(self) -> Tensor:
         """Read the token at the position and draw the next, (rows,)."""
-        self._cache.open(record=True)
+        self._cache.begin_forward(record=True)
         current = self.tokens.index_select(1, self._position).squeeze(1)
         logits = self._model(current, self._step, cache=self._cache)
         noise = self._noise.index_select(1, self._position).squeeze(1)
         drawn = draw(logits, noise, self._temperature, self._forbidden)
         self.tokens.index_copy_(1, self._position + 1, drawn[:, None])
-        self._cache.close()
+        self._cache.commit()
         return drawn
 
 
@@ -99,19 +99,19 @@ def generate(
     bos: int,
     forbidden: Tensor,
     progress: ReportProgress | None = None,
-    replay: Replay | None = None,
+    runner: GraphRunner | None = None,
 ) -> Tensor:
     """Write one sequence per row of `noise`, all at once, with a key/value cache.
 
     noise: (rows, length − 1) of `sampling_noise`; forbidden: bool (vocabulary,), tokens never
-    drawn; progress: called with 1 at every token. replay: how a token's work is run; None: as it
+    drawn; progress: called with 1 at every token. runner: how a token's work is run; None: as it
     is. Returns int64 (rows, length), BOS first, on the model's device.
     """
-    replay = replay or Replay(recorded=False)
-    with fixed_weights(model), replay.stream():
+    runner = runner or GraphRunner(captured=False)
+    with fixed_weights(model), runner.stream():
         writer = _Writer(model, noise, temperature, bos, forbidden)
         for position in range(noise.shape[1] if len(noise) else 0):
-            replay.run(writer.move_to(position), writer.write)
+            runner.run(writer.seek(position), writer.write)
             if progress is not None:
                 progress(1)
     return writer.tokens

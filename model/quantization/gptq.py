@@ -1,4 +1,4 @@
-"""GPTQ: quantise a matrix column by column, each error made good by the columns still to come.
+"""GPTQ: quantize a matrix column by column, each error made good by the columns still to come.
 
 Frantar et al. 2022, arXiv:2210.17323. For y = W x with H = E[x xᵀ], the best answer to an error in
 column j is a change of the later columns along row j of U, the upper Cholesky factor of the inverse
@@ -48,7 +48,7 @@ def weighted_error(difference: Tensor, hessians: Tensor) -> Tensor:
 def gptq(
     weights: Tensor, hessians: Tensor, steps: Tensor, damping: float, block_columns: int
 ) -> list[Quantized]:
-    """Quantise matrices of one shape together.
+    """Quantize matrices of one shape together.
 
     weights: (matrices, rows, n), fp32; hessians: (matrices, n, n), fp64; steps of the matrices'
     grids: (matrices,), fp32 values that fp16 can hold; all on one device.

@@ -1,7 +1,7 @@
 """Second moments of the inputs of linear layers, H = E[x xᵀ], for GPTQ.
 
 A layer y = W x whose weight changes by E changes its output by E x, whose expected square over
-all outputs is tr(E H Eᵀ); so H weighs the errors of quantisation. H is collected by hooks on the
+all outputs is tr(E H Eᵀ); so H weighs the errors of quantization. H is collected by hooks on the
 ordinary modules during the ordinary packed forward pass, summed over all processes and divided by
 the number of tokens. Products and sums are fp64: a few outlying units make H nearly of rank one,
 and the rounding of its largest eigenvalue in fp32 may then exceed the damping that GPTQ relies on.

@@ -4,7 +4,7 @@ To second order, weights that are wrong by δ change the model's distribution by
 
     KL = ½ δᵀ F δ,   F = E[g gᵀ],  g the gradient of −log p(y | x), y drawn from the model itself
 
-(Amari 1998; in quantisation e.g. Kim et al. 2023, arXiv:2306.07629). KL is the expected rise of the
+(Amari 1998; in quantization e.g. Kim et al. 2023, arXiv:2306.07629). KL is the expected rise of the
 loss on text like the model's own. Here g is the gradient over a whole sequence whose
 targets are all redrawn, independently: gradients of different tokens are then uncorrelated, so
 E[(g·δ)²]/tokens is δᵀ F δ per token with nothing left out. Each sequence gives one (g·δ)², and

@@ -1,9 +1,9 @@
-"""Work of equal shapes recorded once as a CUDA graph and replayed.
+"""Work of equal shapes captured once as a CUDA graph and replayed.
 
 A cached chunk of test-time training (`model.ttt`), or a token of the calibration text
 (`model.quantization.calibration_text`), is hundreds of kernels of microseconds, which take longer
 to launch than to run; a graph launches them at once. The first call of all runs as it is, which
-takes what libraries take once. Any other first call of a key is recorded, which takes as long as
+takes what libraries take once. Any other first call of a key is captured, which takes as long as
 Python takes to run it, and is replayed at once, as are all later ones. The work may read and write
 only memory that stays in place, and its shapes may depend on the key alone.
 """
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 
-class Replay:
-    """Runs work by key; recorded=False runs everything as it is."""
+class GraphRunner:
+    """Runs work by key; captured=False runs everything as it is."""
 
-    def __init__(self, recorded: bool) -> None:
-        self.recorded, self._begun = recorded, False
+    def __init__(self, captured: bool) -> None:
+        self.captured, self._begun = captured, False
         self._known: dict[Hashable, Callable[[], Tensor]] = {}
 
     @contextmanager
@@ -28,8 +28,8 @@ class Replay:
         yield
 
     def run(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
-        """Do the work, or what was recorded under `key`; the result is valid until the next run."""
-        if not self.recorded or not self._begun:
+        """Do the work, or what was captured under `key`; the result is valid until the next run."""
+        if not self.captured or not self._begun:
             self._begun = True
             return work()
         if key not in self._known:
@@ -40,11 +40,11 @@ class Replay:
         return work
 
 
-class CUDAReplay(Replay):
-    """Replay by CUDA graphs that share one pool of memory."""
+class CUDAGraphRunner(GraphRunner):
+    """GraphRunner by CUDA graphs that share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(recorded=True)
+        super().__init__(captured=True)
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 

@@ -50,7 +50,7 @@ class RunLog:
         self.lines = len(kept)
 
     def event(self, event: str, /, **values: Any) -> None:
-        """Write one line; values must be JSON-serialisable."""
+        """Write one line; values must be JSON-serializable."""
         if self._file is None:
             return
         line = {"event": event, "seconds": round(time.perf_counter() - self.started, 4), **values}

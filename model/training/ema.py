@@ -3,7 +3,7 @@
 The average after t steps gives the weights of step i the share d^(t−i)·(1 − d)/(1 − d^t). The
 denominator starts it from the trained weights instead of the random ones (as in Adam's bias
 correction): after one step the average is those weights, after a hundred at d = 0.97 it holds
-nothing of the initialisation instead of 5 %. After the record's 7,000 steps it makes no difference.
+nothing of the initialization instead of 5 %. After the record's 7,000 steps it makes no difference.
 """
 
 from collections.abc import Mapping

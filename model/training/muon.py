@@ -7,10 +7,10 @@ For a matrix W (rows, columns) with gradient G at momentum μ:
 
 O comes from Newton-Schulz iterations X ← aX + (bA + cA²)X with A = XXᵀ, which push every singular
 value of X = D/‖D‖ towards 1; the coefficients trade accuracy (values end within about ±0.3 of 1)
-for speed. Matrices of one shape are stacked and orthogonalised in one batch.
+for speed. Matrices of one shape are stacked and orthogonalized in one batch.
 
 Many processes share the work ("Parallel Muon"): the stacked gradients are reduce-scattered, every
-process orthogonalises the matrices it owns, and the orthogonal updates are all-gathered while the
+process orthogonalizes the matrices it owns, and the orthogonal updates are all-gathered while the
 next stack is computed. Gathering O rather than W halves the traffic, as O is bf16 on a GPU, and
 every process then applies the same update to its own fp32 weights.
 """
@@ -31,7 +31,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def orthogonalise(matrices: Tensor, iterations: int) -> Tensor:
+def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     """Nearly orthogonal factors U Vᵀ of matrices (n, rows, columns); zero matrices stay zero.
 
     Computed and returned in bf16 on CUDA. CPUs seldom multiply bf16 in hardware and are several
@@ -51,7 +51,7 @@ def orthogonalise(matrices: Tensor, iterations: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Slot:
+class StateTensor:
     """Where a tensor of the training state is kept.
 
     owner: the only process that has `tensor`; None if all have it, and the same.
@@ -84,12 +84,12 @@ class Stack:
         self._updates: Tensor | None = None
         self._work: dist.Work | None = None
 
-    def slots(self) -> Iterator[tuple[str, Slot]]:
+    def state_tensors(self) -> Iterator[tuple[str, StateTensor]]:
         """Yield each matrix's name and the place of its momentum."""
         for number, name in enumerate(self.names):
             owner, index = divmod(number, self.share)
             mine = self.momentum[index] if owner == self.group.rank else None
-            yield name, Slot(owner, self.weights[0].shape, mine)
+            yield name, StateTensor(owner, self.weights[0].shape, mine)
 
     def start_reduction(self) -> None:
         """Begin to sum the gradients over the processes."""
@@ -101,13 +101,13 @@ class Stack:
         self._wait()
 
     def start_update(self, clip: Tensor | None, momentum: float, iterations: int) -> None:
-        """Orthogonalise the owned share and begin to gather everyone's.
+        """Orthogonalize the owned share and begin to gather everyone's.
 
         clip: 0-dimensional factor of the gradients, or None.
         """
         gradient = self.owned if clip is None else self.owned.mul_(clip)
         self.momentum.mul_(momentum).add_(gradient)
-        update = orthogonalise(gradient.add(self.momentum, alpha=momentum), iterations)
+        update = orthogonalize(gradient.add(self.momentum, alpha=momentum), iterations)
         if self.group.size > 1:
             self._updates = update.new_empty(self.gradients.shape)
             self._work = _all_gather(self._updates, update.contiguous(), async_op=True)
@@ -173,6 +173,6 @@ class Muon:
         for stack in self.stacks:
             stack.finish_update(lr, weight_decay)
 
-    def slots(self) -> dict[str, Slot]:
+    def state_tensors(self) -> dict[str, StateTensor]:
         """Where the momentum of each matrix is kept, by name."""
-        return {name: slot for stack in self.stacks for name, slot in stack.slots()}
+        return {name: slot for stack in self.stacks for name, slot in stack.state_tensors()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
-from model.training.muon import Muon, Slot
+from model.training.muon import Muon, StateTensor
 
 if TYPE_CHECKING:
     from pocketlm.params.schema import TrainParams
@@ -109,13 +109,13 @@ class Optimizer:
         norm = (squared + self.rest_gradients.square().sum()).sqrt()
         return (self.params.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
 
-    def slots(self) -> dict[str, Slot]:
+    def state_tensors(self) -> dict[str, StateTensor]:
         """Where the tensors of the state are kept: momentum/…, first/…, second/… by parameter."""
-        found = {f"momentum/{name}": slot for name, slot in self.muon.slots().items()}
+        found = {f"momentum/{name}": entry for name, entry in self.muon.state_tensors().items()}
         for name, parameter in self.rest.items():
             state = self.adamw.state[parameter]
             for key, label in (("exp_avg", "first"), ("exp_avg_sq", "second")):
-                found[f"{label}/{name}"] = Slot(None, parameter.shape, state[key])
+                found[f"{label}/{name}"] = StateTensor(None, parameter.shape, state[key])
         return found
 
     def set_step(self, step: int) -> None:

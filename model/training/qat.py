@@ -1,4 +1,4 @@
-"""Quantisation-aware training: matrices are rounded in the forward pass, not in the backward.
+"""Quantization-aware training: matrices are rounded in the forward pass, not in the backward.
 
 A row w becomes s·round(w/s) on a symmetric grid that reaches up to its largest value. The steps of
 the artifact follow from the byte budget and are known only after training; this grid stands in. The

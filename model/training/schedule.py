@@ -83,7 +83,7 @@ class Decisions:
         # Beside NCCL, which only moves what is on a GPU; None is the default group, gloo.
         self._hosts = dist.new_group(backend="gloo") if _on_gpus(group) else None
 
-    def share(self, value: float) -> float:
+    def broadcast_from_main(self, value: float) -> float:
         """The main process's `value`, in every process; all must call it."""
         if self._group.size == 1:
             return value

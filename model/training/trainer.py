@@ -2,7 +2,7 @@
 
 The state is a flat dictionary of tensors that no process count has left a trace in, so that a run
 saved by one number of processes is continued by another. Nothing random happens after the
-initialisation, and batches are found by the number of the step: weights, averages, moments and the
+initialization, and batches are found by the number of the step: weights, averages, moments and the
 number of steps are the whole state.
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from model.data.packing import Documents
 from model.kernels import dispatch
-from model.network.compute_weights import WorkingWeights
+from model.network.compute_weights import ComputeWeights
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
 from model.training.ema import Average
-from model.training.muon import Slot
+from model.training.muon import StateTensor
 from model.training.optimizer import Optimizer
 from model.training.qat import StraightThrough
 
@@ -40,7 +40,7 @@ class Trainer:
         self.optimizer = Optimizer(model, params, group)
         self.average = Average(dict(model.named_parameters()), params.ema_decay)
         self.rounding = StraightThrough(params.qat_bits)
-        self.working = WorkingWeights(model)
+        self.compute_weights = ComputeWeights(model)
         self.microbatches = params.tokens_per_step // params.tokens_per_microbatch // group.size
         self.steps = 0
 
@@ -57,10 +57,10 @@ class Trainer:
         rounded = multiplier < self.params.qat_threshold
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.group.device)
-        with self.working.in_use(self.rounding if rounded else None):
+        with self.compute_weights.in_use(self.rounding if rounded else None):
             for _ in range(microbatches):
                 total += self._microbatch(*next(batches))
-                self.working.collect()
+                self.compute_weights.collect()
         self.optimizer.step(self.steps, multiplier)
         self.steps += 1
         self.average.update(self.steps)
@@ -68,17 +68,17 @@ class Trainer:
 
     def _microbatch(self, tokens: Tensor, targets: Tensor, documents: Documents) -> Tensor:
         """Add the gradients of one micro-batch; its share of the step's mean loss."""
-        self.announce(documents)
+        self.mark_dynamic(documents)
         losses = self.model.losses(tokens, targets, documents)
         loss = losses.mean() / (self.microbatches * self.group.size)
         loss.backward()
         return loss.detach()
 
-    def announce(self, documents: Documents) -> None:
+    def mark_dynamic(self, documents: Documents) -> None:
         """Let one compiled graph serve any number of documents, from the first batch on."""
         if self.compiled:
-            dispatch.find_pieces(documents, self.group.device)
-            for tensor in (documents.boundaries, documents.tiles):
+            dispatch.prepare_documents(documents, self.group.device)
+            for tensor in (documents.cu_seqlens, documents.tiles):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def warm_up(self, batches: Batches) -> None:
@@ -96,12 +96,12 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Copies on the CPU of all tensors, in the main process; empty elsewhere. Collective."""
         copies = {}
-        for name, slot in self._slots().items():
-            tensor = slot.tensor
+        for name, entry in self._state_tensors().items():
+            tensor = entry.tensor
             if tensor is None:
-                tensor = torch.empty(slot.shape, device=self.group.device)
-            if slot.owner is not None:
-                self.group.broadcast(tensor, slot.owner)
+                tensor = torch.empty(entry.shape, device=self.group.device)
+            if entry.owner is not None:
+                self.group.broadcast(tensor, entry.owner)
             if self.group.is_main:
                 copies[name] = tensor.detach().to("cpu", copy=True)
         return copies
@@ -111,35 +111,35 @@ class Trainer:
 
         Raises InputError if it is the state of another model.
         """
-        slots = self._slots()
+        state_tensors = self._state_tensors()
         if self.group.is_main:
-            _require_same(state, slots)
+            _require_same(state, state_tensors)
         with torch.no_grad():
-            for name, slot in slots.items():
+            for name, entry in state_tensors.items():
                 if self.group.is_main:
                     tensor = state[name].to(self.group.device)
                 else:
-                    tensor = torch.empty(slot.shape, device=self.group.device)
+                    tensor = torch.empty(entry.shape, device=self.group.device)
                 self.group.broadcast(tensor)
-                if slot.tensor is not None:
-                    slot.tensor.copy_(tensor)
+                if entry.tensor is not None:
+                    entry.tensor.copy_(tensor)
         self.steps = steps
         self.optimizer.set_step(steps)
 
-    def _slots(self) -> dict[str, Slot]:
+    def _state_tensors(self) -> dict[str, StateTensor]:
         kinds: dict[str, Mapping[str, Tensor]] = {"weights": dict(self.model.named_parameters())}
         if self.params.ema_decay:
             kinds["average"] = self.average.tensors
         tensors = {
             f"{kind}/{name}": t for kind, named in kinds.items() for name, t in named.items()
         }
-        shared = {name: Slot(None, tensor.shape, tensor) for name, tensor in tensors.items()}
-        return shared | self.optimizer.slots()
+        shared = {name: StateTensor(None, tensor.shape, tensor) for name, tensor in tensors.items()}
+        return shared | self.optimizer.state_tensors()
 
 
-def _require_same(state: dict[str, Tensor], slots: dict[str, Slot]) -> None:
+def _require_same(state: dict[str, Tensor], state_tensors: dict[str, StateTensor]) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wanted = {name: tuple(slot.shape) for name, slot in slots.items()}
+    wanted = {name: tuple(entry.shape) for name, entry in state_tensors.items()}
     differing = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
     if differing:
         name = differing[0]

@@ -17,4 +17,4 @@ chunk is not trained on:
 """
 
 from model.ttt.loop import ttt_losses as ttt_losses
-from model.ttt.warmup import rehearse as rehearse
+from model.ttt.warmup import warm_up_kernels as warm_up_kernels

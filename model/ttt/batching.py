@@ -160,7 +160,7 @@ def makespan(times: Iterable[float], processes: int) -> float:
 
 def tokens_at_once(length: int, ttt: "TTTParams") -> int:
     """Most tokens that a document of this length reads in a pass."""
-    return min(length, ttt.context) if ttt.mode == "window" else ttt.chunk * (1 + ttt.reach)
+    return min(length, ttt.context) if ttt.mode == "window" else ttt.chunk * (1 + ttt.bptt_chunks)
 
 
 def rows_that_fit(model: GPT, ttt: "TTTParams") -> int:

@@ -2,11 +2,11 @@
 
 A chunk sees the same tokens as in mode `window`, up to `context` with its own, but what they left
 behind is not computed again: keys and values stay as the adapters of their time made them, at their
-true positions, and the gradient flows through the chunk alone. With `reach` above 0 so many chunks
-before it run again with it, and the gradient flows through them as well: what adapters learn is
-also what to leave behind for later tokens. What is kept comes from the last pass that ran a token,
-before its step. Every `refresh` chunks (0: never) the kept part is computed
-anew with the present adapters, as if its first token began the document.
+true positions, and the gradient flows through the chunk alone. With `bptt_chunks` above 0 so many
+chunks before it run again with it, and the gradient flows through them as well: what adapters learn
+is also what to leave behind for later tokens. What is kept comes from the last pass that ran a
+token, before its step. Every `refresh` chunks (0: never) the kept part is computed anew with the
+present adapters, as if its first token began the document.
 
 A chunk thus costs its own tokens and not its context's, and its shapes are the same wherever it
 stands, but for the number of slots of the ring that attention looks at.
@@ -21,7 +21,7 @@ from torch import Tensor
 from model.data.packing import Documents
 from model.kernels import dispatch
 from model.network.gpt import GPT
-from model.network.kv_cache import SlidingCache
+from model.network.kv_cache import RingKVCache
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.chunking import Pass, Shape
 from model.ttt.layouts import Layouts
@@ -37,11 +37,11 @@ def cached_shape(present: Pass, slots: int = 0) -> Shape:
 
 
 class CachedReader:
-    """Losses of chunks against a `SlidingCache`.
+    """Losses of chunks against a `RingKVCache`.
 
-    `begin` a batch; for each chunk `move_to` it, ask for `losses` once or more, `close` it.
-    Between the first `losses` and `close` every tensor read lies in memory taken here, so that the
-    work can be recorded for one chunk and replayed for others: `recorded` or not, which is the same
+    `begin` a batch; for each chunk `seek` it, ask for `losses` once or more, `commit` it.
+    Between the first `losses` and `commit` every tensor read lies in memory taken here, so that the
+    work can be captured for one chunk and replayed for others: `captured` or not, which is the same
     to this reader.
     """
 
@@ -51,10 +51,10 @@ class CachedReader:
         adapters: DocumentAdapters,
         ttt: "TTTParams",
         rows: int,
-        recorded: bool,
+        captured: bool,
     ) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
-        self._cache = SlidingCache(
+        self._cache = RingKVCache(
             model.params, rows, ttt.context - ttt.longest_pass, model.device, model.dtype
         )
         sizes = [rows * ttt.longest_pass, rows * ttt.largest_chunk]
@@ -80,7 +80,7 @@ class CachedReader:
             slots = slots_at(present.first, self._ttt.chunk, slots)
         return cached_shape(present, slots)
 
-    def move_to(self, present: Pass, shape: Shape) -> None:
+    def seek(self, present: Pass, shape: Shape) -> None:
         """Go to a chunk."""
         rows, (start, end, first, _) = self._tokens.shape[0], present
         length, size, self._leaving, slots = shape
@@ -89,7 +89,7 @@ class CachedReader:
         self._pass_tokens[self._present].view(rows, -1).copy_(self._tokens[:, first:end])
         self._chunk_targets[self._wanted].view(rows, -1).copy_(self._targets[:, start:end])
         self._select = self._chosen(rows, length, size)
-        self._cache.move_to(first, slots)
+        self._cache.seek(first, slots)
 
     def _chosen(self, rows: int, length: int, size: int) -> Tensor | None:
         """Indices of the chunk's tokens among those of the pass, (rows·size,); None: all."""
@@ -103,7 +103,7 @@ class CachedReader:
     def losses(self, first: bool) -> Tensor:
         """Losses (documents, chunk) with the present adapters; the first pass is what is kept."""
         rows = self._packed.count
-        self._cache.open(record=first, entering=self._leaving)
+        self._cache.begin_forward(record=first, entering=self._leaving)
         losses = self._model.losses(
             self._pass_tokens[self._present],
             self._chunk_targets[self._wanted],
@@ -114,9 +114,9 @@ class CachedReader:
         )
         return losses.view(rows, -1)
 
-    def close(self) -> None:
+    def commit(self) -> None:
         """Keep the keys and values of what the next pass does not run, over the oldest."""
-        self._cache.close()
+        self._cache.commit()
 
     @torch.no_grad()
     def refresh(self, present: Pass) -> None:
@@ -124,12 +124,12 @@ class CachedReader:
         past = min(present.first, self._cache.capacity)
         rows = self._tokens.shape[0]
         self._cache.reset(rows)
-        self._cache.move_to(present.first - past, 0)
-        self._cache.open(record=True)
+        self._cache.seek(present.first - past, 0)
+        self._cache.begin_forward(record=True)
         window = self._tokens[:, present.first - past : present.first].flatten()
         packed = Documents.from_rows(rows, past, window.device)
         self._model.hidden(window, packed, self._adapters.tensors, self._cache)
-        self._cache.close()
+        self._cache.commit()
 
 
 def slots_at(start: int, chunk: int, capacity: int) -> int:

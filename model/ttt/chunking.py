@@ -56,7 +56,7 @@ class Pass(NamedTuple):
 
 
 def passes(length: int, ttt: "TTTParams") -> list[Pass]:
-    """The chunks of a document with `ttt.reach` chunks of their size before them.
+    """The chunks of a document with `ttt.bptt_chunks` chunks of their size before them.
 
     A token that a pass has left behind is not run again, also where chunks have grown. Those of a
     shorter document are the first of a longer one's.
@@ -65,7 +65,7 @@ def passes(length: int, ttt: "TTTParams") -> list[Pass]:
     beyond = spans[-1][1]
     following = (beyond, beyond + chunk_size(beyond, ttt))
     for start, end in [*spans[1:], following]:
-        firsts.append(max(firsts[-1], start - ttt.reach * (end - start)))
+        firsts.append(max(firsts[-1], start - ttt.bptt_chunks * (end - start)))
     return [
         Pass(start, end, first, after - first)
         for (start, end), (first, after) in zip(spans, pairwise(firsts), strict=True)

@@ -1,18 +1,18 @@
 """How many rows run in each pass over a batch, of which documents end one after the other.
 
-Every (rows, shape) that occurs is recorded as a graph of its own, which takes as long as running
+Every (rows, shape) that occurs is captured as a graph of its own, which takes as long as running
 many tokens; rows whose document has ended take as long as others. So rows stay above the documents
 left for some passes, where that is cheaper than a new graph. With groups of passes alike in shape
 and in the documents c₁ ≥ c₂ ≥ … that are left, those from i to j all run c_i rows, and the cheapest
 cut into such segments
 
-    best(j) = min over i ≤ j of  best(i−1) + c_i·(a row's tokens in i…j) + RECORDING·(shapes in i…j)
+    best(j) = min over i ≤ j of  best(i−1) + c_i·(a row's tokens in i…j) + CAPTURE_COST·(shapes)
 
 is found in one go over j: with T_j a row's tokens in all groups up to j, and S_j the shapes in
 them, which do not come back,
 
-    best(j) = RECORDING·(S_j + 1) + min over i ≤ j of  a_i + c_i·T_j
-    a_i     = best(i−1) − c_i·T_{i−1} − RECORDING·S_i
+    best(j) = CAPTURE_COST·(S_j + 1) + min over i ≤ j of  a_i + c_i·T_j
+    a_i     = best(i−1) − c_i·T_{i−1} − CAPTURE_COST·S_i
 
 is the lowest of lines at T_j. No line is steeper than those before it, and T_j grows, so that only
 the lower envelope is kept, and walked along from left to right (the "convex hull trick").
@@ -27,14 +27,14 @@ from typing import NamedTuple
 PASS = 3_000  # a pass, however little it does
 STEP = 100  # a row's optimizer step
 TRACING = 100_000  # of a pass by Python, to record it
-RECORDING = 60_000  # what the device notices of that in a first run, which loads kernels, too
+CAPTURE_COST = 60_000  # what the device notices of that in a first run, which loads kernels, too
 
 
 def running_rows(
     counts: Sequence[int],
     tokens: Sequence[int],
     shapes: Sequence[Hashable],
-    recording: int = RECORDING,
+    recording: int = CAPTURE_COST,
 ) -> list[int]:
     """Rows of each pass, never more than in the one before.
 
@@ -90,7 +90,7 @@ class _Envelope:
 
 
 def _needless(before: _Line, line: _Line, after: _Line) -> bool:
-    """Whether `line` is nowhere below both its neighbours, a steeper and a less steep one."""
+    """Whether `line` is nowhere below both its neighbors, a steeper and a less steep one."""
     crossed = (line.offset - before.offset) * (before.slope - after.slope)
     return (after.offset - before.offset) * (before.slope - line.slope) <= crossed
 

@@ -1,4 +1,4 @@
-"""Batches of equal lengths, described once, so that recorded work finds what it reads in place."""
+"""Batches of equal lengths, described once, so that captured work finds what it reads in place."""
 
 import torch
 
@@ -18,6 +18,6 @@ class Layouts:
         if (rows, length) not in self._known:
             packed = Documents.from_rows(rows, length, self._device)
             _ = packed.index, packed.positions
-            dispatch.find_pieces(packed, self._device)
+            dispatch.prepare_documents(packed, self._device)
             self._known[rows, length] = packed
         return self._known[rows, length]

@@ -18,13 +18,13 @@ from model.evaluation.losses import (
 )
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
-from model.runtime.cuda_graphs import CUDAReplay, Replay
+from model.runtime.cuda_graphs import CUDAGraphRunner, GraphRunner
 from model.runtime.distributed import Group
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.batching import document_batches, rows_that_fit
 from model.ttt.cached_mode import CachedReader
 from model.ttt.chunking import Pass, Shape, documents_left, passes
-from model.ttt.graph_rows import RECORDING, running_rows
+from model.ttt.graph_rows import CAPTURE_COST, running_rows
 from model.ttt.window_mode import WindowReader
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def packed_losses(model: GPT, documents: Sequence[np.ndarray]) -> list[np.ndarra
 class Session:
     """Everything a process needs to adapt batches of up to `capacity` documents, taken once.
 
-    replay: how chunks of equal shapes are run; None: recorded if ttt.cuda_graphs and there is a
+    runner: how chunks of equal shapes are run; None: captured if ttt.cuda_graphs and there is a
     GPU. Inside `fixed_weights(model)` only.
     """
 
@@ -98,21 +98,21 @@ class Session:
         model: GPT,
         ttt: "TTTParams",
         capacity: int,
-        replay: Replay | None = None,
+        runner: GraphRunner | None = None,
     ) -> None:
-        if replay is None:
-            recorded = ttt.cuda_graphs and model.device.type == "cuda"
-            replay = CUDAReplay(model.device) if recorded else Replay(recorded=False)
-        self._model, self._ttt, self._replay = model, ttt, replay
+        if runner is None:
+            captured = ttt.cuda_graphs and model.device.type == "cuda"
+            runner = CUDAGraphRunner(model.device) if captured else GraphRunner(captured=False)
+        self._model, self._ttt, self._runner = model, ttt, runner
         self._adapters = DocumentAdapters(model, ttt, capacity)
-        self._reader = READERS[ttt.mode](model, self._adapters, ttt, capacity, replay.recorded)
-        # Where recorded steps find their numbers.
+        self._reader = READERS[ttt.mode](model, self._adapters, ttt, capacity, runner.captured)
+        # Where captured steps find their numbers.
         self._scalars = self._adapters.scalars([0], model.device)
 
     def losses(self, documents: Sequence[np.ndarray], progress: SharedProgress) -> list[np.ndarray]:
         """Losses of documents, the longest first, that start from fresh adapters."""
         lengths = np.array([document.size for document in documents])
-        with self._replay.stream():
+        with self._runner.stream():
             losses = self._begin(documents, lengths)
             rows = self._running[0]
             for number, (start, end, *_) in enumerate(self._passes):
@@ -129,7 +129,7 @@ class Session:
     def plan(self, over: Sequence[Pass], lengths: np.ndarray) -> tuple[list[Shape], list[int]]:
         """Shape of each of the passes over documents of these lengths, and the rows that run."""
         shapes = [self._reader.shape(one, len(lengths)) for one in over]
-        recording = RECORDING if self._replay.recorded else 0
+        recording = CAPTURE_COST if self._runner.captured else 0
         tokens = [shape.tokens for shape in shapes]
         return shapes, running_rows(documents_left(over, lengths), tokens, shapes, recording)
 
@@ -149,14 +149,14 @@ class Session:
     def _chunk(self, number: int, rows: int) -> Tensor:
         """Score a chunk, then train on it; losses (rows, size) before that."""
         present = self._passes[number]
-        # The last one has nothing to train for, but would be recorded apart.
-        trains = number + 1 < len(self._passes) or self._replay.recorded
+        # The last one has nothing to train for, but would be captured apart.
+        trains = number + 1 < len(self._passes) or self._runner.captured
         if self._ttt.refresh and number and number % self._ttt.refresh == 0:
             self._reader.refresh(present)
-        self._reader.move_to(present, self._shapes[number])
+        self._reader.seek(present, self._shapes[number])
         self._scalars.copy_(self._steps[number])
         key = (rows, self._shapes[number])
-        return self._replay.run(key, lambda: self._score_and_step(trains))
+        return self._runner.run(key, lambda: self._score_and_step(trains))
 
     def _score_and_step(self, trains: bool) -> Tensor:
         """The work of a chunk, on the device alone.
@@ -171,7 +171,7 @@ class Session:
             scores.append(losses.detach())
             if trains:
                 self._adapters.step(losses.mean(1).sum(), self._scalars[number])
-        self._reader.close()
+        self._reader.commit()
         return scores[0]
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from model.evaluation.losses import SharedProgress
-from model.kernels.precompile import compile_ahead
+from model.kernels.precompile import precompile
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
-from model.runtime.cuda_graphs import Replay
+from model.runtime.cuda_graphs import GraphRunner
 from model.ttt.batching import rows_that_fit
 from model.ttt.chunking import chunks
 from model.ttt.loop import Session, packed_losses
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 FEW = 2  # documents, for which some kernels are others than for many
 
 
-def rehearse(model: GPT, documents: Sequence[np.ndarray], ttt: "TTTParams") -> None:
+def warm_up_kernels(model: GPT, documents: Sequence[np.ndarray], ttt: "TTTParams") -> None:
     """Compile what reading the documents, with and without adapters, will launch.
 
     Where no kernels of ours run, on a CPU, nothing is done.
     """
     if model.device.type == "cuda" and documents:
-        with fixed_weights(model), compile_ahead():
+        with fixed_weights(model), precompile():
             read_excerpts(model, documents, ttt)
 
 
@@ -47,8 +47,8 @@ def read_excerpts(model: GPT, documents: Sequence[np.ndarray], ttt: "TTTParams")
         del session  # before the next one takes as much memory
 
 
-class AsItIs(Replay):
-    """Work of the shapes that are recorded, run as it is; no work, and no session, is kept."""
+class AsItIs(GraphRunner):
+    """Work of the shapes that are captured, run as it is; no work, and no session, is kept."""
 
     def run(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
         """Do the work."""
@@ -66,6 +66,6 @@ def excerpts(
     ordered = sorted(documents, key=len, reverse=True)
     for size in sorted({end - start for start, end in chunks(ordered[0].size, ttt)}):
         alike = ttt.model_copy(update={"chunk": size})
-        texts = [document[: (ttt.reach + 2) * size] for document in ordered]
+        texts = [document[: (ttt.bptt_chunks + 2) * size] for document in ordered]
         for some in (texts[:FEW], texts):
             yield alike, some

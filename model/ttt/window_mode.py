@@ -3,8 +3,8 @@
 A chunk sees up to `context` tokens, itself included; the gradient flows through all of them. Only
 the chunk goes through the output head and the last block, but for its keys and values.
 
-Launched one kernel after the other, a pass takes longer to launch than to run; recorded and
-replayed it does not, which needs the same shapes again and again. So recorded windows grow by
+Launched one kernel after the other, a pass takes longer to launch than to run; captured and
+replayed it does not, which needs the same shapes again and again. So captured windows grow by
 steps: until it is as long as the context, a window begins with the document and is filled up with
 zeros behind the chunk. The model is causal: what follows a chunk changes nothing before it, and has
 no gradient, as no loss of it is asked for. It is zeros and not the document's own next tokens, so
@@ -13,7 +13,7 @@ that no score can depend on them.
     window   [0 ...... start| chunk |end 0 0 0]   a multiple of a step
     then     [end − context .......| chunk |end   context
 
-A step is large enough to keep the device busy while the next shape is recorded: windows of few
+A step is large enough to keep the device busy while the next shape is captured: windows of few
 documents grow by more, as their passes take no time to speak of.
 """
 
@@ -32,17 +32,17 @@ from model.ttt.layouts import Layouts
 if TYPE_CHECKING:
     from pocketlm.params.schema import TTTParams
 
-STEP = 128  # tokens that recorded windows grow by: few shapes, and little work on zeros
+STEP = 128  # tokens that captured windows grow by: few shapes, and little work on zeros
 GROWTH = 4096  # tokens that those of all documents of a batch grow by, at least
 
 
 def window_step(documents: int) -> int:
-    """Tokens that recorded windows of a batch grow by that began with so many documents."""
+    """Tokens that captured windows of a batch grow by that began with so many documents."""
     return STEP * 2 ** math.ceil(math.log2(max(1.0, GROWTH / (STEP * documents))))
 
 
 def window_shape(present: Pass, step: int, ttt: "TTTParams") -> Shape:
-    """Shape of a recorded pass whose window grows by `step`."""
+    """Shape of a captured pass whose window grows by `step`."""
     length = present.end + -present.end % step
     return Shape(min(length, ttt.context), present.end - present.start)
 
@@ -56,10 +56,10 @@ class WindowReader:
         adapters: DocumentAdapters,
         ttt: "TTTParams",
         rows: int,
-        recorded: bool,
+        captured: bool,
     ) -> None:
         self._model, self._adapters, self._ttt = model, adapters, ttt
-        self._recorded = recorded
+        self._recorded = captured
         sizes = [rows * ttt.context, rows * ttt.largest_chunk, ttt.largest_chunk]
         buffers = torch.zeros(sum(sizes), dtype=torch.int64, device=model.device).split(sizes)
         self._window_tokens, self._chunk_targets, self._chunk_positions = buffers
@@ -80,12 +80,12 @@ class WindowReader:
         return Shape(min(present.end, self._ttt.context), present.end - present.start)
 
     def _arrange(self, rows: int, length: int) -> Documents:
-        """Describe the rows; what is not recorded has many lengths, none of them worth keeping."""
+        """Describe the rows; what is not captured has many lengths, none of them worth keeping."""
         if not self._recorded:
             return Documents.from_rows(rows, length, self._model.device)
         return self._layouts.of(rows, length)
 
-    def move_to(self, present: Pass, shape: Shape) -> None:
+    def seek(self, present: Pass, shape: Shape) -> None:
         """Go to a chunk."""
         rows, (start, end, *_) = self._tokens.shape[0], present
         length, size, *_ = shape
@@ -111,7 +111,7 @@ class WindowReader:
         )
         return losses.view(self._packed.count, -1)
 
-    def close(self) -> None:
+    def commit(self) -> None:
         """Leave the chunk."""
 
     def refresh(self, present: Pass) -> None:

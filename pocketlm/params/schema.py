@@ -107,7 +107,7 @@ class ModelParams(Section):
     value_layers: list[Natural] = about("layers that add value embeddings; [] = off")
     value_width: Count = about("width of the value embedding's table", "values")
     value_scale: Positive = about("initial scale of the value embedding")
-    input_mix: bool = about("feed the normalised embedding to every block (x0 re-injection)")
+    input_mix: bool = about("feed the normalized embedding to every block (x0 re-injection)")
     branch_scales: bool = about("learned per-channel scales of attention and MLP outputs")
     depth_scaled_norm: bool = about("multiply normed block inputs by 1/sqrt(layer + 1)")
     skips: bool = about("U-Net skip connections from the first to the second half")
@@ -144,7 +144,7 @@ class ModelParams(Section):
 
 
 class TrainParams(Section):
-    """Optimisation."""
+    """Optimization."""
 
     steps: Count = about("upper limit of optimizer steps", "steps")
     budget_seconds: Positive | None = about(
@@ -160,7 +160,7 @@ class TrainParams(Section):
     muon_momentum: Decay = about("Nesterov momentum after its warm-up")
     muon_momentum_start: Decay = about("Nesterov momentum at the first step")
     muon_momentum_steps: Natural = about("length of the momentum warm-up", "steps")
-    newton_schulz_steps: Count = about("iterations of the orthogonalisation")
+    newton_schulz_steps: Count = about("iterations of the orthogonalization")
     adam_beta1: Decay = about("decay of AdamW's first moment")
     adam_beta2: Decay = about("decay of AdamW's second moment")
     adam_epsilon: Positive = about("added to the root of AdamW's second moment")
@@ -243,7 +243,7 @@ class TTTParams(Section):
         "chunks grow up to this, by doubling, to a 64th of what was read; = chunk: all alike",
         "tokens",
     )
-    reach: Natural = about(
+    bptt_chunks: Natural = about(
         "that run again before each chunk, its gradient flowing through them (mode cached)",
         "chunks",
     )
@@ -283,22 +283,22 @@ class TTTParams(Section):
             "make it chunk, or larger",
         )
         _require(
-            self.reach == 0 or self.mode == "cached",
-            "reach",
-            f"{self.reach} asks to run chunks again, but in mode window the whole context does",
-            "set reach to 0, or mode to cached",
+            self.bptt_chunks == 0 or self.mode == "cached",
+            "bptt_chunks",
+            f"{self.bptt_chunks} asks to run chunks again, but mode window runs all of them",
+            "set bptt_chunks to 0, or mode to cached",
         )
         _require(
             self.refresh == 0 or (self.mode == "cached" and self.context > self.longest_pass),
             "refresh",
             f"{self.refresh} asks to renew keys and values, but none are kept",
-            "set refresh to 0, or mode to cached and context above (1 + reach)·largest_chunk",
+            "set refresh to 0, or mode to cached and context above (1 + bptt_chunks)·largest_chunk",
         )
         _require(
             self.context >= self.longest_pass,
             "context",
-            f"{self.context} is shorter than largest_chunk·(1 + reach), {self.longest_pass}",
-            "make context at least (1 + reach)·largest_chunk",
+            f"{self.context} is shorter than largest_chunk·(1 + bptt_chunks), {self.longest_pass}",
+            "make context at least (1 + bptt_chunks)·largest_chunk",
         )
         _require(
             bool(self.sites) or self.hash_buckets > 0,
@@ -311,7 +311,7 @@ class TTTParams(Section):
     @property
     def longest_pass(self) -> int:
         """Tokens of a document that mode `cached` runs at once, at most."""
-        return (1 + self.reach) * self.largest_chunk
+        return (1 + self.bptt_chunks) * self.largest_chunk
 
 
 class ReportParams(Section):
@@ -340,10 +340,10 @@ class OpsParams(Section):
         "flash_attn_4",
         "triton",
     ] = about("auto: the fastest that works here; a named one fails if it cannot be had")
-    ring: Literal["auto", "reference", "triton"] = about(
+    cached_attention: Literal["auto", "reference", "triton"] = about(
         "attention to cached keys and values in TTT and generation; triton: no copies (Hopper)"
     )
-    mix: Literal["auto", "reference", "triton"] = about(
+    residual_norm: Literal["auto", "reference", "triton"] = about(
         "skip, mix and norm of a block's input, sums of gradients; triton: one kernel each (Hopper)"
     )
     mlp: Literal["auto", "reference", "triton"] = about(

@@ -90,19 +90,19 @@ BARS = (
     ),
     Bar("ttt", "startup_s", "TTT: start, s", "174", "≤ 30", TENTHS),
     Bar("ttt", "two_gpu_speedup", "TTT: 2 GPUs over 1", UNKNOWN, "≥ 1.90", RATIO),
-    Bar("quantise", "quantise_s", "quantise: whole step, s", "80 (8 GPUs)", "≤ 40", TENTHS),
-    Bar("quantise", "calibration_s", "quantise: calibration, s", "29.7 (8 GPUs)", "≤ 5", TENTHS),
+    Bar("quantize", "quantize_s", "quantize: whole step, s", "80 (8 GPUs)", "≤ 40", TENTHS),
+    Bar("quantize", "calibration_s", "quantize: calibration, s", "29.7 (8 GPUs)", "≤ 5", TENTHS),
     Bar(
-        "quantise",
+        "quantize",
         "coded_over_entropy",
         "coded bytes over entropy",
         "1.026 (LZMA)",
         "≤ 1.001",
         RATIO,
     ),
-    Bar("quantise", "coding_s", "quantise: coding, s", "23 (LZMA)", "≤ 2", TENTHS),
-    Bar("quantise", "decode_s", "quantise: decoding, s", UNKNOWN, "≤ 5", TENTHS),
-    Bar("quantise", "gap_nats", "quantisation gap, nats", "0.0066", "≤ 0.0035", NATS),
+    Bar("quantize", "coding_s", "quantize: coding, s", "23 (LZMA)", "≤ 2", TENTHS),
+    Bar("quantize", "decode_s", "quantize: decoding, s", UNKNOWN, "≤ 5", TENTHS),
+    Bar("quantize", "gap_nats", "quantization gap, nats", "0.0066", "≤ 0.0035", NATS),
 )
 
 

@@ -9,9 +9,9 @@ from pocketlm.report.summary import welch_result
 
 SCORE_NAMES = {
     "pre_quant": "trained, averaged weights",
-    "quantised": "quantised",
-    "sliding": "quantised, sliding window",
-    "ttt": "quantised, with TTT",
+    "quantized": "quantized",
+    "sliding": "quantized, sliding window",
+    "ttt": "quantized, with TTT",
 }
 TITLE = "Results"
 
@@ -157,7 +157,7 @@ def _baseline_sentence(summary: dict[str, Any]) -> str:
     test = summary["test"]
     if test["baseline"] == "no_ttt":
         return (
-            "The baseline is this run's own quantised models without TTT: the plain evaluation of "
+            "The baseline is this run's own quantized models without TTT: the plain evaluation of "
             "the same tokens. Every seed thus stands on both sides; the two samples are treated "
             "as independent all the same, although seeds that are good without TTT are also good "
             "with it, which makes this test stricter than one of pairs would be."
@@ -235,7 +235,7 @@ def _gain(summary: dict[str, Any]) -> list[Block]:
             "ttt_gain.svg",
             "TTT gain by position in the document",
             "Top: share of all tokens, and of the total TTT gain, beyond each position. "
-            "Bottom: mean gain per token by position; the band spans the seeds, and neighbouring "
+            "Bottom: mean gain per token by position; the band spans the seeds, and neighboring "
             "positions share a point where tokens are few.",
         ),
     ]

@@ -1,6 +1,6 @@
 """The report's figures: SVG files, the same bytes for the same numbers, 800 pixels wide.
 
-Colours are those of Okabe and Ito, told apart by readers with any colour vision; seeds differ in
+Colors are those of Okabe and Ito, told apart by readers with any color vision; seeds differ in
 line style as well.
 """
 
@@ -68,12 +68,12 @@ def loss_curves(results: Sequence[SeedResult]) -> Figure:
     for index, result in enumerate(results):
         tokens, loss = result.curve["tokens"] / scale, result.curve["loss"]
         smooth = loss.rolling(max(1, len(loss) // 40), center=True, min_periods=1).mean()
-        colour = COLOURS[index % len(COLOURS)]
-        axis.plot(tokens, loss, color=colour, linewidth=0.7, alpha=0.35)
+        color = COLOURS[index % len(COLOURS)]
+        axis.plot(tokens, loss, color=color, linewidth=0.7, alpha=0.35)
         style = LINES[index % len(LINES)]
-        axis.plot(tokens, smooth, style, color=colour, label=f"seed {result.seed}")
+        axis.plot(tokens, smooth, style, color=color, label=f"seed {result.seed}")
         held_out = result.train.loss
-        axis.plot(tokens.iloc[-1], held_out, "o", color=colour, fillstyle="none")
+        axis.plot(tokens.iloc[-1], held_out, "o", color=color, fillstyle="none")
         # The first steps would squeeze everything after them into the lower edge.
         highest = max(highest, float(smooth.iloc[len(smooth) // 25]))
         lowest = min(lowest, float(loss.min()), held_out)
@@ -94,17 +94,17 @@ def ttt_gain(results: Sequence[SeedResult]) -> Figure:
     figure, (top, bottom) = _panels(2, 6.4)
     _shares(top, count, gain)
     edges = _edges(count)
-    centres = np.sqrt(edges[:-1] * (edges[1:] - 1.0))
+    centers = np.sqrt(edges[:-1] * (edges[1:] - 1.0))
     means = [_binned(r.losses.count, r.losses.gain, edges) for r in results]
     bottom.fill_between(
-        centres,
+        centers,
         np.min(means, axis=0),
         np.max(means, axis=0),
         color=COLOURS[0],
         alpha=0.2,
         linewidth=0,
     )
-    bottom.plot(centres, _binned(count, gain, edges), "o-", color=COLOURS[0], markersize=4)
+    bottom.plot(centers, _binned(count, gain, edges), "o-", color=COLOURS[0], markersize=4)
     bottom.axhline(0, color=GREY, linewidth=0.8)
     overall = gain.sum() / count.sum()
     label = f"mean of all tokens: {overall:+.4f}"

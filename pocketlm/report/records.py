@@ -40,7 +40,7 @@ class PublishedRun(Record):
     seed: int | None = None
     printed: Score | None = None
     pre_quant: Score | None = None
-    quantised: Score | None = None
+    quantized: Score | None = None
     steps: Count | None = None
     total_bytes: Count | None = None
     peak_memory_mib: Positive | None = None

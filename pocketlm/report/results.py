@@ -44,7 +44,7 @@ class TrainMetrics(Score):
 
 
 class QuantizeMetrics(Score):
-    """Quantisation; the score is that of the artifact."""
+    """Quantization; the score is that of the artifact."""
 
     artifact_bytes: int
     code_bytes: int

@@ -18,11 +18,11 @@ from pocketlm.report.results import SeedResult, TokenLosses
 from pocketlm.report.significance import Sample, WelchTest, welch_test
 
 # Evaluations in the order of the system; the key in the summary of each.
-SCORES = ("pre_quant", "quantised", "plain", "sliding", "ttt")
+SCORES = ("pre_quant", "quantized", "plain", "sliding", "ttt")
 
 
-def summarise(results: Sequence[SeedResult], params: Params) -> dict[str, Any]:
-    """Summarise the results of all seeds as plain JSON values.
+def summarize(results: Sequence[SeedResult], params: Params) -> dict[str, Any]:
+    """Summarize the results of all seeds as plain JSON values.
 
     Raises InputError if the seeds were scored on different text, or if a significance test is
     asked for that cannot be made.
@@ -77,7 +77,7 @@ def _run(result: SeedResult) -> dict[str, Any]:
     train, quantize, evaluation = result.train, result.quantize, result.evaluation
     scores = {
         "pre_quant": train,
-        "quantised": quantize,
+        "quantized": quantize,
         "plain": evaluation.plain,
         "sliding": evaluation.sliding,
         "ttt": evaluation,
@@ -137,7 +137,7 @@ def _test(report: ReportParams, runs: Sequence[dict[str, Any]]) -> dict[str, Any
 
 
 def welch_result(test: dict[str, Any]) -> WelchTest:
-    """The test that `summarise` stored."""
+    """The test that `summarize` stored."""
     baseline, new = (Sample(tuple(test[f"{name}_losses"])) for name in ("baseline", "new"))
     rest = {f.name: test[f.name] for f in fields(WelchTest) if f.name not in ("baseline", "new")}
     return WelchTest(baseline, new, **rest)

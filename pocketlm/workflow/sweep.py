@@ -209,7 +209,7 @@ def plot(path: Path, points: list[Point], title: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     front = pareto(points)
-    axes.scatter([p.cost for p in points], [p.loss for p in points], s=18, color="tab:grey")
+    axes.scatter([p.cost for p in points], [p.loss for p in points], s=18, color="tab:gray")
     costs, losses = [p.cost for p in front], [p.loss for p in front]
     axes.step(costs, losses, where="post", marker="o", color="tab:blue", label="Pareto front")
     axes.set(xscale="log", xlabel="device seconds", ylabel="loss (nats per token)", title=title)

@@ -155,7 +155,7 @@ def test_a_stage_is_given_up_and_the_next_one_runs(capsys):
     assert "good: 0.0 s" in said
 
 
-def test_quantise_times_the_calibration_text_alone(tiny, tmp_path):
-    said = run("quantise", tmp_path, "--text", str(tiny))
+def test_quantize_times_the_calibration_text_alone(tiny, tmp_path):
+    said = run("quantize", tmp_path, "--text", str(tiny))
     assert "the first time" in said
     assert "ms/token" in said

@@ -110,7 +110,7 @@ def test_batches_are_the_spans_with_their_targets(stream):
         assert documents.boundaries.dtype == torch.int32
         assert documents.boundaries.numel() % 64 == 0
         assert documents.boundaries[-1] == documents.total == 32
-        assert (documents.longest, documents.uniform) == (16, None)
+        assert (documents.max_seqlen, documents.uniform) == (16, None)
 
 
 def test_boundaries_grow_by_whole_buckets(tmp_path):
@@ -228,7 +228,7 @@ def test_a_split_without_documents_is_refused(tmp_path):
         validation_documents(manifest_of(tmp_path, [5, 6]))
 
 
-def test_bytes_of_a_documents_targets_are_its_normalised_length(tmp_path):
+def test_bytes_of_a_documents_targets_are_its_normalized_length(tmp_path):
     tokenizer = small_tokenizer(tmp_path / "tokenizer.model")
     for text in (*sentences(20, seed=5), "漢字  \u2581 x", " ", "👍"):
         document = np.array([BOS, *tokenizer.encode([text])[0]], np.uint16)

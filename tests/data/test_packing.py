@@ -17,7 +17,7 @@ def test_index_and_positions_follow_the_lengths(lengths):
 
 def test_rows_are_documents_of_one_length():
     rows, packed = Documents.from_rows(3, 4), Documents.from_lengths([4, 4, 4])
-    assert torch.equal(rows.boundaries, packed.boundaries)
+    assert torch.equal(rows.cu_seqlens, packed.cu_seqlens)
     assert rows.uniform == packed.uniform == 4
 
 

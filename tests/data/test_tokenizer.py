@@ -39,9 +39,9 @@ AWKWARD = {
 
 def assert_bytes_are_exact(tokenizer, text):
     tokens = np.array([BOS, *tokenizer.encode([text])[0]], np.uint16)
-    normalised = tokenizer.normalize(text)
-    assert int(tokenizer.sizes(tokens).sum()) == len(normalised.encode())
-    assert tokenizer.decode(tokens.tolist()) == normalised
+    normalized = tokenizer.normalize(text)
+    assert int(tokenizer.sizes(tokens).sum()) == len(normalized.encode())
+    assert tokenizer.decode(tokens.tolist()) == normalized
 
 
 @pytest.mark.parametrize("text", AWKWARD.values(), ids=AWKWARD)
@@ -62,7 +62,7 @@ def test_token_bytes_of_mixed_white_space_are_its_length(tokenizer, text):
     assert_bytes_are_exact(tokenizer, text)
 
 
-def test_normalised_text_is_what_the_rules_say(tokenizer):
+def test_normalized_text_is_what_the_rules_say(tokenizer):
     assert tokenizer.normalize("  ｆｕｌｌ\n\n e\u0301\t\u2581x ") == "full é x"
 
 

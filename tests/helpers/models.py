@@ -50,7 +50,7 @@ def ttt_params(**changes: Any) -> TTTParams:
     Mode `window`, of which the other is a variation, without a hash embedding.
     """
     small: dict[str, Any] = {"chunk": 8, "context": 32, "rank": 4, "lr": 0.005, "batch": 4}
-    small |= {"mode": "window", "reach": 0, "hash_buckets": 0, "hash_rate": 1.0}
+    small |= {"mode": "window", "bptt_chunks": 0, "hash_buckets": 0, "hash_rate": 1.0}
     small["largest_chunk"] = changes.get("chunk", 8)
     return TTTParams(**{**yaml.safe_load(RECORD.read_text())["ttt"], **small, **changes})
 

@@ -29,19 +29,19 @@ def mlp() -> Case:
     return fused_mlp.mlp, [random(20, 16), random(48, 16), random(16, 48)], [0, 1, 2]
 
 
-def mixed_norm() -> Case:
+def mix_residual_norm() -> Case:
     tensors = [random(9, 16), random(9, 16), random(2, 16), torch.tensor(0.5)]
-    return residual_norm.mixed_norm, [*tensors, random(9, 16), random(16)], [0, 1, 4, 2, 5]
+    return residual_norm.mix_residual_norm, [*tensors, random(9, 16), random(16)], [0, 1, 4, 2, 5]
 
 
 def frozen_norm() -> Case:
-    operation, arguments, _ = mixed_norm()
+    operation, arguments, _ = mix_residual_norm()
     return operation, arguments, [0, 1, 4]
 
 
-def turned() -> Case:
-    turns = [random(9, 4).cos(), random(9, 4).sin()]
-    return qk_norm_rope.turned_operation, [random(9, 64), random(2), *turns, 16], [0]
+def norm_rope() -> Case:
+    cos_sin = [random(9, 4).cos(), random(9, 4).sin()]
+    return qk_norm_rope.turned_operation, [random(9, 64), random(2), *cos_sin, 16], [0]
 
 
 def attention() -> Case:
@@ -50,7 +50,7 @@ def attention() -> Case:
     return qkv_attention.fused_attention, [*arguments, tiles, 16, True], [0]
 
 
-EVERY = pytest.mark.parametrize("case", [mlp, mixed_norm, frozen_norm, turned, attention])
+EVERY = pytest.mark.parametrize("case", [mlp, mix_residual_norm, frozen_norm, norm_rope, attention])
 
 
 def outcome(function: Any, arguments: list[Any], wanted: list[int]) -> list[Tensor]:

@@ -66,7 +66,11 @@ def test_gpu_attention_equals_the_reference(name, lengths, compiled):
 
 def test_auto_says_why_it_did_not_take_the_faster_ones():
     choice = dispatch.configure("auto", torch.device("cpu"))
-    assert (choice.attention, choice.mix, choice.mlp) == ("padded", "reference", "reference")
+    assert (choice.attention, choice.residual_norm, choice.mlp) == (
+        "padded",
+        "reference",
+        "reference",
+    )
     assert "flash_attn_2: needs a CUDA device" in choice.reasons["attention"]
     assert "mlp: reference (triton: needs a CUDA device)" in str(choice)
 

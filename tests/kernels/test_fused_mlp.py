@@ -178,7 +178,7 @@ def test_working_copies_are_what_the_operation_multiplies_with(fused):
         copies = [layer.up.weight.bfloat16(), layer.down.weight.bfloat16()]
         layer.up.weight.zero_()
         layer.down.weight.zero_()
-    layer.up.working, layer.down.working = (copy.requires_grad_() for copy in copies)
+    layer.up.compute_weight, layer.down.compute_weight = (copy.requires_grad_() for copy in copies)
     y = layer(r)
     assert torch.equal(y, expected)
     assert all(gradient.any() for gradient in torch.autograd.grad(y.sum(), copies))

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("bf16_as_in_hardware")
 def test_gradients_of_all_readers_are_added(readers):
     x = torch.randn(37, 65, device=DEVICE, requires_grad=True)
     weights = torch.randn(readers, 37, 65, device=DEVICE)
-    parts = grad_fanout.fan_out(x, readers)
+    parts = grad_fanout.grad_fanout(x, readers)
     assert all(torch.equal(part, x) for part in parts)
     pairs = zip(parts, weights, strict=True)
     (found,) = torch.autograd.grad(sum((p * w).sum() for p, w in pairs), x)
@@ -22,7 +22,7 @@ def test_gradients_of_all_readers_are_added(readers):
 
 def test_readers_that_give_no_gradient_are_left_out():
     x = torch.randn(5, 8, device=DEVICE, requires_grad=True)
-    first, _, third = grad_fanout.fan_out(x, 3)
+    first, _, third = grad_fanout.grad_fanout(x, 3)
     (found,) = torch.autograd.grad((first + 2 * third).sum(), x)
     torch.testing.assert_close(found, torch.full_like(x, 3.0))
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model.kernels.precompile import compile_ahead
+from model.kernels.precompile import precompile
 from tests.helpers.kernels import CUDA, run_apart
 
 # A driver of no device, whose launcher notes the thread that asks for it.
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from triton.runtime import driver
 from model.kernels.grad_accumulation import accumulate_kernel
-from model.kernels.precompile import compile_ahead
+from model.kernels.precompile import precompile
 from triton.backends.compiler import GPUTarget
 
 threads, launches = [], []
@@ -50,7 +50,7 @@ def work():
 
 def test_kernels_are_compiled_by_other_threads_once_each_and_not_launched(tmp_path):
     program = """
-with compile_ahead():
+with precompile():
     work()
 print(len(threads), sum(name.startswith("compile") for name in threads), len(launches))
 work()
@@ -62,7 +62,7 @@ print(len(threads), len(launches))
 def test_launches_compile_for_themselves_after_an_error(tmp_path):
     program = """
 try:
-    with compile_ahead():
+    with precompile():
         raise KeyError
 except KeyError:
     work()
@@ -88,7 +88,7 @@ def test_what_is_launched_ahead_does_nothing_until_it_is_launched_again():
             accumulate_kernel[(1,)]((sums,), (dy,), 64, BLOCK=64)
             return dy
 
-    with compile_ahead():
+    with precompile():
         Launch.apply(gradients).sum().backward()
     assert sums.sum() == 64
     Launch.apply(gradients).sum().backward()

@@ -9,9 +9,9 @@ from tests.helpers.kernels import CUDA, DEVICE, SHARED_MEMORY, compile_for_hoppe
 pytest.importorskip("triton")
 
 from model.kernels.query_subset_attention import (
-    attention_of_part,
-    attention_of_part_backward,
-    part_attention,
+    query_subset_attention,
+    query_subset_backward,
+    query_subset_operation,
 )
 
 CASES = [  # rows, m, n, heads, kv_heads, d and where the part begins
@@ -62,7 +62,7 @@ def results(function, *arguments):
 
 
 def agree(*arguments):
-    mine, theirs = (results(f, *arguments) for f in (part_attention, reference))
+    mine, theirs = (results(f, *arguments) for f in (query_subset_attention, reference))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
@@ -79,21 +79,21 @@ def test_positions_may_have_any_order_and_distance():
 
 def test_gradients_are_those_of_differences():
     *operands, dy = inputs((1, 3, 20, 2, 1, 16), 10)
-    _, *gradients = results(part_attention, *operands, dy)
+    _, *gradients = results(query_subset_attention, *operands, dy)
     generator = torch.Generator().manual_seed(1)
     for number, gradient in enumerate(gradients):
         step = 1e-2 * torch.randn(gradient.shape, generator=generator).to(DEVICE)
         ends = []
         for end in (operands[number] + step, operands[number] - step):
             moved = [*operands[:number], end, *operands[number + 1 :]]
-            ends.append(part_attention(*moved))
+            ends.append(query_subset_attention(*moved))
         difference = ((ends[0] - ends[1]) * dy).sum() / 2
         torch.testing.assert_close((gradient * step).sum(), difference, rtol=2e-3, atol=1e-4)
 
 
 def test_keys_and_values_that_no_query_sees_get_no_gradient_and_change_nothing():
     q, k, v, part, dy = inputs((1, 8, 600, 4, 2, 16), 100)  # whole slices and tiles are not seen
-    mine = results(part_attention, q, k, v, part, dy)
+    mine = results(query_subset_attention, q, k, v, part, dy)
     for gradient in mine[2:]:
         assert not gradient[:, 108:].any()
         assert gradient[:, :108].abs().amin(1).all()
@@ -101,13 +101,13 @@ def test_keys_and_values_that_no_query_sees_get_no_gradient_and_change_nothing()
     for x in others:
         x[:, 108:] = 7 * torch.randn_like(x[:, 108:])
         x.requires_grad_()
-    for a, b in zip(mine, results(part_attention, q, *others, part, dy), strict=True):
+    for a, b in zip(mine, results(query_subset_attention, q, *others, part, dy), strict=True):
         assert torch.equal(a, b)
 
 
 def test_results_are_the_same_every_time():
     arguments = inputs((1, 9, 300, 4, 1, 16), 200)
-    first, again = (results(part_attention, *arguments) for _ in range(2))
+    first, again = (results(query_subset_attention, *arguments) for _ in range(2))
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
 
@@ -117,7 +117,7 @@ def test_bf16_is_as_exact_as_bf16_can_be(shape):
     *operands, part, dy = inputs(shape, 50, torch.bfloat16)
     exact = [x.detach().double().requires_grad_() for x in operands]
     for mine, plain, right in zip(
-        results(part_attention, *operands, part, dy),
+        results(query_subset_attention, *operands, part, dy),
         results(reference, *operands, part, dy),
         results(reference, *exact, part, dy.double()),
         strict=True,
@@ -129,7 +129,7 @@ def test_bf16_is_as_exact_as_bf16_can_be(shape):
 
 def test_lse_is_the_log_of_the_sum():
     q, k, v, part, _ = inputs((1, 2, 600, 1, 1, 16), 300)
-    _, lse = attention_of_part(q, k, v, part)
+    _, lse = query_subset_operation(q, k, v, part)
     for number, last in enumerate(part.tolist()):
         right = (q[0, number, 0] @ k[0, : last + 1, 0].T / 4).logsumexp(-1)
         torch.testing.assert_close(lse[0, number, 0], right)
@@ -139,13 +139,13 @@ def test_lse_is_the_log_of_the_sum():
 @pytest.mark.parametrize("m", [1, 4])
 def test_queries_keys_and_values_may_be_slices_of_wider_tensors(rows, m, monkeypatch):
     q, k, v, part, dy = inputs((rows, m, 40, 4, 2, 16), 35)
-    right = results(part_attention, q, k, v, part, dy)
+    right = results(query_subset_attention, q, k, v, part, dy)
     wide = torch.cat((k, v, k), 2).detach()
     query = torch.cat((q, q), 2).detach()[:, :, :4]
     slices = [x.requires_grad_() for x in (query, *wide.split(2, 2)[:2])]
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "contiguous", uncopied)
-        mine = results(part_attention, *slices, part, dy)
+        mine = results(query_subset_attention, *slices, part, dy)
     for a, b in zip(mine, right, strict=True):
         assert torch.equal(a, b)
 
@@ -157,20 +157,20 @@ def uncopied(x):
 
 def test_any_other_layout_is_copied():
     q, k, v, part, dy = inputs((2, 3, 40, 4, 2, 16), 35)
-    right = results(part_attention, q, k, v, part, dy)
+    right = results(query_subset_attention, q, k, v, part, dy)
     queries = torch.cat((q, q), 1).detach()[:, :3]  # rows further apart than their tokens
     keys = k.detach().transpose(1, 2).contiguous().transpose(1, 2)
     values = v.detach().transpose(2, 3).contiguous().transpose(2, 3)
     others = [x.requires_grad_() for x in (queries, keys, values)]
     positions = torch.stack((part, part), 1)[:, 0]
-    for a, b in zip(results(part_attention, *others, positions, dy), right, strict=True):
+    for a, b in zip(results(query_subset_attention, *others, positions, dy), right, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("shape", [(0, 7, 20, 2, 1, 16), (2, 0, 20, 2, 1, 16)], ids=str)
 def test_no_document_and_no_query_give_nothing(shape):
     *arguments, dy = inputs(shape, 0)
-    y, *gradients = results(part_attention, *arguments, dy)
+    y, *gradients = results(query_subset_attention, *arguments, dy)
     assert [x.shape for x in (y, *gradients)] == [x.shape for x in (dy, *arguments[:3])]
     assert not any(x.any() for x in gradients)
 
@@ -179,7 +179,7 @@ def test_large_scores_do_not_overflow():
     q, k, v, part, dy = inputs((1, 5, 300, 2, 1, 16), 200)
     large = [(50 * x).detach().requires_grad_() for x in (q, k)]
     arguments = (*large, v, part, dy)
-    mine, theirs = (results(f, *arguments) for f in (part_attention, reference))
+    mine, theirs = (results(f, *arguments) for f in (query_subset_attention, reference))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
@@ -187,16 +187,16 @@ def test_large_scores_do_not_overflow():
 def test_keeps_nothing_but_what_it_was_given_and_the_result():
     with kept_for_backward() as kept:
         *operands, _ = inputs((2, 5, 40, 4, 2, 16), 35)
-        y, lse = attention_of_part(*operands)
+        y, lse = query_subset_operation(*operands)
     assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in (*operands, y, lse)}
 
 
 def test_operations_keep_what_they_promise_the_compiler():
     *operands, dy = inputs((1, 2, 130, 2, 1, 16), 100)
-    torch.library.opcheck(attention_of_part.sealed, operands)
+    torch.library.opcheck(query_subset_operation.sealed, operands)
     operands = [x.detach() for x in operands]
-    found = attention_of_part(*operands)
-    torch.library.opcheck(attention_of_part_backward.sealed, (dy, *operands, *found))
+    found = query_subset_operation(*operands)
+    torch.library.opcheck(query_subset_backward.sealed, (dy, *operands, *found))
 
 
 def test_kernels_compile_for_hopper(tmp_path):
@@ -224,7 +224,7 @@ build(part_attention_backward_kernel, types | {"y_ptr": "*bf16"}, constants | ow
 def test_gpu_full_size(rows, first):
     *operands, part, dy = inputs((rows, 32, 2048, 8, 4, 64), first, torch.bfloat16)
     exact = [x.detach().float().requires_grad_() for x in operands]
-    mine, again = (results(part_attention, *operands, part, dy) for _ in range(2))
+    mine, again = (results(query_subset_attention, *operands, part, dy) for _ in range(2))
     theirs = results(reference, *operands, part, dy)
     right = results(reference, *exact, part, dy.float())
     for a, b, c, d in zip(mine, again, theirs, right, strict=True):

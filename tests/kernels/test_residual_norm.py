@@ -34,11 +34,11 @@ def results(function, leaves):
 
 
 def fused(x, x0, mix, scale, earlier=None, weight=None):
-    return residual_norm.mixed_norm(x, x0, mix, scale, earlier, weight)
+    return residual_norm.mix_residual_norm(x, x0, mix, scale, earlier, weight)
 
 
 def composed(x, x0, mix, scale, *skip):
-    return reference.mixed_norm(x, x0, mix, scale, skip or None)
+    return reference.mix_residual_norm(x, x0, mix, scale, skip or None)
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["first half", "second half"])
@@ -96,7 +96,9 @@ def test_sum_of_a_branch_and_what_is_added_to_it_equals_the_reference(shape):
         seeds = [torch.linspace(-1, 1, y.numel()).view_as(y).to(y) for y in outputs]
         return *outputs, *torch.autograd.grad(outputs, [x, branch, delta], seeds)
 
-    pairs = zip(outcome(residual_norm.summed_norm), outcome(reference.summed_norm), strict=True)
+    pairs = zip(
+        outcome(residual_norm.add_residual_norm), outcome(reference.add_residual_norm), strict=True
+    )
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -107,7 +109,7 @@ def test_operation_keeps_what_it_promises_the_compiler(skip):
     x, x0, mix, *rest = operands((5, 16), skip)
     rest = rest or [None, None]
     scale = torch.tensor(0.5)
-    torch.library.opcheck(residual_norm.mixed_norm.sealed, (x, x0, mix, scale, *rest))
+    torch.library.opcheck(residual_norm.mix_residual_norm.sealed, (x, x0, mix, scale, *rest))
     du, dn, u, mix, *rest = (t if t is None else t.detach() for t in (x, x0, x, mix, *rest))
     for given in (None, mix):
         arguments = (du, dn, u, given, scale, rest[1], given is not None)

@@ -27,8 +27,8 @@ def require_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
     assert max_seqlen_q == max_seqlen_k >= lengths.max()
 
 
-def by_definition(q, k, v, cu_seqlens, longest):
-    return varlen.reference(q, k, v, Documents(cu_seqlens, q.shape[0], longest))
+def by_definition(q, k, v, cu_seqlens, max_seqlen):
+    return varlen.reference(q, k, v, Documents(cu_seqlens, q.shape[0], max_seqlen))
 
 
 def flash_attn_2_varlen_func(
@@ -53,10 +53,10 @@ def old_flash_attn_3_varlen_func(*args, **options):
     return flash_attn_3_varlen_func(*args, **options), torch.zeros(())
 
 
-def pieces(q, k, boundaries):
+def pieces(q, k, cu_seqlens):
     """Of each document: its tokens, the scores (heads, n, n), and keys repeated per query head."""
     groups = q.shape[1] // k.shape[1]
-    for a, b in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
+    for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         keys = k[a:b].repeat_interleave(groups, 1)
         scores = torch.einsum("ihd,jhd->hij", q[a:b], keys) * q.shape[2] ** -0.5
         future = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
@@ -142,7 +142,7 @@ def results(function, documents):
 
 def compare_with_reference(function, lengths):
     documents = Documents.from_lengths([*lengths, 0, 0])
-    documents = Documents(documents.boundaries, documents.total, 2048)  # the bound of training
+    documents = Documents(documents.cu_seqlens, documents.total, 2048)  # the bound of training
     pairs = zip(results(function, documents), results(varlen.reference, documents), strict=True)
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -191,12 +191,12 @@ def test_flash_attn_4_keeps_what_it_promises_the_compiler(monkeypatch):
     from model.kernels import flash_attn_4
 
     q, k, v, dy = inputs(12)
-    boundaries = torch.tensor([0, 3, 12, 12], dtype=torch.int32)
-    torch.library.opcheck(flash_attn_4.forward.sealed, (q, k, v, boundaries, 9))
+    cu_seqlens = torch.tensor([0, 3, 12, 12], dtype=torch.int32)
+    torch.library.opcheck(flash_attn_4.forward.sealed, (q, k, v, cu_seqlens, 9))
     plain = [x.detach() for x in (q, k, v)]
-    y, lse = flash_attn_4.forward(*plain, boundaries, 9)
+    y, lse = flash_attn_4.forward(*plain, cu_seqlens, 9)
     torch.library.opcheck(
-        flash_attn_4.backward.sealed, (dy.detach(), *plain, y, lse, boundaries, 9)
+        flash_attn_4.backward.sealed, (dy.detach(), *plain, y, lse, cu_seqlens, 9)
     )
 
 
@@ -276,7 +276,7 @@ def test_fp32_and_cpus_are_refused(name):
 
 
 def test_fused_operations_are_refused_where_they_cannot_run(hopper, monkeypatch):
-    for op in ("ring", "mix", "mlp"):
+    for op in ("cached_attention", "mix", "mlp"):
         with pytest.raises(InputError, match=rf"ops\.{op}: triton: needs a CUDA device"):
             dispatch.configure("auto", torch.device("cpu"), **{op: "triton"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
@@ -286,9 +286,9 @@ def test_fused_operations_are_refused_where_they_cannot_run(hopper, monkeypatch)
 
 
 def test_fused_operations_without_triton(hopper, monkeypatch):
-    for module in ("fused_mlp", "fused_mix", "chunk_attention"):
+    for module in ("fused_mlp", "residual_norm", "cached_attention_triton"):
         monkeypatch.delitem(sys.modules, f"model.kernels.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     choice = dispatch.configure("padded", HOPPER)
-    assert (choice.ring, choice.mix, choice.mlp) == ("reference",) * 3
+    assert (choice.cached_attention, choice.residual_norm, choice.mlp) == ("reference",) * 3
     assert "triton: not importable" in choice.reasons["mlp"]

@@ -35,7 +35,7 @@ def test_tiles_cut_every_document_once(lengths):
         if first < end:
             assert (first - begin) % TILE == 0
             assert [begin, end] in [
-                documents.boundaries[j : j + 2].tolist() for j in range(documents.count)
+                documents.cu_seqlens[j : j + 2].tolist() for j in range(documents.count)
             ]
             sizes.append(end - begin)
     assert sorted(covered) == list(range(documents.total))
@@ -43,7 +43,7 @@ def test_tiles_cut_every_document_once(lengths):
 
 
 def operands(lengths, shape, dtype=torch.float32, device="cpu"):
-    """Products, gains, turns and documents of the fused operation, and weights of its result."""
+    """Products, gains, cos_sin and documents of the fused operation, and weights of its result."""
     heads, kv_heads, width, turning = shape
     documents = Documents.from_lengths(lengths, device)
     generator = torch.Generator().manual_seed(sum(lengths) + width)
@@ -51,21 +51,21 @@ def operands(lengths, shape, dtype=torch.float32, device="cpu"):
     projected = torch.randn(documents.total, columns, generator=generator)
     gain = 1 + torch.rand(heads, generator=generator)
     weight = torch.randn(documents.total, heads * width, generator=generator)
-    turns = rotation(documents.positions, turning, 10_000.0)
+    cos_sin = rotation(documents.positions, turning, 10_000.0)
     leaves = projected.to(device, dtype).requires_grad_(), gain.to(device).requires_grad_()
-    return leaves, documents, turns, weight.to(device, dtype)
+    return leaves, documents, cos_sin, weight.to(device, dtype)
 
 
-def composed(projected, documents, gain, turns, width, exclusive):
+def composed(projected, documents, gain, cos_sin, width, exclusive):
     def attention(q, k, v):
         y = varlen.reference(q, k, v, documents)
         return reference.exclude_own_value(y, v) if exclusive else y
 
-    return reference.attend(projected, gain, turns, width, attention)
+    return reference.attend(projected, gain, cos_sin, width, attention)
 
 
-def results(function, width, exclusive, leaves, documents, turns, weight):
-    y = function(leaves[0], documents, leaves[1], turns, width, exclusive)
+def results(function, width, exclusive, leaves, documents, cos_sin, weight):
+    y = function(leaves[0], documents, leaves[1], cos_sin, width, exclusive)
     return y, *torch.autograd.grad((y * weight).sum(), leaves)
 
 
@@ -90,27 +90,27 @@ def test_heads_of_other_widths_take_another_way(monkeypatch, width, exclusive):
     monkeypatch.setattr(varlen, "torch_varlen", varlen.reference)
     dispatch.configure("triton", torch.device("cpu"))
     shape = (4, 2, width, 8)
-    leaves, documents, turns, weight = operands([5, 70], shape, torch.bfloat16)
-    found = results(ops_attention, width, exclusive, leaves, documents, turns, weight)
-    expected = results(composed, width, exclusive, leaves, documents, turns, weight)
+    leaves, documents, cos_sin, weight = operands([5, 70], shape, torch.bfloat16)
+    found = results(ops_attention, width, exclusive, leaves, documents, cos_sin, weight)
+    expected = results(composed, width, exclusive, leaves, documents, cos_sin, weight)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() <= 2e-2 * b.norm()
     monkeypatch.undo()
     dispatch.configure("auto", torch.device("cpu"))
 
 
-def ops_attention(projected, documents, gain, turns, width, exclusive):
-    return dispatch.self_attention(projected, documents, gain, turns, width, exclusive)
+def ops_attention(projected, documents, gain, cos_sin, width, exclusive):
+    return dispatch.self_attention(projected, documents, gain, cos_sin, width, exclusive)
 
 
 @interpreted
 def test_gains_may_be_fixed():
-    (projected, gain), documents, turns, weight = operands(LENGTHS[1], SHAPES[0])
+    (projected, gain), documents, cos_sin, weight = operands(LENGTHS[1], SHAPES[0])
     both = results(
-        qkv_attention.self_attention, 16, True, [projected, gain], documents, turns, weight
+        qkv_attention.self_attention, 16, True, [projected, gain], documents, cos_sin, weight
     )
     gain = gain.detach()
-    y = qkv_attention.self_attention(projected, documents, gain, turns, 16, True)
+    y = qkv_attention.self_attention(projected, documents, gain, cos_sin, 16, True)
     (found,) = torch.autograd.grad((y * weight).sum(), [projected])
     assert torch.equal(found, both[1])
 
@@ -118,8 +118,8 @@ def test_gains_may_be_fixed():
 @interpreted
 @pytest.mark.parametrize("exclusive", [False, True], ids=["plain", "exclusive"])
 def test_a_single_token_sees_itself(exclusive):
-    leaves, documents, turns, weight = operands([1], SHAPES[0])
-    y, *_ = results(qkv_attention.self_attention, 16, exclusive, leaves, documents, turns, weight)
+    leaves, documents, cos_sin, weight = operands([1], SHAPES[0])
+    y, *_ = results(qkv_attention.self_attention, 16, exclusive, leaves, documents, cos_sin, weight)
     own = leaves[0][:, -32:].view(1, 2, 16).repeat_interleave(2, 1).flatten(1)
     torch.testing.assert_close(y, torch.zeros_like(own) if exclusive else own)
 
@@ -145,13 +145,16 @@ def test_queries_and_keys_turn_as_in_the_reference(turning, trained, monkeypatch
     monkeypatch.setattr(qk_norm_rope, "SOME_HEADS", 3)  # not a divisor of four
     monkeypatch.setattr(qk_norm_rope, "FEW_TOKENS", 10_000 if trained else 0)
     documents = Documents.from_lengths([70, 3])
-    turns = rotation(documents.positions, turning, 10_000.0)
+    cos_sin = rotation(documents.positions, turning, 10_000.0)
     projected = torch.randn(73, 8, 16, requires_grad=True)
     gain = torch.rand(4, requires_grad=trained)
     weight = torch.randn(73, 4, 16)
     for x, factor in ((projected[:, :4], gain), (projected[:, 4:6], None)):
         leaves = [projected, gain] if trained and factor is not None else [projected]
-        found, expected = qk_norm_rope.turned(x, factor, turns), reference.turned(x, factor, turns)
+        found, expected = (
+            qk_norm_rope.qk_norm_rope(x, factor, cos_sin),
+            reference.qk_norm_rope(x, factor, cos_sin),
+        )
         torch.testing.assert_close(found, expected)
         weighted = weight[:, : x.shape[1]]
         mine = torch.autograd.grad((found * weighted).sum(), leaves)
@@ -180,13 +183,13 @@ def test_separate_queries_keys_and_values_of_any_layout():
 @interpreted
 @pytest.mark.parametrize("exclusive", [False, True], ids=["plain", "exclusive"])
 def test_operations_keep_what_they_promise_the_compiler(exclusive):
-    (projected, gain), documents, turns, _ = operands([5, 3], SHAPES[0])
+    (projected, gain), documents, cos_sin, _ = operands([5, 3], SHAPES[0])
     tiles = documents.tiles
     torch.library.opcheck(
-        qkv_attention.fused_attention.sealed, (projected, gain, *turns, tiles, 16, exclusive)
+        qkv_attention.fused_attention.sealed, (projected, gain, *cos_sin, tiles, 16, exclusive)
     )
     torch.library.opcheck(
-        qk_norm_rope.turned_operation.sealed, (projected[:, :64], gain, *turns, 16)
+        qk_norm_rope.turned_operation.sealed, (projected[:, :64], gain, *cos_sin, 16)
     )
     q, k, v = (torch.randn(8, n, 16, requires_grad=True) for n in (4, 2, 2))
     torch.library.opcheck(varlen_attention_triton.attention.sealed, (q, k, v, tiles, exclusive))

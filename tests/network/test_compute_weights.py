@@ -7,7 +7,7 @@ from torch import Tensor
 from model.data.packing import Documents
 from model.kernels import dispatch
 from model.kernels.reference import exclude_own_value
-from model.network.compute_weights import WorkingWeights
+from model.network.compute_weights import ComputeWeights
 from model.network.gpt import GPT
 from model.training.qat import StraightThrough
 from tests.helpers.models import small_model
@@ -50,7 +50,7 @@ def rounded_forward(model: GPT, rounding: StraightThrough, seed: int) -> None:
 @pytest.mark.parametrize("change", [{}, {"branch_scales": False}], ids=["scales", "no scales"])
 def test_gradients_of_several_microbatches_are_those_of_the_plain_pass(rounding, change):
     ours, plain = small_model(**change), small_model(**change)
-    working = WorkingWeights(ours)
+    working = ComputeWeights(ours)
     with working.in_use(rounding):
         for seed in (1, 2):
             backward(ours, seed)
@@ -69,7 +69,7 @@ def test_gradients_of_several_microbatches_are_those_of_the_plain_pass(rounding,
 @pytest.mark.parametrize("rounding", ROUNDINGS, ids=["plain", "rounded"])
 def test_copies_follow_the_weights_and_leave_the_model_alone(rounding):
     model, other = small_model(), small_model()
-    working = WorkingWeights(model)
+    working = ComputeWeights(model)
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
             mine.mul_(0.9)
@@ -89,10 +89,10 @@ def test_copies_follow_the_weights_and_leave_the_model_alone(rounding):
 
 def test_an_error_leaves_the_model_as_it_was():
     model = small_model()
-    working = WorkingWeights(model)
+    working = ComputeWeights(model)
     with pytest.raises(RuntimeError, match="stop"), working.in_use(None):
         raise RuntimeError("stop")
-    assert all(product.place.working is None for product in working.products)
+    assert all(product.place.compute_weight is None for product in working.products)
     assert not gradients(model)
 
 
@@ -101,7 +101,7 @@ def masked_attention(
 ) -> Tensor:
     """Packed attention as one graph without a value that the host must know."""
     positions = torch.arange(documents.total, dtype=torch.int32)
-    index = torch.searchsorted(documents.boundaries[1:], positions, right=True)
+    index = torch.searchsorted(documents.cu_seqlens[1:], positions, right=True)
     visible = (index[:, None] == index) & (positions[:, None] >= positions)
     own = v
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -112,9 +112,9 @@ def masked_attention(
 
 
 def padded_documents(lengths: list[int], empty: int) -> Documents:
-    boundaries = Documents.from_lengths(lengths + [0] * empty).boundaries
-    torch._dynamo.maybe_mark_dynamic(boundaries, 0)
-    return Documents(boundaries, TOTAL, 32)
+    cu_seqlens = Documents.from_lengths(lengths + [0] * empty).cu_seqlens
+    torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+    return Documents(cu_seqlens, TOTAL, 32)
 
 
 def test_the_record_has_six_graphs_whatever_the_documents_and_rounded_or_not(monkeypatch):
@@ -124,7 +124,7 @@ def test_the_record_has_six_graphs_whatever_the_documents_and_rounded_or_not(mon
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, plain = (small_model(layers=11, value_layers=[9, 10]) for _ in range(2))
-    working = WorkingWeights(model)
+    working = ComputeWeights(model)
     model.compile_parts(backend="aot_eager", fullgraph=True)
     for rounding in (None, StraightThrough(6)):
         with working.in_use(rounding):

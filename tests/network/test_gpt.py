@@ -148,8 +148,8 @@ def test_a_value_of_zero_excludes_nothing_and_has_finite_gradients():
 
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
     q, k = torch.randn(1, 1, 8).expand(20, 1, 8), torch.randn(1, 1, 8).expand(20, 1, 8)
-    turns = rotation(torch.arange(20), 4, 100.0)
-    q, k = rotate(q, *turns), rotate(k, *turns)
+    cos_sin = rotation(torch.arange(20), 4, 100.0)
+    q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
     torch.testing.assert_close(q.norm(dim=-1), q[:1].norm(dim=-1).expand(20, 1))
     scores = (q[:, 0] @ k[:, 0].T).diagonal(-3)
     torch.testing.assert_close(scores, scores[:1].expand_as(scores), rtol=1e-4, atol=1e-4)

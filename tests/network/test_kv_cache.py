@@ -11,9 +11,9 @@ from model.data.packing import Documents
 from model.kernels import dispatch, varlen
 from model.kernels.cached import grouped_attention
 from model.network.gpt import GPT
-from model.network.kv_cache import SlidingCache
+from model.network.kv_cache import RingKVCache
 from model.quantization.calibration_text import generate, generate_uncached, sampling_noise
-from model.runtime.cuda_graphs import Replay
+from model.runtime.cuda_graphs import GraphRunner
 from model.runtime.distributed import Group
 from model.ttt import ttt_losses
 from tests.helpers.kernels import DEVICE, recorder
@@ -39,14 +39,14 @@ def test_grouped_attention_is_dense_attention(new: int, masked: str) -> None:
 @pytest.mark.parametrize(("chunk", "capacity"), [(4, 8), (3, 7), (5, 3), (4, 100), (4, 0)])
 def test_ring_holds_the_latest_tokens_each_in_its_slot(chunk: int, capacity: int) -> None:
     params = record_params(**SMALL)
-    cache = SlidingCache(params, 2, capacity, "cpu", torch.float32)
+    cache = RingKVCache(params, 2, capacity, "cpu", torch.float32)
     shape = (2, chunk, params.kv_heads, params.head_width)
     for start in range(0, 6 * chunk, chunk):
         new = torch.arange(start, start + chunk, dtype=torch.float32).view(1, -1, 1, 1)
         new = new.expand(shape)
-        cache.move_to(start, min(start, capacity))
+        cache.seek(start, min(start, capacity))
         for record in (True, False):
-            cache.open(record)
+            cache.begin_forward(record)
             keys, values, visible = cache.layers[1].extend(new if record else -new, new)
             for layer in cache.layers:
                 if record:
@@ -60,7 +60,7 @@ def test_ring_holds_the_latest_tokens_each_in_its_slot(chunk: int, capacity: int
             assert torch.equal(values[:, -chunk:], new)
             tokens = torch.full((2 * chunk,), start)
             cache.remember(tokens, torch.zeros(2 * chunk, params.width))
-        cache.close()
+        cache.commit()
         assert torch.equal(torch.as_tensor(cache.last_token), torch.full((2,), start))
 
 
@@ -69,32 +69,32 @@ def test_more_slots_than_are_filled_change_nothing(slots: int) -> None:
     model = small_model()
     tokens = torch.tensor(random_documents([32])[0].tolist())
     packed = Documents.from_rows(1, 8)
-    cache = SlidingCache(model.params, 1, 100, "cpu", torch.float32)
+    cache = RingKVCache(model.params, 1, 100, "cpu", torch.float32)
     found = []
     with torch.no_grad():
         for start in range(0, 32, 8):
-            cache.move_to(start, max(slots, start) if start else 0)
-            cache.open(record=True)
+            cache.seek(start, max(slots, start) if start else 0)
+            cache.begin_forward(record=True)
             found.append(model(tokens[start : start + 8], packed, cache=cache))
-            cache.close()
+            cache.commit()
         expected = model(tokens, Documents.from_lengths([32]))
     torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_every_layer_keeps_its_own_keys_and_values_of_the_rows_that_go_on() -> None:
     params = record_params(**SMALL)
-    cache = SlidingCache(params, 3, 8, "cpu", torch.float32)
+    cache = RingKVCache(params, 3, 8, "cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)
     shape = (params.layers, 2, 3, 12, params.kv_heads, params.head_width)
     text = torch.randn(shape, generator=generator)
     for start, rows in ((0, 3), (4, 3), (8, 2)):
         cache.keep_first(rows)
-        cache.move_to(start, min(start, 8))
-        cache.open(record=True)
+        cache.seek(start, min(start, 8))
+        cache.begin_forward(record=True)
         for layer, (keys, values) in zip(cache.layers, text, strict=True):
             layer.extend(keys[:rows, start : start + 4], values[:rows, start : start + 4])
         cache.remember(torch.zeros(4 * rows, dtype=torch.int64), torch.zeros(4 * rows, 32))
-        cache.close()
+        cache.commit()
     latest = torch.cat((text[:, :, :2, 8:], text[:, :, :2, 4:8]), 3)
     assert torch.equal(cache.storage[:, :, :2], latest)
     assert torch.equal(cache.storage[:, :, 2], text[:, :, 2, :8])
@@ -106,8 +106,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pytest.importorskip("triton")
     device = torch.device(DEVICE)
     monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
-    chosen = dispatch.configure("padded", device, mix="reference", mlp="reference")
-    assert chosen.ring == "triton"
+    chosen = dispatch.configure("padded", device, residual_norm="reference", mlp="reference")
+    assert chosen.cached_attention == "triton"
     assert dispatch.reads_filled_slots(device)
     yield
     monkeypatch.undo()
@@ -119,28 +119,30 @@ def use_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         dispatch, "_obstacle", lambda _, name, __: None if name == "reference" else "no"
     )
-    chosen = dispatch.configure("padded", torch.device(DEVICE), mix="reference", mlp="reference")
-    assert chosen.ring == "reference"
+    chosen = dispatch.configure(
+        "padded", torch.device(DEVICE), residual_norm="reference", mlp="reference"
+    )
+    assert chosen.cached_attention == "reference"
 
 
 def read(model: GPT, slots: Callable[[int], int]) -> list[torch.Tensor]:
     """Losses and gradients of two documents by chunks of 4 over a ring of 8."""
     texts = [torch.tensor(text.tolist()) for text in random_documents([17, 17])]
     text = torch.stack(texts)
-    cache = SlidingCache(model.params, 2, 8, model.device, model.dtype)
+    cache = RingKVCache(model.params, 2, 8, model.device, model.dtype)
     packed = Documents.from_rows(2, 4, model.device)
     found: list[torch.Tensor] = []
     for start in range(0, 16, 4):
-        cache.move_to(start, slots(start))
+        cache.seek(start, slots(start))
         for record in (True, False):
-            cache.open(record)
+            cache.begin_forward(record)
             tokens, targets = (
                 text[:, start + shift : start + shift + 4].flatten().to(model.device)
                 for shift in (0, 1)
             )
             losses = model.losses(tokens, targets, packed, cache=cache)
             found += [losses.detach(), *torch.autograd.grad(losses.sum(), list(model.parameters()))]
-        cache.close()
+        cache.commit()
     return found
 
 
@@ -177,10 +179,10 @@ def test_compiled_blocks_call_the_kernel_and_serve_every_length(kernel: None) ->
 def test_text_is_the_same_and_its_work_recorded_once(kernel: None) -> None:
     model = two_layers()
     noise, forbidden = sampling_noise(3, range(3), 20), torch.arange(64) < 4
-    replay = Replay(recorded=True)
-    found = generate(model, noise, 0.8, 1, forbidden, replay=replay)
+    runner = GraphRunner(captured=True)
+    found = generate(model, noise, 0.8, 1, forbidden, runner=runner)
     assert torch.equal(found, generate_uncached(model, noise, 0.8, 1, forbidden))
-    assert len(replay._known) == 1
+    assert len(runner._known) == 1
 
 
 def test_losses_of_adapting_documents_are_the_same(

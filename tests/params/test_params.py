@@ -147,7 +147,7 @@ def test_missing_key(values: dict[str, Any]) -> None:
         ({"evaluate.sliding_stride": 257}, "evaluate.sliding_stride", "skipped"),
         ({"ttt.context": 8}, "ttt.context", "shorter than largest_chunk"),
         ({"ttt.context": 16, "ttt.refresh": 2}, "ttt.refresh", "none are kept"),
-        ({"ttt.mode": "window", "ttt.reach": 2}, "ttt.reach", "the whole context does"),
+        ({"ttt.mode": "window", "ttt.bptt_chunks": 2}, "ttt.bptt_chunks", "the whole context does"),
         ({"ttt.sites": [], "ttt.hash_buckets": 0}, "ttt.sites", "nothing would adapt"),
         ({"data.source": "files"}, "data.files", "is empty"),
         ({"data.source": "files", "data.files": ["a/*", "a/*.csv"]}, "data.files", "*.csv names"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.quantization.calibration_text import draw, generate, generate_uncached, sampling_noise
-from model.runtime.cuda_graphs import CUDAReplay, Replay
+from model.runtime.cuda_graphs import CUDAGraphRunner, GraphRunner
 from tests.helpers.models import small_model
 
 BOS = 1
@@ -19,13 +19,13 @@ def test_cached_text_equals_the_uncached():
     assert len(cached.unique()) > 20  # real sampling, not a loop
 
 
-@pytest.mark.parametrize("recorded", [False, True])
-def test_text_is_the_same_over_several_blocks_of_slots(recorded, monkeypatch):
-    """`recorded`: the work first seen for a number of slots is run for all later tokens."""
+@pytest.mark.parametrize("captured", [False, True])
+def test_text_is_the_same_over_several_blocks_of_slots(captured, monkeypatch):
+    """`captured`: the work first seen for a number of slots is run for all later tokens."""
     monkeypatch.setattr("model.quantization.calibration_text.SLOTS", 8)
     model = small_model()
     noise = sampling_noise(3, range(4), 30)
-    found = generate(model, noise, 0.8, BOS, FORBIDDEN, replay=Replay(recorded))
+    found = generate(model, noise, 0.8, BOS, FORBIDDEN, runner=GraphRunner(captured))
     assert torch.equal(found, generate_uncached(model, noise, 0.8, BOS, FORBIDDEN))
 
 
@@ -37,7 +37,7 @@ def test_the_model_is_as_it_was():
     scales = [block.depth_scale.clone() for block in blocks]
 
     def fail(_):
-        assert blocks[0].attention.working.dtype == torch.bfloat16
+        assert blocks[0].attention.compute_weight.dtype == torch.bfloat16
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
@@ -46,7 +46,7 @@ def test_the_model_is_as_it_was():
         assert torch.equal(tensor, before[name]), name
         assert tensor.dtype == torch.float32
     assert all(torch.equal(b.depth_scale, s) for b, s in zip(blocks, scales, strict=True))
-    assert blocks[0].attention.working is None
+    assert blocks[0].attention.compute_weight is None
 
 
 def test_every_component_may_be_off():
@@ -121,6 +121,6 @@ def test_the_gpu_writes_the_text_of_the_cpu_in_fp32():
     expected = generate(model, noise, 0.8, BOS, FORBIDDEN)
     model.compute_dtype = torch.float32
     model.cuda()
-    for replay in (None, CUDAReplay(model.device)):
-        text = generate(model, noise, 0.8, BOS, FORBIDDEN, replay=replay)
+    for runner in (None, CUDAGraphRunner(model.device)):
+        text = generate(model, noise, 0.8, BOS, FORBIDDEN, runner=runner)
         assert torch.equal(text.cpu(), expected)

@@ -20,7 +20,7 @@ def problem(matrices=2, rows=12, columns=24, seed=0):
     return torch.randn(matrices, rows, columns), (inputs.mT @ inputs / 500).double()
 
 
-def quantise(weights, hessians, step=0.5, damping=0.01, block=7):
+def quantize(weights, hessians, step=0.5, damping=0.01, block=7):
     steps = torch.full((len(weights),), step, device=weights.device)
     return gptq(weights, hessians, steps, damping, block)
 
@@ -45,7 +45,7 @@ def textbook(weight, hessian, scales, bits):
 
 def test_the_identity_hessian_is_rounding_to_nearest():
     weights, _ = problem()
-    results = quantise(weights, torch.eye(24).double().repeat(2, 1, 1), 0.25)
+    results = quantize(weights, torch.eye(24).double().repeat(2, 1, 1), 0.25)
     for weight, result in zip(weights, results, strict=True):
         expected = round_to_step(weight, 0.25)
         assert torch.equal(result.codes, expected.codes)
@@ -67,7 +67,7 @@ def test_columns_go_in_the_order_of_the_diagonal():
     h = damped(hessians, 0.01)[0]
     order = h.diagonal().argsort(descending=True)
     expected = textbook(weights[0][:, order], h[order][:, order], torch.full((12,), 0.5), CODE_BITS)
-    (result,) = quantise(weights, hessians)
+    (result,) = quantize(weights, hessians)
     assert torch.equal(result.codes[:, order].double(), expected)
 
 
@@ -92,7 +92,7 @@ def test_the_weighted_error_is_the_mean_square_of_the_outputs_change():
 def test_it_beats_rounding_under_the_hessian(step):
     weights, hessians = problem(rows=64)
     step = representable(step)
-    solved = errors(quantise(weights, hessians, step), weights, hessians)
+    solved = errors(quantize(weights, hessians, step), weights, hessians)
     rounded = errors([round_to_step(w, step) for w in weights], weights, hessians)
     assert solved.sum() < 0.7 * rounded.sum()
 
@@ -101,7 +101,7 @@ def test_the_error_is_quadratic_in_the_step():
     """The law that `model.quantization.bit_allocation` relies on."""
     weights, hessians = problem(rows=256)
     found = [
-        errors(quantise(weights, hessians, 2.0**-k), weights, hessians).sum() for k in (2, 3, 4)
+        errors(quantize(weights, hessians, 2.0**-k), weights, hessians).sum() for k in (2, 3, 4)
     ]
     assert found[0] / found[1] == pytest.approx(4, rel=0.06)
     assert found[1] / found[2] == pytest.approx(4, rel=0.06)
@@ -111,16 +111,16 @@ def test_every_matrix_has_its_own_step():
     weights, hessians = problem()
     results = gptq(weights, hessians, torch.tensor([0.5, 0.125]), 0.01, 7)
     for weight, hessian, step, result in zip(weights, hessians, (0.5, 0.125), results, strict=True):
-        (alone,) = quantise(weight[None], hessian[None], step)
+        (alone,) = quantize(weight[None], hessian[None], step)
         assert torch.equal(result.codes, alone.codes)
         assert (result.scales == step).all()
 
 
 def test_a_batch_equals_each_matrix_alone():
     weights, hessians = problem(matrices=3)
-    together = quantise(weights, hessians)
+    together = quantize(weights, hessians)
     for i, result in enumerate(together):
-        (alone,) = quantise(weights[i : i + 1], hessians[i : i + 1])
+        (alone,) = quantize(weights[i : i + 1], hessians[i : i + 1])
         assert torch.equal(result.codes, alone.codes)
         assert torch.equal(result.scales, alone.scales)
 
@@ -128,10 +128,10 @@ def test_a_batch_equals_each_matrix_alone():
 def test_dead_columns_are_rounded_and_disturb_nothing():
     weights, hessians = problem(matrices=1)
     hessians[:, 5], hessians[:, :, 5] = 0, 0
-    (result,) = quantise(weights, hessians)
+    (result,) = quantize(weights, hessians)
     expected = round_to_step(weights[0], 0.5)
     assert torch.equal(result.codes[:, 5], expected.codes[:, 5])
-    (unknown,) = quantise(weights, torch.zeros_like(hessians))
+    (unknown,) = quantize(weights, torch.zeros_like(hessians))
     assert torch.equal(unknown.codes, expected.codes)
 
 
@@ -140,7 +140,7 @@ def test_inputs_of_nearly_rank_one_are_solved():
     inputs = (1000 * torch.randn(800, 1) + torch.randn(800, 512)).double()
     weights = torch.randn(1, 8, 512)
     hessians = (inputs.T @ inputs / 800)[None]
-    (result,) = quantise(weights, hessians, 0.125, 1e-6, 128)
+    (result,) = quantize(weights, hessians, 0.125, 1e-6, 128)
     solved = weighted_error(weights[0] - result.dequantize(), hessians[0])
     nearest = round_to_step(weights[0], 0.125).dequantize()
     rounded = weighted_error(weights[0] - nearest, hessians[0])
@@ -175,8 +175,8 @@ def test_steps_are_positive_fp16_values():
 @pytest.mark.gpu
 def test_the_gpu_solves_the_same_problem():
     weights, hessians = problem(matrices=3, rows=64, columns=96)
-    host = errors(quantise(weights, hessians), weights, hessians).sum()
-    there = quantise(weights.cuda(), hessians.cuda())
+    host = errors(quantize(weights, hessians), weights, hessians).sum()
+    there = quantize(weights.cuda(), hessians.cuda())
     found = torch.stack([q.dequantize().cpu() for q in there])
     device = weighted_error(weights - found, damped(hessians, 0.01)).sum()
     torch.testing.assert_close(device, host, rtol=1e-2, atol=0)

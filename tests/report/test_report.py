@@ -101,7 +101,7 @@ def test_numbers(run):
     assert f"p = {metrics['test']['p']:.6f}" in headline
     assert "report: artifacts/report/report.md" in headline
     for run_metrics in metrics["runs"]:
-        for score in ("pre_quant", "quantised", "ttt"):
+        for score in ("pre_quant", "quantized", "ttt"):
             assert f"{run_metrics[score]['bpb']:.4f}" in headline
 
 
@@ -114,7 +114,7 @@ def test_baseline_without_ttt_is_the_own_plain_loss(run):
     ).pvalue
     assert metrics["test"]["p"] == pytest.approx(expected, rel=1e-6)
     report = Path("artifacts/report/report.md").read_text()
-    assert "own quantised models without TTT" in report
+    assert "own quantized models without TTT" in report
     assert "by at least 0.002 nats" in report
 
 
@@ -340,7 +340,7 @@ def test_record_and_readme_table(run, monkeypatch):
     assert text.startswith("# Title\n<!-- results: records/demo/metrics.json -->\n")
     assert text.endswith("<!-- end of results -->\nmore\n")
     assert "stale table" not in text
-    assert f"| quantised, with TTT | {metrics['ttt']['loss']:.4f} ±" in text
+    assert f"| quantized, with TTT | {metrics['ttt']['loss']:.4f} ±" in text
     assert readme.render(text) == text
     edit_json(Path("records/demo/metrics.json"), ttt={**metrics["ttt"], "loss": 9.0})
     assert "| 9.0000 ±" in readme.render(text)
@@ -370,7 +370,7 @@ def test_the_readme_shows_the_benchmarks_that_are_recorded(tmp_path, monkeypatch
         "| TTT cached minus window, nats | - | ≤ 0 | - | - |",
     ):
         assert row in rendered
-    assert "quantis" not in rendered[rendered.index("| figure |") :]
+    assert "quantiz" not in rendered[rendered.index("| figure |") :]
     assert "[train](records/benchmarks/train.json) on NVIDIA H100, commit `0123456789`" in rendered
     assert "[sweep](records/benchmarks/sweep.md)" in rendered
     assert "stale" not in rendered

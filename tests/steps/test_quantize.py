@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import benchmarks.quantise
+import benchmarks.quantize
 from model.artifact.format import load_artifact, read_artifact, restore
 from model.artifact.quantizer import Quantized, round_to_step
 from model.data.shards import BOS, Manifest, Shard, ShardWriter
@@ -79,14 +79,14 @@ def workspace(tmp_path, inputs, monkeypatch) -> Path:
     return tmp_path
 
 
-def quantise(monkeypatch) -> dict:
+def quantize(monkeypatch) -> dict:
     monkeypatch.setattr(sys, "argv", ["quantize", "--seed", "0"])
     run("quantize", main)
     return json.loads(Path(OUTPUT, "metrics.json").read_text())
 
 
-def test_the_step_quantises_packs_and_scores(workspace, monkeypatch):
-    metrics = quantise(monkeypatch)
+def test_the_step_quantizes_packs_and_scores(workspace, monkeypatch):
+    metrics = quantize(monkeypatch)
     artifact = workspace / OUTPUT / "model.pocket"
     assert metrics["artifact_bytes"] == artifact.stat().st_size == sum(metrics["bytes"].values())
     assert metrics["total_bytes"] == metrics["artifact_bytes"] + metrics["code_bytes"]
@@ -113,15 +113,15 @@ def test_the_step_quantises_packs_and_scores(workspace, monkeypatch):
 
 
 def test_the_benchmark_measures_what_the_step_left(workspace, monkeypatch, capsys):
-    metrics = quantise(monkeypatch)
-    benchmarks.quantise.main(["--json", "--compressors", "zstd"])
+    metrics = quantize(monkeypatch)
+    benchmarks.quantize.main(["--json", "--compressors", "zstd"])
     printed = capsys.readouterr().out
     assert "mlp.down" in printed
     assert "all codes" in printed
-    recorded = json.loads((workspace / "records/benchmarks/quantise.json").read_text())
+    recorded = json.loads((workspace / "records/benchmarks/quantize.json").read_text())
     keys = {"device", "versions", "commit", "calibration_s", "coding_s", "decode_s"}
     assert keys < recorded.keys()
-    assert recorded["quantise_s"] == metrics["seconds"]["total"]
+    assert recorded["quantize_s"] == metrics["seconds"]["total"]
     assert recorded["gap_nats"] == metrics["gap"]
     assert recorded["total_bytes"] == metrics["total_bytes"]
     # Small streams cost a little more than their entropy, the header and what is learned.
@@ -129,7 +129,7 @@ def test_the_benchmark_measures_what_the_step_left(workspace, monkeypatch, capsy
 
 
 def test_gptq_beats_rounding_on_the_models_own_text(workspace, monkeypatch):
-    quantise(monkeypatch)
+    quantize(monkeypatch)
     (line,) = read_log(next((workspace / "logs/quantize").iterdir()), "gptq")
     matrices = load_checkpoint("artifacts/train/seed0/model.safetensors").matrices()
     assert line["relative_errors"].keys() == {*matrices, "embedding"}
@@ -138,10 +138,10 @@ def test_gptq_beats_rounding_on_the_models_own_text(workspace, monkeypatch):
 
 
 def test_a_small_budget_is_met_by_coarser_steps(workspace, monkeypatch):
-    whole = quantise(monkeypatch)
+    whole = quantize(monkeypatch)
     budget = whole["code_bytes"] + whole["artifact_bytes"] // 2
     write_params(workspace, f"quantize.budget_bytes={budget}")
-    small = quantise(monkeypatch)
+    small = quantize(monkeypatch)
     assert 0.999 * budget <= small["total_bytes"] <= budget
     assert small["predicted_gap"] > 10 * whole["predicted_gap"] > 0
     load_artifact(Path(OUTPUT, "model.pocket"))
@@ -150,7 +150,7 @@ def test_a_small_budget_is_met_by_coarser_steps(workspace, monkeypatch):
 def test_an_impossible_budget_fails_and_publishes_nothing(workspace, monkeypatch, capsys):
     write_params(workspace, f"quantize.budget_bytes={code_bytes(ROOT) + 3000}")
     with pytest.raises(SystemExit) as failure:
-        quantise(monkeypatch)
+        quantize(monkeypatch)
     assert failure.value.code == 2
     assert "the coarsest rounding that makes sense" in capsys.readouterr().err
     assert not Path(OUTPUT).exists()
@@ -163,12 +163,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(workspace, monkeypatch,
     (workspace / "artifacts/train").unlink()
     save_checkpoint(workspace / "artifacts/train/seed0/model.safetensors", model)
     with pytest.raises(SystemExit):
-        quantise(monkeypatch)
+        quantize(monkeypatch)
     assert "blocks.1.mlp.up.weight holds values that are not finite" in capsys.readouterr().err
 
 
 def test_two_processes_give_the_result_of_one(workspace, monkeypatch):
-    alone = quantise(monkeypatch)
+    alone = quantize(monkeypatch)
     first = read_artifact(Path(OUTPUT, "model.pocket"))[1]
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     subprocess.run(

@@ -30,7 +30,7 @@ from model.training.schedule import Clock
 from model.training.trainer import Trainer
 from pocketlm.params.presets import compose
 from steps.common import _is_first_to_fail
-from steps.train import Line, Training
+from steps.train import LossLog, Training
 from tests.helpers.corpora import sentences, small_tokenizer
 from tests.helpers.models import SMALL, small_model, train_params
 from tests.helpers.processes import run_processes
@@ -215,7 +215,7 @@ def test_bad_input_is_named(tokens, tmp_path, change, words):
 
 @pytest.mark.parametrize("clip", [0.3, None])
 def test_a_run_that_diverged_is_told_to_clip_only_if_it_does_not(clip):
-    line = Line(
+    line = LossLog(
         cast(
             "Training",
             SimpleNamespace(

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from model.runtime.distributed import Group
-from model.training.muon import Muon, orthogonalise
+from model.training.muon import Muon, orthogonalize
 from tests.helpers.processes import run_processes
 
 SHAPES = [(8, 8)] * 5 + [(12, 4)] * 2 + [(4, 12)] * 3
@@ -11,29 +11,29 @@ ALONE = Group(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("shape", [(6, 16, 16), (3, 24, 8), (3, 8, 24)])
-def test_orthogonalise_brings_every_singular_value_near_one(shape):
+def test_orthogonalize_brings_every_singular_value_near_one(shape):
     matrices = torch.randn(shape, generator=torch.manual_seed(0))
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    values = torch.linalg.svdvals(orthogonalise(matrices, 5))
+    values = torch.linalg.svdvals(orthogonalize(matrices, 5))
     # The smallest singular value of a random square matrix may need more iterations.
     assert values.max() < 1.3
     assert (values > 0.6).float().mean() > 0.9
     # The singular vectors stay: U^T X V is diagonal.
-    core = left.mT @ orthogonalise(matrices, 5) @ right.mT
+    core = left.mT @ orthogonalize(matrices, 5) @ right.mT
     off_diagonal = core - torch.diag_embed(core.diagonal(dim1=-2, dim2=-1))
     assert off_diagonal.abs().max() < 1e-4
 
 
-def test_orthogonalise_does_not_see_the_scale_and_keeps_zero():
+def test_orthogonalize_does_not_see_the_scale_and_keeps_zero():
     matrix = torch.randn(1, 6, 10, generator=torch.manual_seed(1))
-    assert torch.allclose(orthogonalise(matrix, 5), orthogonalise(1000 * matrix, 5), atol=1e-5)
-    assert not orthogonalise(torch.zeros(1, 6, 10), 5).any()
+    assert torch.allclose(orthogonalize(matrix, 5), orthogonalize(1000 * matrix, 5), atol=1e-5)
+    assert not orthogonalize(torch.zeros(1, 6, 10), 5).any()
 
 
 def test_a_batch_equals_each_matrix_alone():
     matrices = torch.randn(4, 8, 6, generator=torch.manual_seed(2))
-    alone = torch.cat([orthogonalise(matrix[None], 5) for matrix in matrices])
-    assert torch.allclose(orthogonalise(matrices, 5), alone, atol=1e-5)
+    alone = torch.cat([orthogonalize(matrix[None], 5) for matrix in matrices])
+    assert torch.allclose(orthogonalize(matrices, 5), alone, atol=1e-5)
 
 
 def test_update_is_the_formula():
@@ -49,7 +49,7 @@ def test_update_is_the_formula():
         muon.start_update(torch.tensor(0.5), factor, 5)
         muon.finish_update(lr=0.1, weight_decay=0.2)
         momentum = factor * momentum + 0.5 * gradient
-        update = orthogonalise((0.5 * gradient + factor * momentum)[None], 5)[0]
+        update = orthogonalize((0.5 * gradient + factor * momentum)[None], 5)[0]
         expected = expected * (1 - 0.1 * 0.2) - 0.1 * 3**0.5 * update
         assert torch.allclose(weight, expected, atol=1e-6)
 
@@ -84,7 +84,7 @@ def steps_of_a_share(group: Group) -> tuple[list[torch.Tensor], dict[str, int | 
         muon.owned_gradients()
         muon.start_update(None, 0.9, 5)
         muon.finish_update(0.02, 0.1)
-    owners = {name: slot.owner for name, slot in muon.slots().items()}
+    owners = {name: slot.owner for name, slot in muon.state_tensors().items()}
     return [weight.detach() for weight in weights.values()], owners
 
 

@@ -65,7 +65,7 @@ def test_clock_continues_and_stands_still_while_paused():
 
 def decide(group: Group) -> list[float]:
     decisions = Decisions(group)
-    return [decisions.share(0.1 * (i + 1) + 1000 * group.rank) for i in range(3)]
+    return [decisions.broadcast_from_main(0.1 * (i + 1) + 1000 * group.rank) for i in range(3)]
 
 
 def test_all_processes_decide_as_the_main_one():

@@ -24,7 +24,7 @@ from model.kernels.reference import exclude_own_value
 from model.network.adapters import READERS, BlockAdapters, low_rank, side_by_side, site_name
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT, Adapters
-from model.runtime.cuda_graphs import Replay
+from model.runtime.cuda_graphs import GraphRunner
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
 from model.ttt import ttt_losses, window_mode
@@ -209,7 +209,7 @@ def spliced_adapters(
 
 
 class NaiveCached(Naive):
-    """Keeps nothing: reads all the text for every chunk, each piece with its recorded adapters."""
+    """Keeps nothing: reads all the text for every chunk, each piece with its captured adapters."""
 
     def __init__(self, model: GPT, document: np.ndarray, ttt: Any) -> None:
         super().__init__(model, document, ttt)
@@ -282,10 +282,17 @@ class NaiveCached(Naive):
         },
         {"chunk": 4, "largest_chunk": 16, "lr_decay_tokens": 9},
         {"mode": "cached", "chunk": 4, "largest_chunk": 16, "context": 40, "refresh": 5},
-        {"mode": "cached", "chunk": 5, "context": 29, "reach": 2, "hash_buckets": 16},
-        {"mode": "cached", "chunk": 4, "largest_chunk": 16, "context": 64, "reach": 3, "steps": 2},
-        {"mode": "cached", "chunk": 4, "context": 16, "reach": 3},
-        {"mode": "cached", "chunk": 4, "context": 20, "reach": 1, "refresh": 3},
+        {"mode": "cached", "chunk": 5, "context": 29, "bptt_chunks": 2, "hash_buckets": 16},
+        {
+            "mode": "cached",
+            "chunk": 4,
+            "largest_chunk": 16,
+            "context": 64,
+            "bptt_chunks": 3,
+            "steps": 2,
+        },
+        {"mode": "cached", "chunk": 4, "context": 16, "bptt_chunks": 3},
+        {"mode": "cached", "chunk": 4, "context": 20, "bptt_chunks": 1, "refresh": 3},
     ],
 )
 def test_batched_loop_equals_the_naive_one(
@@ -306,7 +313,7 @@ def test_passes_reach_back_by_chunks_of_their_size_and_run_nothing_that_was_left
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("model.ttt.chunking.TOKENS_BEFORE", 2)
-    ttt = ttt_params(mode="cached", chunk=4, largest_chunk=8, context=64, reach=2)
+    ttt = ttt_params(mode="cached", chunk=4, largest_chunk=8, context=64, bptt_chunks=2)
     found = passes(45, ttt)
     assert [(one.start, one.end) for one in found] == list(chunks(45, ttt))
     assert [one.first for one in found] == [0, 0, 0, 4, 4, 8, 16, 24]
@@ -366,7 +373,7 @@ def test_fresh_adapters_change_nothing_at_all() -> None:
         {},
         {"mode": "cached"},
         {"mode": "cached", "refresh": 2, "steps": 2},
-        {"mode": "cached", "reach": 2},
+        {"mode": "cached", "bptt_chunks": 2},
         {"steps": 2},
     ],
 )
@@ -454,9 +461,9 @@ def test_what_is_read_at_once_is_bounded_pass_by_pass(
 def test_chunks_that_run_again_count_as_read() -> None:
     ttt = ttt_params(mode="cached", chunk=8, context=64, tokens_per_batch=70)
     assert tokens_at_once(90, ttt) == 8
-    assert tokens_at_once(90, ttt.model_copy(update={"reach": 2})) == 24
+    assert tokens_at_once(90, ttt.model_copy(update={"bptt_chunks": 2})) == 24
     alone, reaching = (
-        bytes_per_document(small_model(), ttt.model_copy(update={"reach": reach}))
+        bytes_per_document(small_model(), ttt.model_copy(update={"bptt_chunks": reach}))
         for reach in (0, 2)
     )
     assert reaching > alone
@@ -554,11 +561,11 @@ class Operations(TorchDispatchMode):
                     old.copy_(new)
 
 
-class NotedOperations(Replay):
+class NotedOperations(GraphRunner):
     """Replays on any device. played: the keys."""
 
     def __init__(self) -> None:
-        super().__init__(recorded=True)
+        super().__init__(captured=True)
         self.played: Counter[Any] = Counter()
 
     def run(self, key: Any, work: Callable[[], Tensor]) -> Tensor:
@@ -586,7 +593,7 @@ class NotedOperations(Replay):
     [
         {"mode": "cached"},
         {"mode": "cached", "steps": 2, "refresh": 3, "hash_buckets": 16},
-        {"mode": "cached", "reach": 3},
+        {"mode": "cached", "bptt_chunks": 3},
         {"mode": "window"},
         {"mode": "window", "chunk": 4, "steps": 2, "hash_buckets": 16},
         {"mode": "window", "chunk": 4, "largest_chunk": 16},
@@ -596,22 +603,22 @@ def test_replayed_chunks_equal_those_run_as_they_are(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.ttt.chunking.TOKENS_BEFORE", 8)
-    monkeypatch.setattr("model.ttt.loop.RECORDING", 500)
+    monkeypatch.setattr("model.ttt.loop.CAPTURE_COST", 500)
     model = small_model()
     ttt = ttt_params(context=40, **changes)
     documents = random_documents([150, 140, 120, 61, 60, 59, 20])
-    replay = NotedOperations()
+    runner = NotedOperations()
     with fixed_weights(model):
         expected = Session(model, ttt, 7).losses(documents, SharedProgress(None))
-        session = Session(model, ttt, 7, replay)
+        session = Session(model, ttt, 7, runner)
         for part in (documents, documents[2:], documents):  # the memory is used again
             found = session.losses(part, SharedProgress(None))
             for one, other in zip(found[::-1], expected[::-1], strict=False):
                 np.testing.assert_allclose(one, other, atol=3e-5)
-    assert replay.played.total() > 20
-    assert len({rows for rows, _ in replay.played}) > 1
+    assert runner.played.total() > 20
+    assert len({rows for rows, _ in runner.played}) > 1
     if ttt.mode == "window":  # those that grow, too
-        assert {shape.tokens for rows, shape in replay.played} == {16, 32, 40}
+        assert {shape.tokens for rows, shape in runner.played} == {16, 32, 40}
 
 
 def test_windows_filled_up_equal_those_that_end_with_the_chunk(
@@ -627,16 +634,16 @@ def test_windows_filled_up_equal_those_that_end_with_the_chunk(
         leaves = [group.leaf for group in adapters._groups]
         for leaf in leaves:
             leaf.data += 0.05 * torch.randn_like(leaf)
-        reader = WindowReader(model, adapters, ttt, 3, recorded=True)
+        reader = WindowReader(model, adapters, ttt, 3, captured=True)
         reader.begin(tokens, tokens.roll(-1, 1))
         results = []
         for one in passes(64, ttt):
             reader._window_tokens.fill_(5)  # left by others
-            reader.move_to(one, reader.shape(one, 3))
+            reader.seek(one, reader.shape(one, 3))
             assert not reader._window.view(3, -1)[:, one.end :].any()
             losses = reader.losses(first=True)
             gradients = torch.autograd.grad(losses.sum(), leaves)
-            results.append((reader._packed.longest, [losses, *gradients]))
+            results.append((reader._packed.max_seqlen, [losses, *gradients]))
         return results
 
     with fixed_weights(model):
@@ -650,12 +657,12 @@ def test_windows_filled_up_equal_those_that_end_with_the_chunk(
 
 
 @pytest.mark.parametrize(
-    ("recorded", "lengths"), [(True, [16, 16, 32, 32]), (False, [8, 16, 24, 30])]
+    ("captured", "lengths"), [(True, [16, 16, 32, 32]), (False, [8, 16, 24, 30])]
 )
-def test_only_recorded_windows_are_filled_up(recorded: bool, lengths: list[int]) -> None:
+def test_only_recorded_windows_are_filled_up(captured: bool, lengths: list[int]) -> None:
     ttt = ttt_params(context=30)
     with fixed_weights(small_model()):
-        session = Session(small_model(), ttt, 3, Replay(recorded))
+        session = Session(small_model(), ttt, 3, GraphRunner(captured))
         found = [session._reader.shape(one, 3).tokens for one in passes(32, ttt)]
     assert found == [min(length, 30) for length in lengths]
 
@@ -715,7 +722,7 @@ def test_work_for_some_tokens_alone_equals_that_for_all(position: int) -> None:
 def test_cuda_graphs_equal_the_eager_loop(
     mode: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.ttt.loop.RECORDING", 500)
+    monkeypatch.setattr("model.ttt.loop.CAPTURE_COST", 500)
     monkeypatch.setattr(dispatch, "_bound", {})
     device = torch.device("cuda")
     dispatch.configure("auto", device)

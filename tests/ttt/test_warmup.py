@@ -11,14 +11,14 @@ import torch
 from model.network.compute_weights import fixed_weights
 from model.ttt import warmup
 from model.ttt.chunking import passes
-from model.ttt.warmup import excerpts, read_excerpts, rehearse
+from model.ttt.warmup import excerpts, read_excerpts, warm_up_kernels
 from tests.helpers.kernels import CUDA, run_apart
 from tests.helpers.models import random_documents, small_model, ttt_params
 
 
-@pytest.mark.parametrize("reach", [0, 3])
+@pytest.mark.parametrize("bptt_chunks", [0, 3])
 def test_excerpts_make_passes_of_every_number_of_chunks(reach):
-    ttt = ttt_params(mode="cached", chunk=2, largest_chunk=8, context=64, reach=reach)
+    ttt = ttt_params(mode="cached", chunk=2, largest_chunk=8, context=64, bptt_chunks=reach)
     documents = random_documents([5, 700, 300])
     found = list(excerpts(documents, ttt))
     assert [len(texts) for _, texts in found] == [2, 3] * 3
@@ -39,26 +39,26 @@ def test_texts_are_the_beginnings_of_documents():
 def test_nothing_is_done_on_a_cpu_or_without_documents():
     model = small_model()
     before = torch.get_rng_state()
-    rehearse(model, [], ttt_params())
-    rehearse(model, random_documents([20]), ttt_params())
+    warm_up_kernels(model, [], ttt_params())
+    warm_up_kernels(model, random_documents([20]), ttt_params())
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("mode", ["window", "cached"])
-@pytest.mark.parametrize("recorded", [False, True])
-def test_one_session_at_a_time_takes_memory(mode, recorded, monkeypatch):
+@pytest.mark.parametrize("captured", [False, True])
+def test_one_session_at_a_time_takes_memory(mode, captured, monkeypatch):
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     sizes = []
 
     class Watched(warmup.Session):
-        def __init__(self, model, ttt, capacity, replay):
+        def __init__(self, model, ttt, capacity, runner):
             assert not alive
-            super().__init__(model, ttt, capacity, replay)
+            super().__init__(model, ttt, capacity, runner)
             alive.add(self)
             sizes.append((ttt.chunk, capacity))
 
     monkeypatch.setattr(warmup, "Session", Watched)
-    ttt = ttt_params(mode=mode, chunk=2, largest_chunk=4, batch=4, cuda_graphs=recorded)
+    ttt = ttt_params(mode=mode, chunk=2, largest_chunk=4, batch=4, cuda_graphs=captured)
     model = small_model()
     gc.disable()
     try:
@@ -80,7 +80,7 @@ import torch
 import triton
 from model.kernels import dispatch
 from model.runtime.distributed import Group
-from model.ttt import rehearse, ttt_losses
+from model.ttt import warm_up_kernels, ttt_losses
 from tests.helpers.models import random_documents, small_model, ttt_params
 
 compiled = []
@@ -90,11 +90,11 @@ dispatch.configure("auto", device)
 model = small_model(width=256, head_width=64).cuda()
 documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
 ttt = ttt_params(mode="{mode}", chunk=16, context=64, rank=16, cuda_graphs=True)
-rehearse(model, documents, ttt)
+warm_up_kernels(model, documents, ttt)
 print(len(compiled))
 compiled.clear()
 before = torch.cuda.memory_allocated()
-rehearse(model, documents, ttt)
+warm_up_kernels(model, documents, ttt)
 print(torch.cuda.memory_allocated() - before)
 found = ttt_losses(model, documents, ttt, Group(0, 1, device))
 print(len(compiled))

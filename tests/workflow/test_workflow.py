@@ -135,7 +135,7 @@ def write_texts(directory: Path) -> None:
     """Some hundred documents of varied length."""
     directory.mkdir()
     generator = random.Random(1)
-    words = ["sea", "keeps", "its", "colours", "when", "evening", "falls", "nobody", "counts"]
+    words = ["sea", "keeps", "its", "colors", "when", "evening", "falls", "nobody", "counts"]
     with (directory / "all.jsonl").open("w") as file:
         for length in range(20, 320):
             text = " ".join(generator.choices(words, k=length))

@@ -1,16 +1,16 @@
-"""Seconds, bytes and nats of a quantised model, beside the entropy of its codes.
+"""Seconds, bytes and nats of a quantized model, beside the entropy of its codes.
 
-    python -m benchmarks.quantise --seed 0
+    python -m benchmarks.quantize --seed 0
 
 It reads what the quantize step left in artifacts/quantize/seed<n>, codes the codes of the artifact
 again, and by the general-purpose compressors for comparison. Coding is timed with all streams side
 by side, as the step does it; decoding is reading the artifact. Both may happen on another machine
 than the step, whose device, versions and commit are those of the record.
 
-    python -m benchmarks.quantise --text h100
+    python -m benchmarks.quantize --text h100
 
 times the calibration text of a preset alone, written by a model with random weights: the first time
-with all that has to be loaded and recorded, then again; and counts the kernels of one token.
+with all that has to be loaded and captured, then again; and counts the kernels of one token.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from model.artifact.format import read_artifact, streams_of
 from model.kernels import dispatch
 from model.network.gpt import GPT
 from model.quantization.calibration_text import generate, sampling_noise
-from model.runtime.cuda_graphs import CUDAReplay
+from model.runtime.cuda_graphs import CUDAGraphRunner
 from model.runtime.files import read_json, write_json
 from model.runtime.run_log import environment, step_errors
 from pocketlm.params.schema import Params
 
-RECORD = Path("records/benchmarks/quantise.json")
+RECORD = Path("records/benchmarks/quantize.json")
 
 
 def entropy_bytes(stream: Stream) -> float:
@@ -72,7 +72,7 @@ def measure(directory: Path, compressors: list[str]) -> tuple[list[list[Any]], d
     figures = {
         **{key: step[key] for key in ("device", "versions", "commit")},
         "coded_on": f"{here['device']}, {here['cpu_threads']} threads",
-        "quantise_s": metrics["seconds"]["total"],
+        "quantize_s": metrics["seconds"]["total"],
         "calibration_s": metrics["seconds"]["calibration"],
         "coded_over_entropy": total[2] / total[3],
         "coding_s": coding_s,
@@ -108,18 +108,18 @@ def time_text(params: Params, device: torch.device) -> list[list[Any]]:
     noise = sampling_noise(0, range(wanted.calibration_sequences), wanted.calibration_tokens)
     forbidden = torch.arange(params.model.vocabulary) < 4
 
-    def write(length: int, recorded: bool) -> float:
-        replay = CUDAReplay(device) if recorded else None
+    def write(length: int, captured: bool) -> float:
+        runner = CUDAGraphRunner(device) if captured else None
         started = time.perf_counter()
         text = generate(
             model, noise[:, : length - 1], wanted.calibration_temperature, 1, forbidden,
-            replay=replay,
+            runner=runner,
         )  # fmt: skip
         text.cpu()  # waits for the device
         return time.perf_counter() - started
 
-    recorded, length = device.type == "cuda", wanted.calibration_tokens
-    runs = [(name, write(length, recorded)) for name in ("the first time", "again")]
+    captured, length = device.type == "cuda", wanted.calibration_tokens
+    runs = [(name, write(length, captured)) for name in ("the first time", "again")]
     rows = [[name, length, seconds, 1000 * seconds / length] for name, seconds in runs]
     return [*rows, ["kernels a token", kernels(lambda n: write(n, False), device), None, None]]
 
@@ -139,7 +139,7 @@ def kernels(write: Callable[[int], Any], device: torch.device) -> int | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, record."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantise", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantize", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="whose artifact")
     parser.add_argument("--compressors", nargs="*", default=list(COMPRESSORS), choices=COMPRESSORS)
     parser.add_argument("--text", metavar="PRESET", help="time the calibration text alone")
