@@ -104,12 +104,12 @@ def test_batches_are_the_spans_with_their_targets(stream):
         assert tokens.tolist() == span[:-1]
         assert targets.tolist() == span[1:]
         assert tokens.dtype == targets.dtype == torch.int64
-        lengths = documents.boundaries.diff()
+        lengths = documents.cu_seqlens.diff()
         packed = pack_span(np.array(span[:-1]), 16)
         assert lengths[lengths > 0].tolist() == packed
-        assert documents.boundaries.dtype == torch.int32
-        assert documents.boundaries.numel() % 64 == 0
-        assert documents.boundaries[-1] == documents.total == 32
+        assert documents.cu_seqlens.dtype == torch.int32
+        assert documents.cu_seqlens.numel() % 64 == 0
+        assert documents.cu_seqlens[-1] == documents.total == 32
         assert (documents.max_seqlen, documents.uniform) == (16, None)
 
 
@@ -118,7 +118,7 @@ def test_boundaries_grow_by_whole_buckets(tmp_path):
     for length, entries in ((63, 64), (64, 128), (127, 128), (128, 192)):
         params = {"length": length, "per_step": length}
         (_, _, documents), *_ = take(batches_of(stream, **params), 1)
-        assert documents.boundaries.numel() == entries
+        assert documents.cu_seqlens.numel() == entries
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -143,7 +143,7 @@ def test_resuming_needs_only_the_step(stream):
     for (tokens, targets, documents), expected in zip(resumed, whole[28:], strict=True):
         assert torch.equal(tokens, expected[0])
         assert torch.equal(targets, expected[1])
-        assert torch.equal(documents.boundaries, expected[2].boundaries)
+        assert torch.equal(documents.cu_seqlens, expected[2].cu_seqlens)
 
 
 def threads():
@@ -182,10 +182,10 @@ def test_batches_on_a_gpu_are_those_on_the_cpu(stream):
     for (tokens, targets, documents), expected in zip(
         take(on_gpu, 40), take(batches_of(stream), 40), strict=True
     ):
-        assert tokens.device == documents.boundaries.device == device
+        assert tokens.device == documents.cu_seqlens.device == device
         assert torch.equal(tokens.cpu(), expected[0])
         assert torch.equal(targets.cpu(), expected[1])
-        assert torch.equal(documents.boundaries.cpu(), expected[2].boundaries)
+        assert torch.equal(documents.cu_seqlens.cpu(), expected[2].cu_seqlens)
 
 
 def manifest_of(directory, tokens, shard_tokens=50):

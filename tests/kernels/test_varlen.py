@@ -276,7 +276,7 @@ def test_fp32_and_cpus_are_refused(name):
 
 
 def test_fused_operations_are_refused_where_they_cannot_run(hopper, monkeypatch):
-    for op in ("cached_attention", "mix", "mlp"):
+    for op in ("cached_attention", "residual_norm", "mlp"):
         with pytest.raises(InputError, match=rf"ops\.{op}: triton: needs a CUDA device"):
             dispatch.configure("auto", torch.device("cpu"), **{op: "triton"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))

@@ -147,7 +147,7 @@ def test_missing_key(values: dict[str, Any]) -> None:
         ({"evaluate.sliding_stride": 257}, "evaluate.sliding_stride", "skipped"),
         ({"ttt.context": 8}, "ttt.context", "shorter than largest_chunk"),
         ({"ttt.context": 16, "ttt.refresh": 2}, "ttt.refresh", "none are kept"),
-        ({"ttt.mode": "window", "ttt.bptt_chunks": 2}, "ttt.bptt_chunks", "the whole context does"),
+        ({"ttt.mode": "window", "ttt.bptt_chunks": 2}, "ttt.bptt_chunks", "mode window runs all"),
         ({"ttt.sites": [], "ttt.hash_buckets": 0}, "ttt.sites", "nothing would adapt"),
         ({"data.source": "files"}, "data.files", "is empty"),
         ({"data.source": "files", "data.files": ["a/*", "a/*.csv"]}, "data.files", "*.csv names"),
@@ -220,7 +220,7 @@ def test_unreadable_files(content: bytes, reason: str, tmp_path: Path) -> None:
 
 
 def test_absent_file_says_how_to_write_one(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"workflow\.preset demo"):
+    with pytest.raises(InputError, match=r"presets demo"):
         load_params(tmp_path / "params.yaml")
 
 
@@ -242,7 +242,7 @@ def test_matrix_values_of_the_record() -> None:
 
 
 def program_files() -> list[Path]:
-    folders = ("data", "model", "steps", "workflow")
+    folders = ("model", "pocketlm", "steps")
     files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
     return [file for file in files if file != ROOT / "pocketlm/params/schema.py"]
 

@@ -30,7 +30,7 @@ from steps.common import Step
 from steps.report import main
 from tests.helpers.report_inputs import PARTS, change_weights, edit_json, token_losses, write_seed
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 BASELINE = "records/2026-03-25_baseline.json"
 OUTPUTS = {
     "report.md",
