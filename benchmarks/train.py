@@ -30,12 +30,16 @@ from model.kernels import dispatch, varlen
 from model.network.gpt import GPT
 from model.runtime.distributed import Group, process_group
 from model.runtime.files import read_json, write_json
-from model.runtime.memory import peak_memory_mib
-from model.runtime.process import compile_statistics, seconds_since_start, use_compile_cache
+from model.runtime.process import (
+    compile_statistics,
+    peak_memory_mib,
+    seconds_since_start,
+    use_compile_cache,
+)
 from model.runtime.run_log import environment
 from model.training.trainer import Batches, Trainer
+from pocketlm.params.paths import COMPILE_CACHE, TOKENS
 from pocketlm.params.schema import Params
-from steps.common import COMPILE_CACHE, TOKENS
 
 PARTS = ("part", "measured", "floor")
 # The category of a kernel is the first with one of these in its name, in lower case.

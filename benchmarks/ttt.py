@@ -42,8 +42,12 @@ from model.network.gpt import GPT
 from model.network.linear import Linear
 from model.runtime.distributed import Group, process_group
 from model.runtime.files import read_json, write_json
-from model.runtime.memory import peak_memory_mib
-from model.runtime.process import seconds_since_start, use_compile_cache, use_growing_segments
+from model.runtime.process import (
+    peak_memory_mib,
+    seconds_since_start,
+    use_compile_cache,
+    use_growing_segments,
+)
 from model.runtime.run_log import environment
 from model.ttt import ttt_losses, warm_up_kernels
 from model.ttt.adapters import values_per_document
@@ -51,8 +55,8 @@ from model.ttt.batching import document_batches, rows_that_fit, tokens_at_once
 from model.ttt.chunking import Pass, chunks
 from model.ttt.loop import Session
 from model.ttt.warmup import excerpts
+from pocketlm.params.paths import COMPILE_CACHE, TOKENS
 from pocketlm.params.schema import Params, TTTParams
-from steps.common import COMPILE_CACHE, TOKENS
 
 QUEUE_SIZES = (1, 2, 8)
 # What was published of the settings.

@@ -1,4 +1,4 @@
-"""What every step does around its own work: arguments, parameters, processes, log, sidecar, bars.
+"""What every step does around its own work: arguments, parameters, processes, log, sidecar.
 
 A step is a function of one `Step`; `run` calls it. Its working files and its running log lie under
 `.work/`, which no other step reads; its outputs appear under `artifacts/` and `logs/` only when it
@@ -6,36 +6,19 @@ has succeeded, the sidecar last.
 """
 
 import argparse
-import ctypes
-import fcntl
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from model.runtime.distributed import Group, process_group
 from model.runtime.files import write_bytes, write_json
+from model.runtime.process import end_with_launcher, only_writer
 from model.runtime.run_log import RunLog, step_errors, write_provenance
+from pocketlm.params.paths import ARTIFACTS, LOGS, WORK
 from pocketlm.params.schema import Params, load_params
-
-PR_SET_PDEATHSIG = 1  # of prctl(2)
-TOKENS = Path("artifacts/tokenize/tokens")  # what `tokenize` makes of the text
-COMPILE_CACHE = Path(".work/compile-cache")
 
 
 @dataclass
@@ -52,9 +35,9 @@ class Step:
     started: float = field(default_factory=time.perf_counter)
     log: RunLog = field(default_factory=lambda: RunLog(None))
 
-    def directory(self, name: str | None = None, root: str = "artifacts") -> Path:
+    def directory(self, name: str | None = None, root: Path = ARTIFACTS) -> Path:
         """Directory of step `name` (default: this one) for this seed below `root`."""
-        place = Path(root) / (name or self.name)
+        place = root / (name or self.name)
         return place if self.seed is None else place / f"seed{self.seed}"
 
     @property
@@ -65,7 +48,7 @@ class Step:
     @property
     def work(self) -> Path:
         """Scratch directory, kept for resuming."""
-        return self.directory(root=".work")
+        return self.directory(root=WORK)
 
     def open_log(self, sections: Sequence[str], keep_lines: int = 0) -> None:
         """Start the running log; `sections` of the parameters explain the run.
@@ -94,7 +77,7 @@ class Step:
         self.log.close()
         write_json(self.output / "metrics.json", metrics)
         name = self.name if self.seed is None else f"seed{self.seed}"
-        log_path = Path("logs") / ("" if self.seed is None else self.name) / f"{name}.jsonl"
+        log_path = LOGS / ("" if self.seed is None else self.name) / f"{name}.jsonl"
         write_bytes(log_path, (self.work / "log.jsonl").read_bytes())
         write_provenance(
             self.output / "provenance.json",
@@ -112,7 +95,7 @@ def run(name: str, main: Callable[[Step], None], seeded: bool = True) -> None:
         parser.add_argument("--seed", type=int, required=True, help="which of the seeds")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads per process")
     arguments = parser.parse_args()
-    _end_with_launcher()
+    end_with_launcher()
     with (
         step_errors(),
         process_group(arguments.threads) as group,
@@ -120,7 +103,7 @@ def run(name: str, main: Callable[[Step], None], seeded: bool = True) -> None:
     ):
         step = Step(name, getattr(arguments, "seed", None), load_params(), group)
         try:
-            with _only_writer(step):
+            with only_writer(step.work) if group.is_main else nullcontext():
                 main(step)
         except Exception as error:
             problem, repair = getattr(error, "problem", str(error)), getattr(error, "repair", None)
@@ -134,68 +117,3 @@ def _is_first_to_fail(group: Group) -> bool:
         return next(group.work_queue("failure", 1), None) is not None
     except RuntimeError:  # the process that kept the group's store has ended: better twice than not
         return True
-
-
-def _end_with_launcher() -> None:
-    """Let the kernel end this process if torchrun is killed, which starts it in its own session."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-@contextmanager
-def _only_writer(step: Step) -> Iterator[None]:
-    """Wait until no other run of this step and seed uses the work directory, and keep it."""
-    if not step.group.is_main:
-        yield
-        return
-    step.work.mkdir(parents=True, exist_ok=True)
-    with open(step.work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{step.work}: another run of this step is using it; waiting", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-class Bar:
-    """A running total shown to the user; see `progress`."""
-
-    def __init__(self, label: str, total: float, display: Progress | None) -> None:
-        self._label, self._total, self._display = label, total, display
-        self._done, self._printed = 0.0, 0
-        self._task = display.add_task(label, total=total, note="") if display else None
-
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        """Add `amount` to what is done; `note` is shown beside the bar."""
-        self._done += amount
-        if self._display is not None and self._task is not None:
-            self._display.update(self._task, completed=self._done, note=note)
-        elif self._total and (tenths := int(10 * self._done / self._total)) > self._printed:
-            self._printed = tenths
-            print(f"{self._label}: {10 * tenths} % {note}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def progress(label: str, total: float, show: bool = True) -> Iterator[Bar | None]:
-    """Show a progress bar on a terminal, a line per tenth in a log file, nothing if not `show`.
-
-    Yields None if nothing is shown, so that loops call `if bar: bar.advance()`.
-    """
-    if not show:
-        yield None
-        return
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield Bar(label, total, None)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as display:
-        yield Bar(label, total, display)

@@ -23,7 +23,7 @@ from model.evaluation.losses import Score
 from model.kernels import dispatch
 from model.network.checkpoint import load_checkpoint, require_architecture
 from model.network.gpt import GPT
-from model.quantization.bit_allocation import Allocation, Steps, rounding
+from model.quantization.bit_allocation import Allocation, Steps, rate_distortion
 from model.quantization.byte_budget import Attempt, code_bytes, fit_budget, require_room
 from model.quantization.calibration_text import generate, sampling_noise
 from model.quantization.hessian import collect_hessians
@@ -41,7 +41,9 @@ from model.runtime.cuda_graphs import CUDAGraphRunner
 from model.runtime.errors import InputError
 from model.runtime.files import read_json
 from model.runtime.process import use_compile_cache
-from steps.common import COMPILE_CACHE, TOKENS, Step, progress, run
+from model.runtime.progress import progress
+from pocketlm.params.paths import COMPILE_CACHE, TOKENS
+from steps.common import Step, run
 from steps.validation import validate
 
 Made = tuple[Packed, Mapping[str, Stored]]  # an artifact and what it holds
@@ -120,7 +122,10 @@ class Quantization:
         losses = sensitivities(self.model, errors, text, noise, group)
         self.step.log.event("sensitivities", nats={k: round(v, 9) for k, v in losses.items()})
         return Allocation(
-            {name: rounding(w, losses[name] / steps[name] ** 2) for name, w in weights.items()}
+            {
+                name: rate_distortion(w, losses[name] / steps[name] ** 2)
+                for name, w in weights.items()
+            }
         )
 
     def attempt(self, steps: Steps, hessians: Mapping[str, Tensor]) -> tuple[int, Made | None]:

@@ -20,8 +20,10 @@ from model.data.sources.fineweb import fetch_published, open_published
 from model.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
 from model.runtime.errors import InputError
 from model.runtime.files import sha256, write_bytes
+from model.runtime.progress import progress
+from pocketlm.params.paths import TOKENS
 from pocketlm.params.schema import TokenizerParams
-from steps.common import TOKENS, Step, progress, run
+from steps.common import Step, run
 
 SECTIONS = ("data", "tokenizer")
 TOKENIZER = "tokenizer.model"

@@ -23,13 +23,19 @@ from model.network.checkpoint import build, save_checkpoint
 from model.network.gpt import GPT
 from model.runtime.errors import InputError
 from model.runtime.files import sha256, write_bytes
-from model.runtime.memory import peak_memory_mib
-from model.runtime.process import compile_statistics, seconds_since_start, use_compile_cache
+from model.runtime.process import (
+    compile_statistics,
+    peak_memory_mib,
+    seconds_since_start,
+    use_compile_cache,
+)
+from model.runtime.progress import Bar, progress
 from model.runtime.run_log import read_log
 from model.training.resume import State, load_state, run_key, save_state
 from model.training.schedule import Clock, Decisions, Schedule
 from model.training.trainer import Batches, Trainer
-from steps.common import COMPILE_CACHE, TOKENS, Bar, Step, progress, run
+from pocketlm.params.paths import COMPILE_CACHE, TOKENS
+from steps.common import Step, run
 from steps.validation import validate
 
 SECTIONS = ("model", "train", "evaluate", "ops")

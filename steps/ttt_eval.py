@@ -18,7 +18,6 @@ from model.data.loader import validation_documents
 from model.data.shards import MANIFEST, Manifest
 from model.data.tokenizer import Tokenizer, check_vocabulary
 from model.evaluation.losses import (
-    ReportProgress,
     Score,
     plain_losses,
     sliding_losses,
@@ -27,10 +26,16 @@ from model.evaluation.losses import (
 from model.kernels import dispatch
 from model.network.gpt import GPT
 from model.runtime.files import atomic_file
-from model.runtime.memory import peak_memory_mib
-from model.runtime.process import seconds_since_start, use_compile_cache, use_growing_segments
+from model.runtime.process import (
+    peak_memory_mib,
+    seconds_since_start,
+    use_compile_cache,
+    use_growing_segments,
+)
+from model.runtime.progress import ReportProgress, progress
 from model.ttt import ttt_losses, warm_up_kernels
-from steps.common import COMPILE_CACHE, TOKENS, Step, progress, run
+from pocketlm.params.paths import COMPILE_CACHE, TOKENS
+from steps.common import Step, run
 
 SECTIONS = ("evaluate", "ttt", "ops")
 SCORES = ("plain", "sliding", "ttt")

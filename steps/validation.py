@@ -7,7 +7,8 @@ import numpy as np
 from model.data.tokenizer import Tokenizer
 from model.evaluation.losses import Score, plain_losses, targets_of
 from model.network.gpt import GPT
-from steps.common import Step, progress
+from model.runtime.progress import progress
+from steps.common import Step
 
 
 def validate(

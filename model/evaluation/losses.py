@@ -14,7 +14,7 @@ earlier tokens alone and every target, the tail included, is scored exactly once
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +25,7 @@ from model.data.packing import Documents
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
-
-ReportProgress = Callable[[int], None]
+from model.runtime.progress import ReportProgress
 
 
 @dataclass(frozen=True)

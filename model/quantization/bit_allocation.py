@@ -25,7 +25,7 @@ Steps = Mapping[str, float]  # of the grid, by name of the tensor; fp16 values
 
 
 @dataclass(frozen=True)
-class Rounding:
+class RateDistortion:
     """What is known of a tensor: its number of values, the loss a·step², and limits of the step."""
 
     values: int
@@ -34,18 +34,18 @@ class Rounding:
     coarsest: float
 
 
-def rounding(weight: Tensor, loss: float) -> Rounding:
+def rate_distortion(weight: Tensor, loss: float) -> RateDistortion:
     """Describe a tensor whose rounding to a step costs loss·step² nats per token."""
     finest = representable(weight.abs().max().item() / LARGEST_CODE)
     coarsest = representable(weight.square().mean().sqrt().item())
-    return Rounding(weight.numel(), loss, finest, max(finest, coarsest))
+    return RateDistortion(weight.numel(), loss, finest, max(finest, coarsest))
 
 
 @dataclass(frozen=True)
 class Allocation:
     """Steps of all tensors as functions of λ."""
 
-    tensors: Mapping[str, Rounding]
+    tensors: Mapping[str, RateDistortion]
 
     def steps(self, multiplier: float) -> dict[str, float]:
         """Steps at λ = `multiplier`; 0: the finest, infinity: the coarsest."""
@@ -76,7 +76,7 @@ class Allocation:
         return self.steps(2.0**high)
 
 
-def _step(tensor: Rounding, multiplier: float) -> float:
+def _step(tensor: RateDistortion, multiplier: float) -> float:
     if multiplier == 0:
         return tensor.finest
     wanted = math.sqrt(multiplier * tensor.values / tensor.loss) if tensor.loss > 0 else math.inf

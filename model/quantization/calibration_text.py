@@ -16,7 +16,7 @@ BOS begins the next document, so a sequence that contained one would be two, one
 context; every token of the calibration text is thus one that training has shown inside a document.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
 from model.network.kv_cache import RingKVCache
 from model.runtime.cuda_graphs import GraphRunner
+from model.runtime.progress import ReportProgress
 
-ReportProgress = Callable[[int], None]
 SLOTS = 256  # of the cache, by which the number that a token looks at grows
 
 

@@ -11,7 +11,7 @@ well counts in its sensitivity. Control tensors scale activations channel by cha
 everything depends.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,8 @@ from model.runtime.distributed import Group
 if TYPE_CHECKING:
     from pocketlm.params.schema import QuantizeParams
 
-ReportProgress = Callable[[int], None]
+from model.runtime.progress import ReportProgress
+
 TABLES_AND_PROJECTIONS = ("embedding", "table", "weight")  # how their names end
 PROBE = 0.25  # of the root mean square: a step whose error is small and has many codes
 

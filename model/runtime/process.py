@@ -1,15 +1,23 @@
-"""What happens before the first step: the compile cache, the allocator, and how long it all took.
+"""The operating system's side of a process: compile cache, allocator, age, memory, end, lock.
 
 Compiled graphs and kernels are kept in one directory, which a later run of the same code with the
 same torch on the same kind of device reads instead of compiling; torch's own keys see to that.
 """
 
+import ctypes
+import fcntl
 import os
+import resource
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 _imported = time.perf_counter()
 
 
@@ -54,3 +62,30 @@ def _process_age() -> float | None:
     except (OSError, AttributeError, ValueError, IndexError):
         return None
     return age if age > 0 else None
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """MiB: the most that tensors took on a GPU so far; on a CPU, what the whole process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
+
+
+def end_with_launcher() -> None:
+    """Let the kernel end this process if torchrun is killed, which starts it in its own session."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Wait until no other run uses `directory`, and hold it for the block by a lock file in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{directory}: another run of this step is using it; waiting", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from model.data.packing import Documents
 from model.evaluation.losses import (
-    ReportProgress,
     SharedProgress,
     gather_losses,
     shared_queue,
@@ -20,6 +19,7 @@ from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
 from model.runtime.cuda_graphs import CUDAGraphRunner, GraphRunner
 from model.runtime.distributed import Group
+from model.runtime.progress import ReportProgress
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.batching import document_batches, rows_that_fit
 from model.ttt.cached_mode import CachedReader

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from model.artifact.quantizer import LARGEST_CODE, encode
-from model.quantization.bit_allocation import Allocation, Rounding, rounding
+from model.quantization.bit_allocation import Allocation, RateDistortion, rate_distortion
 
-A = Rounding(values=1000, loss=2.0, finest=2.0**-13, coarsest=0.5)
-B = Rounding(values=4000, loss=0.01, finest=2.0**-13, coarsest=0.5)
+A = RateDistortion(values=1000, loss=2.0, finest=2.0**-13, coarsest=0.5)
+B = RateDistortion(values=4000, loss=0.01, finest=2.0**-13, coarsest=0.5)
 
 
 def test_one_more_bit_helps_equally_everywhere():
@@ -39,15 +39,15 @@ def test_steps_for_a_number_of_bits():
 
 
 def test_what_costs_nothing_is_coarsest():
-    assert Allocation({"a": Rounding(10, 0.0, 0.25, 0.5)}).steps(1e-30) == {"a": 0.5}
+    assert Allocation({"a": RateDistortion(10, 0.0, 0.25, 0.5)}).steps(1e-30) == {"a": 0.5}
 
 
 def test_limits_come_from_the_tensor():
     weight = torch.randn(50, 60)
-    found = rounding(weight, 1.0)
+    found = rate_distortion(weight, 1.0)
     codes = encode(weight, torch.tensor(found.finest), 20)
     assert LARGEST_CODE - 1 <= codes.abs().max() <= LARGEST_CODE + 1
     assert found.coarsest == pytest.approx(weight.square().mean().sqrt().item(), rel=1e-3)
-    zeros = rounding(torch.zeros(3, 4), 0.0)
+    zeros = rate_distortion(torch.zeros(3, 4), 0.0)
     assert 0 < zeros.finest == zeros.coarsest < 1e-7
     assert math.isfinite(Allocation({"z": zeros}).steps(1.0)["z"])

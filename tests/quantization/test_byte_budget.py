@@ -6,7 +6,7 @@ import torch
 
 from model.artifact.format import pack
 from model.artifact.quantizer import round_to_step
-from model.quantization.bit_allocation import Allocation, rounding
+from model.quantization.bit_allocation import Allocation, rate_distortion
 from model.quantization.byte_budget import SLACK, code_bytes, fit_budget
 from model.runtime.errors import InputError
 
@@ -21,7 +21,9 @@ class Problem:
         torch.manual_seed(0)
         self.weights = {name: 0.1 * torch.randn(512, 256) for name in "abc"}
         losses = {"a": 1.0, "b": 30.0, "c": 0.001}
-        self.allocation = Allocation({n: rounding(w, losses[n]) for n, w in self.weights.items()})
+        self.allocation = Allocation(
+            {n: rate_distortion(w, losses[n]) for n, w in self.weights.items()}
+        )
         self.sizes: list[int] = []
 
     def attempt(self, steps):
