@@ -35,7 +35,8 @@ from benchmarks.queue import simulate
 from model.artifact.format import load_artifact
 from model.data.loader import validation_documents
 from model.data.shards import MANIFEST, Manifest
-from model.evaluation.losses import SharedProgress, plain_losses
+from model.evaluation.losses import plain_losses
+from model.evaluation.work_sharing import SharedProgress
 from model.kernels import dispatch
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT

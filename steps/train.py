@@ -32,7 +32,7 @@ from model.runtime.process import (
 from model.runtime.progress import Bar, progress
 from model.runtime.run_log import read_log
 from model.training.resume import State, load_state, run_key, save_state
-from model.training.schedule import Clock, Decisions, Schedule
+from model.training.schedule import Clock, HostBroadcast, Schedule
 from model.training.trainer import Batches, Trainer
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
 from steps.common import Step, run
@@ -94,7 +94,7 @@ class Training:
         self.data = TrainingBatches(
             stream, self.params, params.model.sequence_length, group, group.device
         )
-        self.decisions = Decisions(group)
+        self.hosts = HostBroadcast(group)
         self.seconds, self.startup_seconds, self.peak_memory = 0.0, 0.0, 0.0
         self.state_file = step.work / "state.safetensors"
         self.key = run_key(
@@ -154,7 +154,7 @@ class Training:
             saved = clock.seconds
             while True:
                 multiplier = schedule.multiplier(trainer.steps, clock.seconds)
-                multiplier = self.decisions.broadcast_from_main(multiplier)
+                multiplier = self.hosts.broadcast_from_main(multiplier)
                 if not multiplier:
                     break
                 line.add(trainer.step(batches, multiplier), multiplier)
@@ -162,7 +162,7 @@ class Training:
                     continue
                 line.write(clock)
                 due = clock.seconds - saved >= self.params.save_every_seconds
-                if self.decisions.broadcast_from_main(due):
+                if self.hosts.broadcast_from_main(due):
                     with clock.paused() as saved:
                         self.save(saved)
             with clock.paused() as self.seconds:

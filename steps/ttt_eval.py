@@ -17,12 +17,7 @@ from model.artifact.format import load_artifact
 from model.data.loader import validation_documents
 from model.data.shards import MANIFEST, Manifest
 from model.data.tokenizer import Tokenizer, check_vocabulary
-from model.evaluation.losses import (
-    Score,
-    plain_losses,
-    sliding_losses,
-    targets_of,
-)
+from model.evaluation.losses import Score, plain_losses, sliding_losses, targets_of
 from model.kernels import dispatch
 from model.network.gpt import GPT
 from model.runtime.files import atomic_file

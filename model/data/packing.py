@@ -1,19 +1,21 @@
-"""Packed documents: several documents in one flat token buffer, never looking at each other.
+"""Packed documents: several documents in one flat token buffer, masked from each other.
 
-A buffer of T tokens holds n documents one after the other. `cu_seqlens` (called cu_seqlens in
-attention libraries) has n+1 entries; document j occupies [cu_seqlens[j], cu_seqlens[j+1]).
-Repeating the last entry adds empty documents, so that the tensor can keep a fixed size.
+A buffer of T tokens holds n documents one after the other. `cu_seqlens`, the cumulative sequence
+lengths of variable-length attention, has n+1 entries; document j occupies the tokens
+[cu_seqlens[j], cu_seqlens[j+1]). Repeating the last entry adds empty documents, so that the tensor
+can keep a fixed size.
 
     tokens      [B a b | B c d e]
     cu_seqlens  [0, 3, 7]
     positions   [0 1 2   0 1 2 3]
+    previous    [0 B a   0 B c d]
 
 A "document" here is what the model treats as one: a whole text, or one piece of a text that was
 cut at the sequence length. The first token of a document has no previous token.
 
-Where not all tokens are wanted of documents of equal length, a *part* names those that are: the
-same positions in each document, int64 (m,). It is a tensor, so that recorded work serves every
-place that is written into it.
+Where only some tokens of documents of equal length are wanted, `query_positions` selects them: the
+same positions in each document, int64 (m,). It is a tensor, so that a captured CUDA graph serves
+all positions that are written into it.
 """
 
 from collections.abc import Callable
@@ -31,8 +33,8 @@ class Documents:
     """Where the documents of a packed buffer lie.
 
     cu_seqlens: int32 (n+1,), on the device of the tokens.
-    total: T, the number of tokens in the buffer (equal to the last boundary).
-    max_seqlen: an upper bound of the documents' lengths.
+    total: T, the number of tokens in the buffer (the last entry of cu_seqlens).
+    max_seqlen: an upper bound on the documents' lengths.
     uniform: the common length if all documents have the same one, else None. A (rows, length)
         batch is the packed case with uniform length.
     """
@@ -56,11 +58,11 @@ class Documents:
         return cls(cu_seqlens, rows * length, length, length)
 
     def to(self, device: torch.device) -> "Documents":
-        """The same documents on another device, with the tiles if they are known already."""
+        """The same documents on another device, with the tiles if they were computed before."""
         return self._moved(lambda x: x.to(device, non_blocking=True))
 
     def pinned(self) -> "Documents":
-        """The same in page-locked memory, from where `to` does not make the host wait."""
+        """The same in pinned host memory, from which `to` copies asynchronously."""
         return self._moved(lambda x: x.pin_memory())
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Documents":
@@ -77,8 +79,7 @@ class Documents:
     @cached_property
     def index(self) -> Tensor:
         """int64 (T,): the document each token belongs to."""
-        # Among all cu_seqlens, not the ends alone: given a slice, torch.compile searches the tensor
-        # from its beginning (inductor of torch 2.11, on CUDA).
+        # Not in the slice cu_seqlens[1:], whose offset inductor of torch 2.11 ignores on CUDA.
         cu_seqlens = self.cu_seqlens
         tokens = torch.arange(self.total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         return torch.searchsorted(cu_seqlens, tokens, right=True) - 1
@@ -96,18 +97,17 @@ class Documents:
 
     @cached_property
     def tiles(self) -> Tensor:
-        """int32 (T // TILE + n, 3): all pieces of up to TILE tokens that documents are cut into.
+        """int32 (T // TILE + n, 3): tiles of up to TILE tokens that cover all documents.
 
-        Each row has the document's first token, the piece's first token and the document's end.
-        The max_seqlen documents come first, as programs that take long should begin early; a
-        document's pieces stand together, so that they find its keys in the cache. Rows that are
-        left over have a piece that begins at its document's end.
+        Each row has the document's first token, the tile's first token and the document's end.
+        The longest documents come first, so that the longest-running programs of a kernel start
+        early; the tiles of a document are adjacent, so that its keys are found in the L2 cache.
+        Unused rows have a tile that begins at its document's end.
         """
         ends, device = self.cu_seqlens.long(), self.cu_seqlens.device
         order = torch.argsort(ends.diff(), descending=True, stable=True)
         begin, end = ends[:-1][order], ends[1:][order]
-        pieces = (end - begin + TILE - 1) // TILE
-        last = pieces.cumsum(0)
+        last = ((end - begin + TILE - 1) // TILE).cumsum(0)
         number = torch.arange(self.total // TILE + self.count, device=device)
         document = torch.searchsorted(last, number, right=True).clamp(max=self.count - 1)
         begin, end, last = begin[document], end[document], last[document]
@@ -116,8 +116,20 @@ class Documents:
         return torch.stack((begin, first, end), 1).int()
 
 
-def select_positions(x: Tensor, documents: Documents, part: Tensor | None) -> Tensor:
-    """The tokens of a part, of x (T, …): (documents·m, …); None: all."""
-    if part is None:
+def select_positions(x: Tensor, documents: Documents, query_positions: Tensor | None) -> Tensor:
+    """The tokens of x (T, …) at the given positions: (documents·m, …); None: all tokens."""
+    if query_positions is None:
         return x
-    return x.unflatten(0, (documents.count, -1)).index_select(1, part).flatten(0, 1)
+    return x.unflatten(0, (documents.count, -1)).index_select(1, query_positions).flatten(0, 1)
+
+
+def previous(x: Tensor, documents: Documents, before: Tensor | int) -> Tensor:
+    """Shift x (T, …) by one token inside every document.
+
+    before: what precedes the first token of each document: one value for all, or (documents, …)
+        when the documents continue earlier text (see `model.network.kv_cache`).
+    """
+    shifted = torch.roll(x, 1, 0)
+    first = documents.first.view(-1, *[1] * (x.dim() - 1))
+    fill = before[documents.index] if isinstance(before, Tensor) else before
+    return torch.where(first, fill, shifted)

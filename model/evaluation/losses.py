@@ -1,20 +1,19 @@
 """Per-token losses of whole documents without adaptation, and the bits per byte they amount to.
 
 A document of n tokens (BOS first) has n targets: its n − 1 pieces and the BOS that closes it. The
-model sees at most L = sequence_length tokens at once, so a document is covered by *windows*, each
-run as a document of its own, and each scoring only the targets that no earlier window scored:
+model sees at most L = sequence_length tokens at once, so a document is covered by *windows*. Each
+runs as a document of its own and scores only the targets that no earlier window scored:
 
-    plain                    [0, L), [L, 2L), …        every token scored
+    plain                    [0, L), [L, 2L), …        every window scores L tokens
     sliding with stride s    [0, L), [s, L + s), …     the first scores L tokens, the others s
 
-Windows start at fixed positions and the last one ends with the document, so a score depends on
-earlier tokens alone and every target, the tail included, is scored exactly once. Bits per byte is
+Windows start at fixed positions and the last one ends with the document, so a score depends only on
+earlier tokens, and every target, the tail included, is scored exactly once. Bits per byte is
 Σ nats / ln 2 / Σ bytes of the targets.
 """
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +21,13 @@ import torch
 from torch import Tensor
 
 from model.data.packing import Documents
+from model.evaluation.work_sharing import (
+    SharedProgress,
+    gather_losses,
+    shared_queue,
+)
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
-from model.runtime.errors import InputError
 from model.runtime.progress import ReportProgress
 
 
@@ -86,7 +89,7 @@ def plain_losses(
     documents: token ids, each (n,) with BOS first. tokens_per_batch: tokens run at once.
     progress: called with the number of targets newly scored, by all processes together.
     Returns one fp32 array (n,) per document, in nats: loss i is that of target i. The work is
-    shared by the processes of `group`; those that are not the main one get an empty list.
+    shared by the processes of `group`; all but the main process get an empty list.
     """
     windows = _windows(documents, model.params.sequence_length, model.params.sequence_length)
     return _window_losses(model, documents, windows, tokens_per_batch, group, progress)
@@ -139,7 +142,7 @@ def _window_losses(
 
 
 def _batches(windows: list[Window], tokens_per_batch: int) -> list[list[Window]]:
-    """Batches of up to tokens_per_batch tokens, similar lengths together, the longest first."""
+    """Batches of up to tokens_per_batch tokens, sorted by length, longest first."""
     batches: list[list[Window]] = []
     room = 0
     for window in sorted(windows, key=lambda window: -window.length):
@@ -177,70 +180,3 @@ def _batch_losses(
 def to_indices(values: np.ndarray, device: torch.device) -> Tensor:
     """An int64 tensor of `values` on `device`."""
     return torch.from_numpy(values.astype(np.int64)).to(device)
-
-
-class SharedProgress:
-    """Targets scored by all processes of a group, as far as one of them knows.
-
-    report: called with the number of targets newly scored; None: nobody wants to know.
-    """
-
-    def __init__(self, report: ReportProgress | None) -> None:
-        self._report = report
-        self._done = 0
-
-    def advance(self, targets: int) -> None:
-        """This process has scored `targets` more."""
-        self._done += targets
-        if self._report is not None and targets:
-            self._report(targets)
-
-    def reach(self, targets: int) -> None:
-        """All processes together have scored `targets` since the beginning."""
-        self.advance(max(0, targets - self._done))
-
-
-def shared_queue(group: Group, sizes: Sequence[int], progress: SharedProgress) -> Iterator[int]:
-    """Yield the numbers of pieces of work, each to one process of `group`.
-
-    sizes: targets in each piece; `progress` learns of the pieces that other processes took, and
-    the caller tells it of this process's own. All processes must begin the same queues of the group
-    in the same order. The first pieces go to the processes in order, so that a process that does
-    the same work again begins with the same piece; the others go to whoever is free.
-    """
-    before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    first = range(len(sizes))[group.rank : group.rank + 1]
-    others = group.work_queue(f"losses{next(group.queues)}", len(sizes) - group.size)
-    for number in itertools.chain(first, (group.size + number for number in others)):
-        progress.reach(int(before[number]))
-        yield number
-    progress.reach(int(before[-1]))
-
-
-def gather_losses(
-    documents: Sequence[np.ndarray],
-    scored: list[tuple[int, int, np.ndarray]],
-    group: Group,
-) -> list[np.ndarray]:
-    """Put the losses that each process found into one array per document, in the main process.
-
-    scored: (document, first position, losses fp32) of this process. Raises InputError if there
-    are no documents or a loss is not finite (a target that nobody scored counts as such).
-    """
-    if not documents:
-        raise InputError("no documents to evaluate", "give a validation set that is not empty")
-    parts = group.gather_objects(scored)
-    if not group.is_main:
-        return []
-    losses = [np.full(document.size, np.nan, np.float32) for document in documents]
-    for number, start, values in itertools.chain.from_iterable(parts):
-        losses[number][start : start + values.size] = values
-    for number, values in enumerate(losses):
-        if not np.isfinite(values).all():
-            position = int(np.flatnonzero(~np.isfinite(values))[0])
-            raise InputError(
-                f"the loss of target {position + 1} of document {number} is {values[position]}",
-                "the model's weights or the learning rate of its adapters are at fault: "
-                "look for NaN in the checkpoint, or lower ttt.lr",
-            )
-    return losses

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.data.packing import Documents
-from model.data.previous import previous
+from model.data.packing import Documents, previous
 from model.network import initial
 from model.network.kv_cache import NO_TOKEN
 from model.network.linear import Linear

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.data.packing import Documents
-from model.data.previous import previous
+from model.data.packing import Documents, previous
 from model.kernels import dispatch
 from model.kernels.norm import rms_norm
 from model.kernels.rotary import rotation

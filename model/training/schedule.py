@@ -75,7 +75,7 @@ class Clock:
             self._zero += time.perf_counter() - stopped
 
 
-class Decisions:
+class HostBroadcast:
     """A number of the main process, made known to all processes without involving a GPU."""
 
     def __init__(self, group: Group) -> None:

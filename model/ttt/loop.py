@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from model.data.packing import Documents
-from model.evaluation.losses import (
+from model.evaluation.losses import targets_of, to_indices
+from model.evaluation.work_sharing import (
     SharedProgress,
     gather_losses,
     shared_queue,
-    targets_of,
-    to_indices,
 )
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT

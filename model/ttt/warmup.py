@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from model.evaluation.losses import SharedProgress
+from model.evaluation.work_sharing import SharedProgress
 from model.kernels.precompile import precompile
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT

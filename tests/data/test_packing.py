@@ -3,8 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.data.packing import Documents
-from model.data.previous import previous
+from model.data.packing import Documents, previous
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12))

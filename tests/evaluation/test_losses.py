@@ -5,14 +5,7 @@ import pytest
 import torch
 
 from model.data.packing import Documents
-from model.evaluation.losses import (
-    Score,
-    SharedProgress,
-    plain_losses,
-    shared_queue,
-    sliding_losses,
-    targets_of,
-)
+from model.evaluation.losses import Score, plain_losses, sliding_losses, targets_of
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
@@ -121,19 +114,6 @@ def test_two_processes_equal_one() -> None:
     assert main_total == other_total == total
     for one, other in zip(losses, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
-
-
-def _alone_before_together(group: Group) -> list[int]:
-    if group.is_main:
-        plain_losses(small_model(), random_documents([9, 5]), 16, Group(0, 1, group.device))
-    group.barrier()
-    return list(shared_queue(group, [1] * 50, SharedProgress(None)))
-
-
-def test_work_is_shared_also_after_one_process_worked_alone() -> None:
-    first, second = run_processes(2, _alone_before_together)
-    assert sorted(first + second) == list(range(50))
-    assert (first[0], second[0]) == (0, 1)  # whoever comes first
 
 
 def test_weights_stay_trainable_and_without_gradients() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model.runtime.distributed import Group
-from model.training.schedule import Clock, Decisions, Schedule
+from model.training.schedule import Clock, HostBroadcast, Schedule
 from tests.helpers.models import train_params
 from tests.helpers.processes import run_processes
 
@@ -64,8 +64,8 @@ def test_clock_continues_and_stands_still_while_paused():
 
 
 def decide(group: Group) -> list[float]:
-    decisions = Decisions(group)
-    return [decisions.broadcast_from_main(0.1 * (i + 1) + 1000 * group.rank) for i in range(3)]
+    hosts = HostBroadcast(group)
+    return [hosts.broadcast_from_main(0.1 * (i + 1) + 1000 * group.rank) for i in range(3)]
 
 
 def test_all_processes_decide_as_the_main_one():

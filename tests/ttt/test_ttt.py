@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.queue import simulate
 from model.data.packing import Documents
-from model.evaluation.losses import SharedProgress, plain_losses
+from model.evaluation.losses import plain_losses
+from model.evaluation.work_sharing import SharedProgress
 from model.kernels import dispatch
 from model.kernels.reference import exclude_own_value
 from model.network.adapters import READERS, BlockAdapters, low_rank, side_by_side, site_name
