@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := report
 
 report: $(INSTALLED)
-	@[ -e params.yaml ] || $(BIN)/python -m pocketlm.params.presets demo
+	@[ -e params.yaml ] || $(BIN)/pocketlm preset demo
 	@$(BIN)/snakemake --cores all report --quiet host reason
 	@cat artifacts/report/headline.txt
 

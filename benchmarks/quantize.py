@@ -30,8 +30,9 @@ from model.kernels import dispatch
 from model.network.gpt import GPT
 from model.quantization.calibration_text import generate, sampling_noise
 from model.runtime.cuda_graphs import CUDAGraphRunner
+from model.runtime.errors import step_errors
 from model.runtime.files import read_json, write_json
-from model.runtime.run_log import environment, step_errors
+from model.runtime.run_log import environment
 from pocketlm.params.schema import Params
 
 RECORD = Path("records/benchmarks/quantize.json")

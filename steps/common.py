@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from model.runtime.distributed import Group, process_group
+from model.runtime.errors import step_errors
 from model.runtime.files import write_bytes, write_json
 from model.runtime.process import end_with_launcher, only_writer
-from model.runtime.run_log import RunLog, step_errors, write_provenance
+from model.runtime.run_log import RunLog, write_provenance
 from pocketlm.params.paths import ARTIFACTS, LOGS, WORK
 from pocketlm.params.schema import Params, load_params
 

@@ -11,8 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 
-from model.runtime.errors import InputError
 from model.runtime.files import sha256, write_json
 
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "snakemake", "dvc")
@@ -125,22 +123,3 @@ def write_provenance(
             "outputs": {str(file): sha256(file) for file in outputs},
         },
     )
-
-
-@contextmanager
-def step_errors(speaks: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Show an InputError as two lines and exit with status 2, Ctrl-C as one and with 130.
-
-    speaks: asked once there is an error; whether it is this process that shows it. Other
-    exceptions pass through.
-    """
-    try:
-        yield
-    except InputError as error:
-        if speaks():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt as interrupt:
-        if speaks():
-            print("interrupted; run again to continue", file=sys.stderr, flush=True)
-        raise SystemExit(130) from interrupt

@@ -1,14 +1,12 @@
-"""Write params.yaml from a preset: `python -m pocketlm.params.presets NAME [key=value ...]`.
+"""Write params.yaml from a preset: `pocketlm preset NAME [KEY=VALUE ...]`.
 
 A preset is a Hydra config in conf/; the others inherit from `record`. Overrides use Hydra's syntax.
 Every value is written with its unit and reason, taken from the schema. A params.yaml that differs
 from every preset has been edited by hand and is replaced only with --force.
 """
 
-import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +49,7 @@ def render(params: Params) -> str:
     """Text of a params.yaml with these values, each with its unit and reason."""
     lines = [
         "# The experiment in force: edit by hand, or write another with",
-        "# `python -m pocketlm.params.presets NAME` (docs/workflow.md); schema: pocketlm/params.",
+        "# `pocketlm preset NAME` (docs/workflow.md); schema: pocketlm/params.",
         *_lines(params, ""),
     ]
     return "\n".join(lines) + "\n"
@@ -88,26 +86,12 @@ def is_preset(path: Path) -> bool:
     return any(text == render(compose(name)) for name in presets())
 
 
-def main() -> None:
-    """Parse the command line and write params.yaml."""
-    parser = argparse.ArgumentParser(prog="python -m pocketlm.params.presets", description=__doc__)
-    parser.add_argument("name", help=f"one of {', '.join(presets())}")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. ttt.lr=3e-4")
-    parser.add_argument("--force", action="store_true", help="replace a hand-edited params.yaml")
-    parser.add_argument("--output", type=Path, default=Path("params.yaml"))
-    arguments = parser.parse_args()
-    try:
-        text = render(compose(arguments.name, arguments.overrides))
-        if arguments.output.exists() and not arguments.force and not is_preset(arguments.output):
-            raise InputError(
-                f"{arguments.output}: edited by hand since it was written from a preset",
-                "keep it (git commit), or replace it with --force",
-            )
-        write_bytes(arguments.output, text.encode())
-        print(f"{arguments.output}: preset {' '.join([arguments.name, *arguments.overrides])}")
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+def write_preset(name: str, overrides: list[str], output: Path, force: bool = False) -> None:
+    """Write a preset to `output`; raises InputError if that was edited, unless `force`."""
+    text = render(compose(name, overrides))
+    if output.exists() and not force and not is_preset(output):
+        raise InputError(
+            f"{output}: edited by hand since it was written from a preset",
+            "keep it (git commit), or replace it with --force",
+        )
+    write_bytes(output, text.encode())

@@ -465,9 +465,7 @@ def _require_readable(key: str, patterns: list[str]) -> None:
 
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and check a parameter file; raises InputError with file, key, reason and repair."""
-    return check_params(
-        read_yaml(path, "write it from a preset: python -m pocketlm.params.presets demo"), str(path)
-    )
+    return check_params(read_yaml(path, "write it from a preset: pocketlm preset demo"), str(path))
 
 
 def read_yaml(path: str | Path, otherwise: str) -> Any:
@@ -486,9 +484,7 @@ def read_yaml(path: str | Path, otherwise: str) -> Any:
 def check_params(values: Any, name: str) -> Params:
     """Validate a mapping read from `name`; raises InputError."""
     if not isinstance(values, dict):
-        raise InputError(
-            f"{name}: not a mapping of sections", "python -m pocketlm.params.presets demo"
-        )
+        raise InputError(f"{name}: not a mapping of sections", "pocketlm preset demo")
     try:
         params = Params.model_validate(values)
     except ValidationError as error:

@@ -1,27 +1,25 @@
 """Keep the README's tables equal to recorded results.
 
-    python -m pocketlm.report.readme                        render the tables again
-    python -m pocketlm.report.readme --record records/demo  record artifacts/report, then render
+    pocketlm readme                        render the tables again
+    pocketlm readme --record records/demo  record artifacts/report, then render
 
 The README holds the results between a line `<!-- results: records/NAME/metrics.json -->`, which
 says where the numbers come from, and the next `<!-- end of results -->`; likewise the figures of
 the benchmarks between `<!-- benchmarks: records/benchmarks -->` and its end.
 """
 
-import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from model.runtime.errors import InputError
 from model.runtime.files import read_json, write_bytes
-from model.runtime.run_log import step_errors
+from pocketlm.params.paths import REPORT
 from pocketlm.report.benchmark_goals import benchmark_table
 from pocketlm.report.blocks import Block, to_markdown
 from pocketlm.report.document import result_table
 
 README = Path("README.md")
-REPORT = Path("artifacts/report")
 RECORDED = ("metrics.json", "report.md", "loss_curves.svg", "ttt_gain.svg", "artifact_bytes.svg")
 
 
@@ -67,18 +65,10 @@ def _fill(
     return _place(name).sub(section, readme)
 
 
-def main() -> None:
-    """Record if asked to, and rewrite the README."""
-    parser = argparse.ArgumentParser(prog="python -m pocketlm.report.readme")
-    parser.add_argument("--record", type=Path, help="directory to copy the current report to")
-    directory = parser.parse_args().record
-    with step_errors():
-        if directory is not None:
-            record(directory)
-        source = None if directory is None else (directory / "metrics.json").as_posix()
-        text = render(README.read_text(encoding="utf-8"), source)
-        write_bytes(README, text.encode())
-
-
-if __name__ == "__main__":
-    main()
+def update_readme(directory: Path | None = None) -> None:
+    """Rewrite the README's tables; with a directory, record the current report there before."""
+    if directory is not None:
+        record(directory)
+    source = None if directory is None else (directory / "metrics.json").as_posix()
+    text = render(README.read_text(encoding="utf-8"), source)
+    write_bytes(README, text.encode())

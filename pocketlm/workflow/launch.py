@@ -18,7 +18,7 @@ def launch(processes: int, module: str, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from model.runtime.distributed import require_gpus
-    from model.runtime.run_log import step_errors
+    from model.runtime.errors import step_errors
 
     with step_errors():
         require_gpus(processes)

@@ -1,4 +1,4 @@
-"""Run a grid of parameters as DVC experiments: `python -m pocketlm.workflow.sweep FILE`.
+"""Run a grid of parameters as DVC experiments: `pocketlm sweep FILE`.
 
 Every combination is queued as an experiment of one stage, so that what the stage reads
 (checkpoints, tokens) is what is in force, and the queue is then worked off. The stage's metrics,
@@ -7,38 +7,24 @@ the Pareto front, the combinations that no other beats in both. The experiments 
 exp apply NAME` makes one the experiment in force, `dvc exp remove` forgets it.
 """
 
-import argparse
 import itertools
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.runtime.errors import InputError
-from model.runtime.files import atomic_file, read_json, write_bytes
-from model.runtime.run_log import step_errors
+from model.runtime.files import read_json
 from pocketlm.params.schema import check_params, load_params, read_yaml
-from pocketlm.report.blocks import Table, to_markdown
 from pocketlm.report.records import check
+from pocketlm.report.sweep_page import Combination, Point, write_page
 
-Combination = dict[str, Any]
 Values = Annotated[list[Any], Field(min_length=1)]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A combination and what it gave: nats per token, device seconds, by experiment name."""
-
-    name: str
-    combination: Combination
-    loss: float
-    cost: float
 
 
 class Sweep(BaseModel):
@@ -171,75 +157,18 @@ def seconds_of(metrics: dict[str, Any], cost: str, source: str) -> float:
     return float(found)
 
 
-def pareto(points: list[Point]) -> list[Point]:
-    """The points that no other beats in both loss and cost, the cheapest first."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.cost, point.loss)):
-        if not front or point.loss < front[-1].loss:
-            front.append(point)
-    return front
-
-
-def write_results(directory: Path, points: list[Point], title: str) -> None:
-    """Write sweep.csv, sweep.md and sweep.svg, the best loss first."""
-    front = {point.name for point in pareto(points)}
-    keys = list(dict.fromkeys(key for point in points for key in point.combination))
-    header = ["experiment", *keys, "loss", "device seconds", "front"]
-    rows = []
-    for point in sorted(points, key=lambda point: point.loss):
-        values = [_text(point.combination.get(key)) for key in keys]
-        star = "*" if point.name in front else ""
-        rows.append([point.name, *values, f"{point.loss:.4f}", f"{point.cost:.1f}", star])
-    csv = "\n".join(",".join(row) for row in [header, *rows]) + "\n"
-    write_bytes(directory / "sweep.csv", csv.encode())
-    write_bytes(directory / "sweep.md", to_markdown([Table(header, rows)]).encode())
-    plot(directory / "sweep.svg", points, title)
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else json.dumps(value).replace('"', "").replace(",", "")
-
-
-def plot(path: Path, points: list[Point], title: str) -> None:
-    """Loss against device seconds with the Pareto front."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    front = pareto(points)
-    axes.scatter([p.cost for p in points], [p.loss for p in points], s=18, color="tab:gray")
-    costs, losses = [p.cost for p in front], [p.loss for p in front]
-    axes.step(costs, losses, where="post", marker="o", color="tab:blue", label="Pareto front")
-    axes.set(xscale="log", xlabel="device seconds", ylabel="loss (nats per token)", title=title)
-    axes.legend()
-    with atomic_file(path) as file:
-        figure.savefig(file, format="svg")
-    pyplot.close(figure)
-
-
-def main() -> None:
-    """Queue, run, collect."""
-    parser = argparse.ArgumentParser(prog="python -m pocketlm.workflow.sweep")
-    parser.add_argument("sweep", type=Path, help="a file like conf/sweep/ttt.yaml")
-    parser.add_argument("--output", type=Path, default=Path("artifacts/sweep"))
-    options = parser.parse_args()
-    with step_errors():
-        sweep = read_sweep(options.sweep)
-        check_sweep(sweep, options.sweep)
-        named = enqueue(sweep.stage, combinations(sweep))
-        print(f"{len(named)} experiments queued", flush=True)
-        dvc("exp", "run", "--run-all", "--jobs", "1")
-        points = collect(dvc("exp", "show", "--json"), named, sweep.stage, sweep.cost)
-        if not points:
-            raise InputError("no experiment of the sweep succeeded", "see `dvc queue logs NAME`")
-        write_results(options.output, points, f"{sweep.stage}: {options.sweep}")
-        print((options.output / "sweep.md").read_text(), end="")
-        if len(points) < len(named):
-            missing = sorted(set(named) - {point.name for point in points})
-            print(f"failed: {', '.join(missing)}; see `dvc queue logs NAME`", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()
+def run_sweep(file: Path, output: Path) -> None:
+    """Queue and run all experiments of a sweep file, then write its page to the folder `output`."""
+    sweep = read_sweep(file)
+    check_sweep(sweep, file)
+    named = enqueue(sweep.stage, combinations(sweep))
+    print(f"{len(named)} experiments queued", flush=True)
+    dvc("exp", "run", "--run-all", "--jobs", "1")
+    points = collect(dvc("exp", "show", "--json"), named, sweep.stage, sweep.cost)
+    if not points:
+        raise InputError("no experiment of the sweep succeeded", "see `dvc queue logs NAME`")
+    write_page(output, points, f"{sweep.stage}: {file}")
+    print((output / "sweep.md").read_text(), end="")
+    if len(points) < len(named):
+        missing = sorted(set(named) - {point.name for point in points})
+        print(f"failed: {', '.join(missing)}; see `dvc queue logs NAME`", file=sys.stderr)

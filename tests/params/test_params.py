@@ -220,7 +220,7 @@ def test_unreadable_files(content: bytes, reason: str, tmp_path: Path) -> None:
 
 
 def test_absent_file_says_how_to_write_one(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"presets demo"):
+    with pytest.raises(InputError, match=r"pocketlm preset demo"):
         load_params(tmp_path / "params.yaml")
 
 

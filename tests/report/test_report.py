@@ -333,8 +333,7 @@ def test_record_and_readme_table(run, monkeypatch):
     metrics = make(parameters())
     place = "# Title\n<!-- results: nothing -->\nstale table\n<!-- end of results -->\nmore\n"
     Path("README.md").write_text(place)
-    monkeypatch.setattr(sys, "argv", ["readme", "--record", "records/demo"])
-    readme.main()
+    readme.update_readme(Path("records/demo"))
     assert json.loads(Path("records/demo/metrics.json").read_text()) == metrics
     text = Path("README.md").read_text()
     assert text.startswith("# Title\n<!-- results: records/demo/metrics.json -->\n")

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from model.runtime.errors import InputError
+from model.runtime.errors import InputError, step_errors
 from model.runtime.files import read_json, sha256
-from model.runtime.run_log import RunLog, read_log, step_errors, write_provenance
+from model.runtime.run_log import RunLog, read_log, write_provenance
 from steps.common import run
 
 ROOT = Path(__file__).parents[2]

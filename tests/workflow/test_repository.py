@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
+from pocketlm.cli import app
 from pocketlm.params.presets import compose, presets
 from pocketlm.workflow.dvcstate import deps, outs, stages, sync
 from pocketlm.workflow.reproduce import claim_gpus
@@ -17,8 +19,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()
 ]
+COMMANDS = vars(typer.main.get_command(app))["commands"]
 BANNED = {"brotli", "constriction", "dvc", "hydra", "matplotlib", "pandas", "pyarrow", "pydantic"}
-BANNED |= {"rich", "safetensors", "scipy", "sentencepiece", "snakemake", "zstandard"}
+BANNED |= {"rich", "safetensors", "scipy", "sentencepiece", "snakemake", "typer", "zstandard"}
 STEPS = ["tokenize", "train", "quantize", "ttt_eval", "report"]
 
 
@@ -93,6 +96,29 @@ def commands(page: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+def check_command(words: list[str]) -> None:
+    """A line `pocketlm …`, or a placeholder in capitals of its first words, can be parsed."""
+    subcommand = COMMANDS[words[0]]
+    values = subcommand.make_context(words[0], words[1:]).params
+    if words[0] == "preset":
+        assert values["name"] in [*presets(ROOT / "conf"), "NAME"], words
+
+
+def test_commands_that_files_and_messages_name_exist() -> None:
+    """Not only in shell blocks: `pocketlm …` in backquotes or after a repair, in any file."""
+    listing = ["git", "ls-files", "*.py", "*.md", "*.yaml", "Makefile", ".dvc/config"]
+    names = subprocess.run(listing, capture_output=True, check=True, text=True).stdout.split()
+    texts = "\n".join(Path(name).read_text() for name in names)
+    assert {"preset", "sweep", "readme"} <= set(COMMANDS)
+    quoted = re.findall(r"""[`"']pocketlm ([a-z][^`"'{\n]*)[`"']""", texts)
+    assert len(quoted) > 5
+    for command in quoted:
+        assert command.split()[0] in COMMANDS, command
+    assert "python -m pocketlm." + "params" not in texts
+    assert "python -m pocketlm." + "report" not in texts
+    assert "python -m pocketlm.workflow." + "sweep" not in texts
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_documented_commands_exist(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -103,12 +129,11 @@ def test_documented_commands_exist(page: Path) -> None:
         if words[0] == "snakemake" and len(words) > 1 and not words[1].startswith("-"):
             assert words[1] in STEPS, line
         for module in re.findall(r"-m ([\w.]+)", line):
-            if module.split(".")[0] in ("steps", "workflow", "benchmarks", "data", "model"):
+            if module.split(".")[0] in ("steps", "pocketlm", "benchmarks", "model"):
                 path = ROOT / module.replace(".", "/")
                 assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), line
-        if "pocketlm.params.presets" in words:
-            name = words[words.index("pocketlm.params.presets") + 1]
-            assert name in [*presets(ROOT / "conf"), "NAME"], line
+        if words[0] == "pocketlm":
+            check_command(words[1:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -14,15 +14,12 @@ from model.runtime.files import write_json
 from pocketlm.params.presets import compose, render
 from pocketlm.params.schema import load_params
 from pocketlm.workflow.sweep import (
-    Point,
     Sweep,
     combinations,
-    main,
     override,
-    pareto,
     read_sweep,
+    run_sweep,
     seconds_of,
-    write_results,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -74,27 +71,6 @@ def test_every_combination_of_the_committed_sweep_is_valid() -> None:
             assert params[section][name] == value
 
 
-def test_front_is_what_nothing_beats_in_both() -> None:
-    values = [(3.0, 1.0), (2.0, 2.0), (2.5, 3.0), (1.0, 9.0), (2.0, 2.5), (1.0, 10.0)]
-    points = [Point(str(number), {}, *value) for number, value in enumerate(values)]
-    assert [point.name for point in pareto(points)] == ["0", "1", "3"]
-
-
-def test_tables_begin_with_the_best_and_mark_the_front(tmp_path: Path) -> None:
-    points = [Point("one", {"a": [1, 2]}, 2.0, 4.0), Point("two", {"b": 0.5}, 1.0, 8.0)]
-    points.append(Point("three", {"b": 0.1}, 1.5, 9.0))
-    write_results(tmp_path, points, "title")
-    with open(tmp_path / "sweep.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["experiment"], row["a"], row["b"], row["front"]) for row in rows] == [
-        ("two", "", "0.5", "*"),
-        ("three", "", "0.1", ""),
-        ("one", "[1 2]", "", "*"),
-    ]
-    assert len((tmp_path / "sweep.md").read_text().splitlines()) == 5
-    assert "<svg" in (tmp_path / "sweep.svg").read_text()
-
-
 @pytest.fixture
 def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with parameters, where a sweep may start."""
@@ -129,7 +105,6 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_bad_sweep_files_are_refused_before_anything_runs(
     experiment: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     old: str,
     new: str,
     words: tuple[str, ...],
@@ -138,13 +113,11 @@ def test_bad_sweep_files_are_refused_before_anything_runs(
     write_json(metrics, {"loss": 3.0, "seconds": {"ttt": 1.0}})
     assert old in SWEEP
     (experiment / "sweep.yaml").write_text(SWEEP.replace(old, new))
-    monkeypatch.setattr(sys, "argv", ["sweep", "sweep.yaml"])
     monkeypatch.setattr("pocketlm.workflow.sweep.dvc", lambda *_: pytest.fail("something ran"))
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert all(word in said for word in ("error: ", "repair: ", *words)), said
+    with pytest.raises(InputError) as refused:
+        run_sweep(Path("sweep.yaml"), Path("artifacts/sweep"))
+    said = str(refused.value)
+    assert all(word in said for word in ("repair: ", *words)), said
     assert "sweep.yaml" in said
 
 
@@ -185,7 +158,7 @@ def test_a_sweep_runs_as_dvc_experiments(tmp_path: Path) -> None:
     run(sys.executable, "-m", "dvc", "init", "-q")
     run("git", "add", ".")
     run("git", "commit", "-q", "-m", "start")
-    run(sys.executable, "-m", "pocketlm.workflow.sweep", "sweep.yaml")
+    run(sys.executable, "-m", "pocketlm", "sweep", "sweep.yaml")
     with open(tmp_path / "artifacts/sweep/sweep.csv") as file:
         rows = list(csv.DictReader(file))
     found = [

@@ -154,7 +154,7 @@ def make_checkout(path: Path) -> Checkout:
     write_texts(path / "texts")
     checkout = Checkout(path)
     checkout.run("git", "init", "-q", "-b", "main")
-    checkout.run(str(BIN / "python"), "-m", "pocketlm.params.presets", "miniature", "--force")
+    checkout.run(str(BIN / "python"), "-m", "pocketlm", "preset", "miniature", "--force")
     checkout.commit("miniature")
     return checkout
 

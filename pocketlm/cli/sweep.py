@@ -1,0 +1,18 @@
+"""`pocketlm sweep`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from pocketlm.params.paths import SWEEP
+
+
+def main(
+    file: Annotated[Path, Argument(help="a grid of parameters, like conf/sweep/ttt.yaml")],
+    output: Annotated[Path, Option(help="folder of the tables and the figure")] = SWEEP,
+) -> None:
+    """Run a grid of parameters as DVC experiments; write a table and a Pareto front."""
+    from pocketlm.workflow.sweep import run_sweep
+
+    run_sweep(file, output)

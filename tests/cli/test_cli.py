@@ -1,0 +1,98 @@
+"""The command `pocketlm`: arguments in any order, exit statuses, errors without a traceback."""
+
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pocketlm.cli import app
+from pocketlm.params.schema import load_params
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+@pytest.fixture(autouse=True)
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory with the presets, as the current one."""
+    for folder in ("conf", "records"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("demo", "ttt.lr=3e-3", "seeds=[5, 6]", "--output", "other.yaml"),
+        ("--output", "other.yaml", "demo", "ttt.lr=3e-3", "seeds=[5, 6]"),
+        ("demo", "ttt.lr=3e-3", "--output=other.yaml", "--force", "seeds=[5, 6]"),
+    ],
+)
+def test_options_and_overrides_stand_in_any_order(words: tuple[str, ...]) -> None:
+    done = call("preset", *words)
+    assert done.output == "other.yaml: preset demo ttt.lr=3e-3 seeds=[5, 6]\n"
+    params = load_params("other.yaml")
+    assert (params.ttt.lr, params.seeds) == (3e-3, [5, 6])
+
+
+def test_a_file_edited_by_hand_is_replaced_only_by_force(experiment: Path) -> None:
+    file = experiment / "params.yaml"
+    assert call("preset", "demo").exit_code == 0
+    preset = file.read_text()
+    assert call("preset", "h100").exit_code == 0  # what equals a preset may go
+    file.write_text(preset.replace("seeds: [0, 1, 2]", "seeds: [0, 1, 7]"))
+    edited = file.read_text()
+    refused = call("preset", "demo")
+    assert refused.exit_code == 1
+    assert "edited by hand" in refused.stderr
+    assert "--force" in refused.stderr
+    assert file.read_text() == edited != preset
+    assert call("preset", "demo", "--force").exit_code == 0
+    assert file.read_text() == preset
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("preset", "h200"), "error: preset h200: no such file conf/h200.yaml"),
+        (("preset", "demo", "ttt.lrr=1"), "error: preset demo:"),
+        (("sweep", "absent.yaml"), "error: absent.yaml: no such file"),
+        (("readme", "--record", "records/x"), "error: artifacts/report/metrics.json: no such"),
+    ],
+)
+def test_mistakes_are_two_lines_and_status_1(words: tuple[str, ...], problem: str) -> None:
+    command = [sys.executable, "-m", "pocketlm", *words]
+    done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(problem)
+    assert "\n  repair: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_usage_errors_have_a_status_of_their_own() -> None:
+    assert call("preset").exit_code == 2
+    assert call("publish").exit_code == 2
+
+
+def test_the_installed_command_is_this_one() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, name = project["scripts"]["pocketlm"].split(":")
+    assert getattr(import_module(module), name) is app
+
+
+def test_help_loads_no_torch() -> None:
+    program = (
+        "import sys; from typer.testing import CliRunner; from pocketlm.cli import app\n"
+        "shown = CliRunner().invoke(app, ['preset', '--help']).output\n"
+        "assert '--force' in shown and 'torch' not in sys.modules"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
