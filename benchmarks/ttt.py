@@ -122,7 +122,7 @@ def subject(params: Params, options: Any, group: Group) -> tuple[GPT, list[np.nd
         say("no artifact: a model with random weights", group.is_main)
     if (TOKENS / MANIFEST).exists():
         limit = options.documents or params.evaluate.documents
-        return model, validation_documents(Manifest.load(TOKENS), limit)
+        return model, validation_documents(Manifest.load(TOKENS), limit, params.evaluate.offset)
     say("no tokens: random documents with the lengths of web text", group.is_main)
     lengths = common.synthetic_lengths(options.tokens, options.tokens)
     generator = np.random.default_rng(0)

@@ -67,7 +67,8 @@ class Quantization:
         manifest = Manifest.load(TOKENS)
         self.tokenizer = Tokenizer(manifest.tokenizer)
         check_vocabulary(self.tokenizer, step.params.model.vocabulary, "tokenize again")
-        self.documents = validation_documents(manifest, step.params.evaluate.documents)
+        chosen = step.params.evaluate
+        self.documents = validation_documents(manifest, chosen.documents, chosen.offset)
 
         self.code_bytes = code_bytes(ROOT)
         require_room(self.code_bytes, self.params.budget_bytes)

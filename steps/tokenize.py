@@ -6,6 +6,7 @@ under `.work/` and moved when all are complete, the manifest last.
 """
 
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from model.data.shards import BOS, MANIFEST, Manifest, Shard, ShardWriter
 from model.data.sources import SPLITS, Corpus, Document, Split, open_corpus
+from model.data.sources.docstrings import unpinned_packages
 from model.data.sources.fineweb import fetch_published, open_published
 from model.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
 from model.runtime.errors import InputError
@@ -27,12 +29,14 @@ from steps.common import Step, run
 
 SECTIONS = ("data", "tokenizer")
 TOKENIZER = "tokenizer.model"
+CONSTRAINTS = Path("constraints.txt")
 BATCH = 1 << 22  # characters encoded at once
 
 
 def main(step: Step) -> None:
     """Make tokenizer, shards and manifest of the text that the `data` section names."""
     step.open_log(SECTIONS)
+    unpinned = warn_of_other_text(step) if step.params.data.source == "docstrings" else []
     if step.params.data.source == "fineweb":
         manifest, inputs = published(step)
     else:
@@ -40,8 +44,22 @@ def main(step: Step) -> None:
     require_documents(manifest)
     publish(manifest, TOKENS)
     metrics: dict[str, Any] = {split: manifest.totals(split) for split in SPLITS}
+    metrics["unpinned_packages"] = len(unpinned)
     metrics["seconds"] = round(time.perf_counter() - step.started, 2)
     step.publish(metrics, SECTIONS, inputs, [TOKENS / MANIFEST, TOKENS / TOKENIZER])
+
+
+def warn_of_other_text(step: Step) -> list[str]:
+    """Say and log which packages the documentation comes from in other than the pinned versions."""
+    unpinned = unpinned_packages(CONSTRAINTS)
+    step.log.event("packages", unpinned=unpinned)
+    if unpinned:
+        print(
+            f"warning: data: not the text that README's numbers belong to ({'; '.join(unpinned)})\n"
+            f"  repair: make setup installs what {CONSTRAINTS} pins",
+            file=sys.stderr,
+        )
+    return unpinned
 
 
 def published(step: Step) -> tuple[Manifest, list[Path]]:

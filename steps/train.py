@@ -49,7 +49,8 @@ def main(step: Step) -> None:
     check_batches(step, manifest, stream)
     tokenizer = Tokenizer(manifest.tokenizer)
     check_vocabulary(tokenizer, step.params.model.vocabulary, "tokenize again")
-    documents = validation_documents(manifest, step.params.evaluate.documents)
+    chosen = step.params.evaluate
+    documents = validation_documents(manifest, chosen.documents, chosen.offset)
 
     use_compile_cache(COMPILE_CACHE)
     training = Training(step, stream)

@@ -55,7 +55,8 @@ def main(step: Step) -> None:
     use_growing_segments()
     manifest = Manifest.load(TOKENS)
     tokenizer = Tokenizer(manifest.tokenizer)
-    documents = validation_documents(manifest, step.params.evaluate.documents)
+    chosen = step.params.evaluate
+    documents = validation_documents(manifest, chosen.documents, chosen.offset)
     artifact = step.directory("quantize") / "model.pocket"
     model = load_artifact(artifact, step.group.device)
     check_vocabulary(tokenizer, model.params.vocabulary, "train again with these tokens")

@@ -159,10 +159,14 @@ def _empty(items: queue.Queue) -> None:
         pass
 
 
-def validation_documents(manifest: Manifest, limit: int | None = None) -> list[np.ndarray]:
+def validation_documents(
+    manifest: Manifest, limit: int | None = None, offset: int = 0
+) -> list[np.ndarray]:
     """Return held-out documents, each uint16 (n,) beginning with BOS, in the order of the stream.
 
-    limit: how many, evenly spaced over all; None for all. Raises InputError if there are none.
+    limit: how many, evenly spaced over all; None for all.
+    offset: take those that stand so many places later, other documents for every offset.
+    Raises InputError if there are none, or too few for that offset.
     """
     if not manifest.validation:
         raise InputError(
@@ -179,5 +183,11 @@ def validation_documents(manifest: Manifest, limit: int | None = None) -> list[n
         )
     ends = np.append(starts[1:], len(stream))
     count = min(limit or len(starts), len(starts))
-    chosen = np.arange(count) * len(starts) // count
+    if offset >= len(starts) // count:
+        raise InputError(
+            f"evaluate.offset: {offset} leads to documents already taken: there are {len(starts)} "
+            f"validation documents, of which evaluate.documents takes {limit or 'all'}",
+            "lower evaluate.offset or evaluate.documents, or hold out more documents",
+        )
+    chosen = np.arange(count) * len(starts) // count + offset
     return [np.asarray(stream[starts[i] : ends[i]]) for i in chosen]

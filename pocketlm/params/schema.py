@@ -46,7 +46,7 @@ class DataParams(Section):
     """Where the text comes from."""
 
     source: Literal["docstrings", "files", "fineweb"] = about(
-        "docstrings: documentation of this Python and its packages; files: your globs; "
+        "docstrings: documentation of six pinned packages; files: your globs; "
         "fineweb: published shards"
     )
     files: list[str] = about("globs of .jsonl, .jsonl.zst, .parquet or .txt (source: files)")
@@ -228,6 +228,9 @@ class EvaluateParams(Section):
     """Evaluation without adaptation."""
 
     documents: Count | None = about("validation documents, evenly spaced; null = all")
+    offset: Natural = about(
+        "take those that stand so many places later: other documents, to tune on", "documents"
+    )
     sliding_stride: Count = about("new tokens scored per window of sequence_length", "tokens")
     tokens_per_batch: Count = about("packed tokens evaluated at once", "tokens")
 

@@ -212,13 +212,19 @@ def test_a_limit_takes_evenly_spaced_documents(tmp_path):
     tokens = [token for number in range(10) for token in (BOS, 100 + number)]
     manifest = manifest_of(tmp_path, tokens)
 
-    def numbers(limit):
-        return [int(document[1]) - 100 for document in validation_documents(manifest, limit)]
+    def numbers(limit, offset=0):
+        documents = validation_documents(manifest, limit, offset)
+        return [int(document[1]) - 100 for document in documents]
 
     assert numbers(5) == [0, 2, 4, 6, 8]
     assert numbers(3) == [0, 3, 6]
     assert numbers(1) == [0]
     assert numbers(99) == numbers(None) == list(range(10))
+    assert numbers(3, offset=1) == [1, 4, 7]
+    assert numbers(3, offset=2) == [2, 5, 8]
+    for limit, offset in ((3, 3), (5, 2), (10, 1), (None, 1)):
+        with pytest.raises(InputError, match=f"evaluate.offset: {offset} leads to"):
+            numbers(limit, offset)
 
 
 def test_a_split_without_documents_is_refused(tmp_path):

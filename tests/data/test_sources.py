@@ -1,7 +1,10 @@
+import hashlib
 import io
 import json
 import random
 import tracemalloc
+from importlib import metadata
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,11 +12,21 @@ import pytest
 import zstandard
 
 from model.data.sources import Corpus, held_out, open_corpus
-from model.data.sources.docstrings import Docstrings, docstrings
+from model.data.sources import docstrings as docstrings_module
+from model.data.sources.docstrings import (
+    PACKAGES,
+    SKIPPED,
+    Docstrings,
+    docstrings,
+    installed_modules,
+    unpinned_packages,
+)
 from model.data.sources.files import Files
 from model.runtime.errors import InputError
 from pocketlm.params.schema import DataParams
 from tests.helpers.corpora import sentences, write_json_lines
+
+ROOT = Path(__file__).parents[2]
 
 
 def data_params(**values):
@@ -90,42 +103,90 @@ def test_docstrings_are_valid_utf8():
 
 
 def library(root, names):
-    for name in names:
-        path = root / (name.replace(".", "/") + ".py")
+    """Files of modules that share one docstring, by the modules' names."""
+    modules = {name: root / (name.replace(".", "/") + ".py") for name in names}
+    for name, path in modules.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'"""Module {name}."""\ndef f():\n    """Shared by all."""\n')
-    return root
+    return modules
 
 
 def test_docstring_order_does_not_depend_on_the_file_system(tmp_path):
     names = [f"p{i % 5}.m{i}" for i in range(50)]
-    first = texts_of(Docstrings(1.0, [library(tmp_path / "a", names)]))
-    second = texts_of(Docstrings(1.0, [library(tmp_path / "b", reversed(names))]))
+    first = texts_of(Docstrings(1.0, library(tmp_path / "a", names)))
+    second = texts_of(Docstrings(1.0, library(tmp_path / "b", reversed(names))))
     assert first == second
     assert len(first) == 50
     assert first != sorted(first)  # packages are mixed
 
 
 def test_docstrings_are_deduplicated(tmp_path):
-    root = library(tmp_path, ["a", "b", "site-packages.c", "dist-packages.d"])
-    (tmp_path / "copy.py").write_text((tmp_path / "a.py").read_text())
-    texts = texts_of(Docstrings(1.0, [root]))
+    modules = library(tmp_path, ["a", "b"])
+    texts = texts_of(Docstrings(1.0, {**modules, "copy": modules["a"]}))
     assert sorted("\n\n".join(texts).split("\n\n")) == ["Module a.", "Module b.", "Shared by all."]
     assert len(texts) == 2
 
 
 def test_docstrings_stop_at_their_size(tmp_path):
-    root = library(tmp_path, [f"m{i}" for i in range(500)])
-    texts = texts_of(Docstrings(0.001, [root]))
+    modules = library(tmp_path, [f"m{i}" for i in range(500)])
+    texts = texts_of(Docstrings(0.001, modules))
     size = sum(len(text.encode()) for text in texts)
     assert 1000 <= size < 1040
 
 
-def test_the_default_source_is_this_pythons_documentation():
-    corpus = open_corpus(data_params(source="docstrings", docstring_megabytes=0.1))
+# SHA-256 of the documents, each ended by a zero byte: of the first 2 MB, and of all.
+FIRST_TEXT = "f146f9fd90f6f95d512863b835e5fb1dd9c0dbf2e1500671afa57d3efa6dd735"
+WHOLE_TEXT = "8452d037cb536fc689af5775f37772b49add6dee04c02ae0f41fc6c30554409b"
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "digest"),
+    [
+        pytest.param(2.0, FIRST_TEXT, id="first"),
+        pytest.param(1000.0, WHOLE_TEXT, id="whole", marks=pytest.mark.campaign),
+    ],
+)
+def test_documentation_is_the_same_on_every_machine(megabytes, digest):
+    if unpinned := unpinned_packages(ROOT / "constraints.txt"):
+        pytest.skip("; ".join(unpinned))
+    found = hashlib.sha256()
+    for text in texts_of(Docstrings(megabytes)):
+        found.update(text.encode() + b"\0")
+    assert found.hexdigest() == digest
+
+
+def test_documentation_is_of_the_named_packages_files_as_installed():
+    modules = installed_modules()
+    tops = {name.split(".")[0] for name in modules}
+    assert tops == {*PACKAGES, "isympy", "mpl_toolkits", "pylab"}
+    assert len(modules) > 2000
+    assert not any(SKIPPED & set(name.split(".")) for name in modules)
+
+
+def test_packages_that_are_not_as_pinned_are_named(tmp_path, monkeypatch):
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    pins = tmp_path / "constraints.txt"
+
+    def write(**changes):
+        lines = [f"{name}=={version}" for name, version in {**versions, **changes}.items()]
+        pins.write_text("\n".join(["# a comment with a==b", *lines, "other==1.0", ""]))
+
+    write()
+    assert unpinned_packages(pins) == []
+    write(numpy="1.0")
+    assert unpinned_packages(pins) == [f"numpy is {versions['numpy']}, pinned is 1.0"]
+    write()
+    monkeypatch.setattr(docstrings_module, "PACKAGES", (*PACKAGES, "no-such-package"))
+    assert unpinned_packages(pins) == ["no-such-package is absent, pinned is nothing"]
+    assert "numpy.linalg.__init__" in installed_modules()
+    assert len(unpinned_packages(tmp_path / "absent")) == len(PACKAGES) + 1
+
+
+def test_the_default_source_is_the_documentation_of_packages():
+    corpus = open_corpus(data_params(source="docstrings", docstring_megabytes=0.5))
     first = [(d.split, d.text) for d in corpus.documents()]
     assert first == [(d.split, d.text) for d in corpus.documents()]
-    assert 1e5 <= sum(len(text.encode()) for _, text in first) < 1e6
+    assert 5e5 <= sum(len(text.encode()) for _, text in first) < 1e6
     assert len({text for _, text in first}) == len(first)
     assert {split for split, _ in first} == {"train", "validation"}
 

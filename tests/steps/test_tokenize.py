@@ -154,9 +154,13 @@ def test_a_given_tokenizer_of_another_size_is_refused():
     assert not OUTPUT.exists()
 
 
-def test_the_docstrings_of_this_python():
+def test_documentation_of_packages_warns_where_it_is_not_the_pinned_text(capsys):
     vocabulary = ["tokenizer.vocabulary=512", "model.vocabulary=512"]
     manifest = run_step("data.source=docstrings", "data.docstring_megabytes=0.2", *vocabulary)
+    assert "numpy is " in capsys.readouterr().err  # nothing is pinned in this directory
+    assert read_json(OUTPUT.parent / "metrics.json")["unpinned_packages"] == 6
+    (packages,) = read_log(Path("logs/tokenize.jsonl"), "packages")
+    assert len(packages["unpinned"]) == 6
     total = sum(manifest.totals(split)["bytes"] for split in ("train", "validation"))
     assert 100_000 < total < 500_000
 

@@ -1,54 +1,91 @@
-"""The default source: the documentation strings of this Python and of its installed packages.
+"""The default source: the documentation strings of six packages that this project depends on.
 
 One document per module: the docstrings of the module, its classes and its functions, in the order
 of the source text. Modules are parsed with `ast`, never imported. They are visited in the order of
 the hash of their names, which mixes packages and does not depend on the file system; a docstring
 seen before is left out, and so are modules that cannot be parsed, which are templates and
 deliberately broken test files.
+
+The text must be the same on every machine. So it comes from `PACKAGES` alone, whose versions
+constraints.txt pins, and only from files that their installation records, whatever else lies beside
+them. The standard library is left out because it differs from one Python to the next, and torch
+because it differs between its builds and is what users replace first.
 """
 
 import ast
 import hashlib
-import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 
-SITE = {"site-packages", "dist-packages"}
+# Rich in documentation, and the same Python files on every platform.
+PACKAGES = ("matplotlib", "networkx", "numpy", "pandas", "scipy", "sympy")
+# Tests are long and hardly documented; scripts lie outside of the packages; numpy.distutils comes
+# with Python 3.11 alone.
+SKIPPED = {"tests", "..", "distutils"}
 
 
 class Docstrings:
-    """Documentation of the modules below `roots`, up to `megabytes` of UTF-8.
+    """Documentation of `modules`, up to `megabytes` of UTF-8.
 
-    roots: directories of top-level modules; None: the standard library and installed packages.
+    modules: files by the modules' full names; None: those of PACKAGES as they are installed.
     Memory holds the modules' names and 16 bytes per docstring that was seen.
     """
 
-    def __init__(self, megabytes: float, roots: Sequence[Path] | None = None) -> None:
+    def __init__(self, megabytes: float, modules: Mapping[str, Path] | None = None) -> None:
         self.megabytes = megabytes
-        self.files: list[Path] = []  # the interpreter and its packages, named by their versions
-        self._roots = default_roots() if roots is None else roots
+        self.files: list[Path] = []  # packages are named by their versions
+        self._modules = installed_modules() if modules is None else modules
 
     def texts(self) -> Iterator[tuple[str, float]]:
         """Yield one document per module that has something new to say."""
         seen: set[bytes] = set()
         read = 0.0
-        for path in _modules(self._roots):
+        for name in sorted(self._modules, key=_digest):
             if read >= self.megabytes:
                 return
-            new = [text for text in docstrings(path.read_bytes()) if _is_new(text, seen)]
+            source = self._modules[name].read_bytes()
+            new = [text for text in docstrings(source) if _is_new(text, seen)]
             document = "\n\n".join(new)
             if new and (len(new) == 1 or _is_new(document, seen)):
                 read += len(document.encode()) / 1e6
                 yield document, read
 
 
-def default_roots() -> list[Path]:
-    """Return the standard library's directory and those of installed packages."""
-    paths = sysconfig.get_paths()
-    return [
-        Path(path) for path in dict.fromkeys(paths[k] for k in ("stdlib", "purelib", "platlib"))
-    ]
+def installed_modules() -> dict[str, Path]:
+    """Return the Python files of PACKAGES by the names of their modules, as pip recorded them."""
+    found = {}
+    for package in PACKAGES:
+        for file in _recorded(package):
+            if file.suffix == ".py" and SKIPPED.isdisjoint(file.parts):
+                found[".".join(file.with_suffix("").parts)] = Path(str(file.locate()))
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
+def unpinned_packages(constraints: Path) -> list[str]:
+    """Say of each of PACKAGES that is not as `constraints` (lines `name==version`) pins it how so.
+
+    An empty list means that the text is the one README's numbers were made with.
+    """
+    lines = constraints.read_text().splitlines() if constraints.is_file() else []
+    pins = dict(line.split("==", 1) for line in lines if "==" in line and line[0] != "#")
+    found = []
+    for package in PACKAGES:
+        try:
+            installed = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            installed = "absent"
+        if installed != (pinned := pins.get(package, "nothing")):
+            found.append(f"{package} is {installed}, pinned is {pinned}")
+    return found
+
+
+def _recorded(package: str) -> list[metadata.PackagePath]:
+    try:
+        return metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def docstrings(source: bytes) -> list[str]:
@@ -76,18 +113,6 @@ def _definitions(node: ast.AST) -> Iterator[Definition]:
             if isinstance(child, Definition):
                 yield child
             yield from _definitions(child)
-
-
-def _modules(roots: Sequence[Path]) -> list[Path]:
-    """Return the modules below `roots`, in the order of their names' hashes."""
-    named = []
-    for number, root in enumerate(roots):
-        for path in root.rglob("*.py"):
-            parts = path.relative_to(root).with_suffix("").parts
-            if SITE.isdisjoint(parts) and path.is_file():
-                name = ".".join(parts)
-                named.append((_digest(name), name, number, path))
-    return [path for *_, path in sorted(named)]
 
 
 def _digest(text: str) -> bytes:
