@@ -157,10 +157,11 @@ def _baseline_sentence(summary: dict[str, Any]) -> str:
     test = summary["test"]
     if test["baseline"] == "no_ttt":
         return (
-            "The baseline is this run's own quantized models without TTT: the plain evaluation of "
-            "the same tokens. Every seed thus stands on both sides; the two samples are treated "
-            "as independent all the same, although seeds that are good without TTT are also good "
-            "with it, which makes this test stricter than one of pairs would be."
+            "The baseline is this run's own quantized models without TTT: the sliding evaluation "
+            "of the same tokens, in which, too, a token sees the text before it. Every seed thus "
+            "stands on both sides; the two samples are treated as independent all the same, "
+            "although seeds that are good without TTT are also good with it, which makes this "
+            "test stricter than one of pairs would be."
         )
     tokens, text_bytes = test["baseline_scored"]
     scored = summary["scored"]
@@ -187,7 +188,8 @@ def _verdict(summary: dict[str, Any]) -> str:
     level = summary["test"]["significance"]
     claimed = test.p < level
     baseline = summary["test"]["baseline"]
-    shown = "the same models without TTT" if baseline == "no_ttt" else f"`{baseline}`"
+    own = "the same models with a sliding window instead of TTT"
+    shown = own if baseline == "no_ttt" else f"`{baseline}`"
     if not _same_text(summary):
         return (
             f"No claim: {shown} was scored on other text than this run (see Significance), and "

@@ -19,7 +19,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Score(Record):
+class RecordedScore(Record):
     """A loss in nats per token and the same in bits per byte."""
 
     loss: Positive
@@ -36,11 +36,11 @@ class Scored(Record):
 class PublishedRun(Record):
     """One seed; what was not published is None."""
 
-    final: Score
+    final: RecordedScore
     seed: int | None = None
-    printed: Score | None = None
-    pre_quant: Score | None = None
-    quantized: Score | None = None
+    printed: RecordedScore | None = None
+    pre_quant: RecordedScore | None = None
+    quantized: RecordedScore | None = None
     steps: Count | None = None
     total_bytes: Count | None = None
     peak_memory_mib: Positive | None = None

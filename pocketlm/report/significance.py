@@ -1,20 +1,16 @@
 """One-sided Welch test: are the new losses lower than the baseline's by at least a margin?
 
-With means m, sample variances s² (divisor n−1) and sizes n of the two samples, b the baseline,
-v the new one and δ the margin, the hypothesis to reject is m_b − m_v ≤ δ. It is tested with
-
-    t = ((m_b − δ) − m_v) / e        e² = s_b²/n_b + s_v²/n_v
-    ν = e⁴ / ((s_b²/n_b)²/(n_b−1) + (s_v²/n_v)²/(n_v−1))
-    p = P(T_ν ≥ t)
-
-and the interval of the difference m_b − m_v at level c is (m_b − m_v) ± e·T_ν⁻¹((1+c)/2). The
-variances need not be equal, and the samples are taken as independent.
+With the means m_b of the baseline and m_v of the new losses and the margin δ, the hypothesis to
+reject is m_b − m_v ≤ δ. SciPy tests the baseline's losses less δ against the new ones; variances
+need not be equal, and the samples are taken as independent. The confidence interval is two-sided
+and that of m_b − m_v itself, without the margin.
 
 Source: B. L. Welch, "The generalization of Student's problem when several different population
 variances are involved", Biometrika 34 (1947); ν is Satterthwaite's (1946).
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,22 +31,22 @@ class Sample:
     @property
     def mean(self) -> float:
         """Arithmetic mean."""
-        return math.fsum(self.values) / self.n
+        return statistics.fmean(self.values)
 
     @property
-    def squares(self) -> float:
-        """Sum of the squared deviations from the mean."""
-        return math.fsum((value - self.mean) ** 2 for value in self.values)
+    def constant(self) -> bool:
+        """Whether all seeds have the same loss."""
+        return min(self.values) == max(self.values)
 
     @property
     def population_std(self) -> float:
         """Standard deviation with divisor n, as published records print it."""
-        return math.sqrt(self.squares / self.n)
+        return statistics.pstdev(self.values)
 
     @property
     def sample_std(self) -> float:
         """Standard deviation with divisor n−1, as the test uses it."""
-        return math.sqrt(self.squares / (self.n - 1))
+        return statistics.stdev(self.values)
 
 
 @dataclass(frozen=True)
@@ -90,33 +86,28 @@ def welch_test(
     the interval, in (0, 1). Raises InputError for fewer than two seeds on either side, losses that
     are not finite, and samples that do not vary at all.
     """
-    from scipy.stats import t as student
+    from scipy.stats import ttest_ind
 
     after, before = _sample("new", new), _sample("baseline", baseline)
-    variances = [s.squares / (s.n - 1) / s.n for s in (before, after)]
-    error = math.sqrt(sum(variances))
-    if error == 0:
+    if before.constant and after.constant:
         raise InputError(
             "significance test: neither the baseline's losses nor the new ones vary between seeds",
             "check that the seeds really differ; identical losses allow no test",
         )
-    freedom = sum(variances) ** 2 / sum(
-        v**2 / (s.n - 1) for v, s in zip(variances, (before, after), strict=True)
-    )
-    difference = before.mean - after.mean
-    statistic = (difference - margin) / error
-    reach = error * float(student.ppf((1 + level) / 2, freedom))
+    shifted = [loss - margin for loss in before.values]
+    test = ttest_ind(shifted, after.values, equal_var=False, alternative="greater")
+    interval = ttest_ind(before.values, after.values, equal_var=False).confidence_interval(level)
     return WelchTest(
         baseline=before,
         new=after,
         margin=margin,
-        difference=difference,
-        t=statistic,
-        degrees_of_freedom=freedom,
-        p=float(student.sf(statistic, freedom)),
+        difference=before.mean - after.mean,
+        t=float(test.statistic),
+        degrees_of_freedom=float(test.df),
+        p=float(test.pvalue),
         level=level,
-        low=difference - reach,
-        high=difference + reach,
+        low=float(interval.low),
+        high=float(interval.high),
     )
 
 

@@ -119,7 +119,7 @@ def _test(report: ReportParams, runs: Sequence[dict[str, Any]]) -> dict[str, Any
         return None
     scored: list[int] = []
     if report.baseline == "no_ttt":
-        before = [run["plain"]["loss"] for run in runs]
+        before = [run["sliding"]["loss"] for run in runs]
     else:
         record = load_record(report.baseline)
         before, scored = record.losses, [record.scored.tokens, record.scored.bytes]

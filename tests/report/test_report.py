@@ -105,12 +105,12 @@ def test_numbers(run):
             assert f"{run_metrics[score]['bpb']:.4f}" in headline
 
 
-def test_baseline_without_ttt_is_the_own_plain_loss(run):
+def test_baseline_without_ttt_is_the_own_sliding_loss(run):
     metrics = make(parameters(margin=0.002))
-    plain = [table["plain"].astype("float64").mean() for table in run]
+    sliding = [table["sliding"].astype("float64").mean() for table in run]
     ttt = [table["ttt"].astype("float64").mean() for table in run]
     expected = stats.ttest_ind(
-        np.array(plain) - 0.002, ttt, equal_var=False, alternative="greater"
+        np.array(sliding) - 0.002, ttt, equal_var=False, alternative="greater"
     ).pvalue
     assert metrics["test"]["p"] == pytest.approx(expected, rel=1e-6)
     report = Path("artifacts/report/report.md").read_text()
