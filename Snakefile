@@ -11,7 +11,7 @@ from pathlib import Path
 
 from model.runtime.errors import InputError
 from pocketlm.workflow.dvcstate import deps, flagged_outs, outs, sync
-from pocketlm.params.schema import load_params
+from pocketlm.params.load import load_params
 
 try:
     PARAMS = load_params()

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from model.data.packing import Documents
+from pocketlm.params.load import load_params
+from pocketlm.params.params import Params
 from pocketlm.params.presets import compose
-from pocketlm.params.schema import Params, load_params
 
 MEAN_LOG_LENGTH, DEVIATION_LOG_LENGTH = 6.6, 1.1  # of documents of web text, in tokens
 # Dense bf16 products, FLOP/s, by a part of the device's name.

@@ -13,8 +13,9 @@ Bytes: every tensor between two products must be written by one kernel and read 
 `chain_bytes` counts them for chains that are fused perfectly.
 """
 
+from model.network.config import ModelConfig
 from model.network.gpt import GPT
-from pocketlm.params.schema import ModelParams, TrainParams
+from model.training.config import TrainConfig
 
 BF16, FP32 = 2, 4
 
@@ -26,7 +27,7 @@ def product_values(model: GPT) -> int:
     return model.params.matrix_values + model.embedding.numel() + tables
 
 
-def attention_flops(params: ModelParams, pairs: float) -> float:
+def attention_flops(params: ModelConfig, pairs: float) -> float:
     """Forward and backward of all layers' attention, for so many (query, key) pairs."""
     return 12.0 * params.layers * params.heads * params.head_width * pairs
 
@@ -36,7 +37,7 @@ def product_flops(model: GPT, tokens: int) -> float:
     return 6.0 * product_values(model) * tokens
 
 
-def chain_bytes(params: ModelParams, tokens: int) -> float:
+def chain_bytes(params: ModelConfig, tokens: int) -> float:
     """Bytes that everything between the products of the blocks must read and write.
 
     In units of width w, query width q and key width k, forward: mix and norm 4w (x, x0; u, n);
@@ -51,12 +52,12 @@ def chain_bytes(params: ModelParams, tokens: int) -> float:
     return float(BF16 * tokens * (params.layers * block + skips))
 
 
-def head_bytes(params: ModelParams, tokens: int) -> float:
+def head_bytes(params: ModelConfig, tokens: int) -> float:
     """Bytes of the logits (written, read, and the same for the gradient) and of the embedding."""
     return float(BF16 * tokens * (5 * params.vocabulary + 12 * params.width))
 
 
-def optimizer_work(model: GPT, train: TrainParams) -> tuple[float, float]:
+def optimizer_work(model: GPT, train: TrainConfig) -> tuple[float, float]:
     """Bytes and FLOPs of one optimizer step on one process.
 
     Muon reads gradient, momentum and weight and writes the latter two; AdamW has two moments.

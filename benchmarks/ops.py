@@ -17,12 +17,13 @@ from benchmarks import common, floors
 from benchmarks.common import say, stage, table
 from model.data.packing import Documents
 from model.kernels import dispatch, varlen
+from model.network.config import ModelConfig
 from model.network.gpt import GPT
 from model.network.linear import Linear
 from model.runtime.distributed import process_group
 from model.runtime.errors import InputError
 from model.training.muon import orthogonalize
-from pocketlm.params.schema import ModelParams, Params
+from pocketlm.params.params import Params
 
 COLUMNS = ("implementation", "forward ms", "both ms", "floor ms", "error", "cannot be had")
 FUSED = ("reference", "triton")
@@ -40,7 +41,7 @@ class Bench:
     product: float  # FLOP/s
 
     @property
-    def model(self) -> ModelParams:
+    def model(self) -> ModelConfig:
         """Sizes of the model."""
         return self.params.model
 

@@ -14,6 +14,7 @@ with all that has to be loaded and captured, then again; and counts the kernels 
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ from model.runtime.cuda_graphs import CUDAGraphRunner
 from model.runtime.errors import step_errors
 from model.runtime.files import read_json, write_json
 from model.runtime.run_log import environment
-from pocketlm.params.schema import Params
+from pocketlm.params.params import Params
 
 RECORD = Path("records/benchmarks/quantize.json")
 
@@ -149,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.text:
         params = load(options.text)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        print(dispatch.configure(device=device, **params.ops.model_dump()))
+        print(dispatch.configure(device=device, **dataclasses.asdict(params.ops)))
         rows = time_text(params, device)
         table("Calibration text", ["", "tokens", "s", "ms/token"], rows)
         return

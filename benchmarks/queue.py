@@ -11,7 +11,7 @@ import numpy as np
 
 from model.ttt.batching import Batch, makespan
 from model.ttt.chunking import Pass, documents_left, passes
-from pocketlm.params.schema import TTTParams
+from model.ttt.config import TTTConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class QueueTimes:
 def simulate(
     lengths: Sequence[int],
     batches: Sequence[Batch],
-    ttt: TTTParams,
+    ttt: TTTConfig,
     processes: int,
     seconds: Callable[[int, int, int], float],
     rows_run: Callable[[Sequence[Pass], np.ndarray], Sequence[int]],

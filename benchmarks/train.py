@@ -7,6 +7,7 @@ The batches are those of artifacts/tokenize if its vocabulary fits, else synthet
 MFU = model FLOPs (`benchmarks.floors`) / seconds of the whole step / peak rate of the device.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -38,8 +39,8 @@ from model.runtime.process import (
 )
 from model.runtime.run_log import environment
 from model.training.trainer import Batches, Trainer
+from pocketlm.params.params import Params
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
-from pocketlm.params.schema import Params
 
 PARTS = ("part", "measured", "floor")
 # The category of a kernel is the first with one of these in its name, in lower case.
@@ -71,7 +72,7 @@ class Run:
     def start(cls, params: Params, group: Group) -> "Run":
         """Build the trainer and compile, as the train step does."""
         use_compile_cache(COMPILE_CACHE)
-        choice = dispatch.configure(device=group.device, **params.ops.model_dump())
+        choice = dispatch.configure(device=group.device, **dataclasses.asdict(params.ops))
         torch.manual_seed(0)
         model = GPT(params.model).to(group.device)
         trainer = Trainer(model, params.train, group)
@@ -87,7 +88,8 @@ def training_batches(params: Params, group: Group) -> tuple[str, Batches]:
         manifest = Manifest.load(TOKENS)
         stream = TokenStream(manifest.train)
         if manifest.vocabulary == params.model.vocabulary and stream.total >= length:
-            batches = TrainingBatches(stream, params.train, longest, group, group.device)
+            per_step = params.train.tokens_per_step
+            batches = TrainingBatches(stream, length, per_step, longest, group, group.device)
             return str(TOKENS), batches.from_step(0)
     return "synthetic documents", synthetic_batches(params, group)
 
@@ -312,8 +314,8 @@ def main() -> None:
     chosen = parser.parse_args()
     params = common.load(chosen.preset)
     if chosen.attention:
-        ops_params = params.ops.model_copy(update={"attention": chosen.attention})
-        params = params.model_copy(update={"ops": ops_params})
+        ops_params = dataclasses.replace(params.ops, attention=chosen.attention)
+        params = dataclasses.replace(params, ops=ops_params)
     with process_group() as group:
         say("start …", group.is_main)
         run = Run.start(params, group)

@@ -20,6 +20,7 @@ The simulated queue takes the time of a chunk as linear in its rows, between 1 a
 side by side, both measured.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,14 +51,15 @@ from model.runtime.process import (
     use_growing_segments,
 )
 from model.runtime.run_log import environment
-from model.ttt import ttt_losses, warm_up_kernels
 from model.ttt.adapters import values_per_document
 from model.ttt.batching import document_batches, rows_that_fit, tokens_at_once
 from model.ttt.chunking import Pass, chunks
-from model.ttt.loop import Session
-from model.ttt.warmup import excerpts
+from model.ttt.config import TTTConfig
+from model.ttt.loop import Session, ttt_losses
+from model.ttt.warmup import excerpts, warm_up_kernels
+from pocketlm.params.load import checked
+from pocketlm.params.params import Params
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
-from pocketlm.params.schema import Params, TTTParams
 
 QUEUE_SIZES = (1, 2, 8)
 # What was published of the settings.
@@ -69,7 +71,7 @@ PUBLISHED |= {"weight_decay": 0.5, "hash_buckets": 0}
 class Reading:
     """One way of reading the documents, and what it took."""
 
-    ttt: TTTParams
+    ttt: TTTConfig
     seconds: float
     nats: float
     memory: float
@@ -107,7 +109,7 @@ def main() -> None:
     use_compile_cache(COMPILE_CACHE)
     use_growing_segments()
     with process_group() as group:
-        dispatch.configure(device=group.device, **params.ops.model_dump())
+        dispatch.configure(device=group.device, **dataclasses.asdict(params.ops))
         model, documents = subject(params, options, group)
         measure(params, options, group, model, documents)
 
@@ -156,7 +158,7 @@ def measure(
             "two_gpu_speedup": None,
             "tokens": tokens,
             "readings": [
-                {**dict(zip(COLUMNS, row, strict=True)), "ttt": one.ttt.model_dump()}
+                {**dict(zip(COLUMNS, row, strict=True)), "ttt": dataclasses.asdict(one.ttt)}
                 for one, row in zip(readings, rows, strict=True)
             ],
         }
@@ -172,7 +174,7 @@ def write_figures(path: Path | None, figures: dict[str, Any]) -> None:
         write_json(path, figures)
 
 
-def varied(ttt: TTTParams, text: str) -> TTTParams:
+def varied(ttt: TTTConfig, text: str) -> TTTConfig:
     """The parameters with KEY=VALUE,… changed.
 
     A chunk that is named grows only if that is named, too; windows have no reach.
@@ -185,7 +187,7 @@ def varied(ttt: TTTParams, text: str) -> TTTParams:
     if changes.get("mode") == "window":
         changes.setdefault("bptt_chunks", 0)
     numbers = {k: float(v) for k, v in changes.items() if isinstance(v, str) and k != "mode"}
-    return TTTParams(**{**ttt.model_dump(), **changes, **numbers})
+    return checked(TTTConfig, {**dataclasses.asdict(ttt), **changes, **numbers}, text)
 
 
 def summary(readings: Sequence["Reading"], lengths: Sequence[int]) -> dict[str, float | None]:
@@ -199,7 +201,9 @@ def summary(readings: Sequence["Reading"], lengths: Sequence[int]) -> dict[str, 
     tokens = sum(lengths)
     window, cached = ([r for r in readings if r.ttt.mode == m] for m in ("window", "cached"))
     plain = [r for r in window if not r.ttt.hash_buckets]
-    published = [r for r in plain if r.ttt == r.ttt.model_copy(update=PUBLISHED)]
+    published = [
+        r for r in plain if all(getattr(r.ttt, key) == value for key, value in PUBLISHED.items())
+    ]
     nats, best_nats = lowest(plain), lowest(window)
     chosen, strict = (fastest(cached, limit) for limit in (nats, best_nats))
     read = [read_tokens(lengths, r.ttt) / r.seconds for r in window]
@@ -229,7 +233,7 @@ def fastest(readings: Sequence["Reading"], nats: float | None) -> "Reading | Non
 
 
 def read_all(
-    wanted: Mapping[str, TTTParams],
+    wanted: Mapping[str, TTTConfig],
     options: Any,
     model: GPT,
     documents: list[np.ndarray],
@@ -250,7 +254,7 @@ def read_all(
 
 
 def read_once(
-    ttt: TTTParams,
+    ttt: TTTConfig,
     model: GPT,
     documents: list[np.ndarray],
     group: Group,
@@ -271,7 +275,7 @@ def read_once(
     return Reading(ttt, seconds, mean_loss(losses), peak_memory_mib(group.device), floor)
 
 
-def warm_up(ttt: TTTParams, model: GPT, documents: Sequence[np.ndarray], group: Group) -> None:
+def warm_up(ttt: TTTConfig, model: GPT, documents: Sequence[np.ndarray], group: Group) -> None:
     """Compile the passes and load their kernels, by passes of every kind."""
     warm_up_kernels(model, documents, ttt)
     for alike, texts in excerpts(documents, ttt):
@@ -284,7 +288,7 @@ def mean_loss(losses: Sequence[np.ndarray]) -> float:
     return total / sum(loss.size for loss in losses)
 
 
-def read_tokens(lengths: Sequence[int], ttt: TTTParams) -> int:
+def read_tokens(lengths: Sequence[int], ttt: TTTConfig) -> int:
     """Tokens that must run through the blocks: every window's in mode window, each once in cached.
 
     Zeros that windows are filled up with are not counted.
@@ -294,7 +298,7 @@ def read_tokens(lengths: Sequence[int], ttt: TTTParams) -> int:
     return sum(min(end, ttt.context) for length in lengths for _, end in chunks(length, ttt))
 
 
-def floor_work(model: GPT, ttt: TTTParams, lengths: Sequence[int]) -> tuple[float, float]:
+def floor_work(model: GPT, ttt: TTTConfig, lengths: Sequence[int]) -> tuple[float, float]:
     """FLOPs and bytes of a reading, as the head of this file counts them."""
     adapted = values_per_document(model.params, ttt)
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
@@ -316,7 +320,7 @@ def floor_work(model: GPT, ttt: TTTParams, lengths: Sequence[int]) -> tuple[floa
 
 
 def compare(
-    wanted: Mapping[str, TTTParams],
+    wanted: Mapping[str, TTTConfig],
     path: Path | None,
     model: GPT,
     documents: list[np.ndarray],
@@ -336,7 +340,7 @@ def compare(
 
 
 def measured_times(
-    ttt: TTTParams, model: GPT, documents: list[np.ndarray], group: Group
+    ttt: TTTConfig, model: GPT, documents: list[np.ndarray], group: Group
 ) -> list[list[float]]:
     """Seconds of the first and second time by the main process alone, and by all together."""
     alone = Group(0, 1, group.device)
@@ -354,7 +358,7 @@ def measured_times(
     return times
 
 
-def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> None:
+def simulated(wanted: Sequence[TTTConfig], model: GPT, lengths: list[int]) -> None:
     """Print what a queue of these documents costs several processes."""
     rows = []
     for changed in wanted:
@@ -370,7 +374,7 @@ def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> No
             end: int,
             one: float = one,
             slope: float = slope,
-            ttt: TTTParams = changed,
+            ttt: TTTConfig = changed,
         ) -> float:
             share = min(1.0, end / ttt.context) if ttt.mode == "window" else 1.0
             return share * (one + slope * (count - 1))
@@ -396,7 +400,7 @@ def simulated(wanted: Sequence[TTTParams], model: GPT, lengths: list[int]) -> No
     table("Simulated queue, the longest documents first", columns, rows)
 
 
-def chunk_seconds(model: GPT, ttt: TTTParams, rows: int, chunks: int = 16) -> float:
+def chunk_seconds(model: GPT, ttt: TTTConfig, rows: int, chunks: int = 16) -> float:
     """Seconds of a chunk at full context for so many documents side by side."""
     generator = np.random.default_rng(0)
     length = ttt.context + chunks * ttt.chunk

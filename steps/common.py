@@ -6,6 +6,7 @@ has succeeded, the sidecar last.
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,8 +19,9 @@ from model.runtime.errors import step_errors
 from model.runtime.files import write_bytes, write_json
 from model.runtime.process import end_with_launcher, only_writer
 from model.runtime.run_log import RunLog, write_provenance
+from pocketlm.params.load import load_params
+from pocketlm.params.params import Params
 from pocketlm.params.paths import ARTIFACTS, LOGS, WORK
-from pocketlm.params.schema import Params, load_params
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Step:
 
     def section_values(self, sections: Sequence[str]) -> dict[str, Any]:
         """Plain values of some sections of the parameters."""
-        return {name: self.params.model_dump(mode="json")[name] for name in sections}
+        return {name: dataclasses.asdict(self.params)[name] for name in sections}
 
     def publish(
         self,

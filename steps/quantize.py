@@ -4,6 +4,7 @@ Calibration, Hessians, sensitivities and GPTQ are shared by all processes; the m
 The artifact is read back, compared with what was packed, and scored before the step publishes it.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -166,7 +167,7 @@ def main(step: Step) -> None:
     """Calibrate, quantize, pack, read back, score, publish."""
     use_compile_cache(COMPILE_CACHE)
     job = Quantization(step)
-    choice = dispatch.configure(device=step.group.device, **step.params.ops.model_dump())
+    choice = dispatch.configure(device=step.group.device, **dataclasses.asdict(step.params.ops))
     step.open_log(SECTIONS)
     step.log.event("ops", choice=str(choice))
     started = time.perf_counter()

@@ -5,6 +5,7 @@ holds more than a batch of documents. The published FineWeb shards come ready-ma
 under `.work/` and moved when all are complete, the manifest last.
 """
 
+import dataclasses
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.data.config import TokenizerConfig
 from model.data.shards import BOS, MANIFEST, Manifest, Shard, ShardWriter
 from model.data.sources import SPLITS, Corpus, Document, Split, open_corpus
 from model.data.sources.docstrings import unpinned_packages
@@ -24,7 +26,6 @@ from model.runtime.errors import InputError
 from model.runtime.files import sha256, write_bytes
 from model.runtime.progress import progress
 from pocketlm.params.paths import TOKENS
-from pocketlm.params.schema import TokenizerParams
 from steps.common import Step, run
 
 SECTIONS = ("data", "tokenizer")
@@ -92,7 +93,7 @@ def tokenized(step: Step) -> tuple[Manifest, list[Path]]:
     )
     manifest = Manifest(
         directory,
-        params.data.model_dump(mode="json"),
+        dataclasses.asdict(params.data),
         tokenizer.vocabulary,
         TOKENIZER,
         sha256(directory / TOKENIZER),
@@ -101,7 +102,7 @@ def tokenized(step: Step) -> tuple[Manifest, list[Path]]:
     return manifest, inputs
 
 
-def make_tokenizer(params: TokenizerParams, corpus: Corpus, path: Path) -> Tokenizer:
+def make_tokenizer(params: TokenizerConfig, corpus: Corpus, path: Path) -> Tokenizer:
     """Put the given tokenizer at `path`, or train one on the training documents."""
     if params.model:
         tokenizer = Tokenizer(params.model)

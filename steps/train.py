@@ -5,6 +5,7 @@ validation stand outside the clock. A run that was interrupted continues from it
 """
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Generator, Iterator
@@ -87,13 +88,18 @@ class Training:
     def __init__(self, step: Step, stream: TokenStream) -> None:
         params, group = step.params, step.group
         self.step, self.params = step, params.train
-        choice = dispatch.configure(device=group.device, **params.ops.model_dump())
+        choice = dispatch.configure(device=group.device, **dataclasses.asdict(params.ops))
         # The seed decides the initial weights; the order of the data is the same for all seeds.
         torch.manual_seed(step.seed or 0)
         model = GPT(params.model).to(group.device)
         self.trainer = Trainer(model, self.params, group)
         self.data = TrainingBatches(
-            stream, self.params, params.model.sequence_length, group, group.device
+            stream,
+            params.train.tokens_per_microbatch,
+            params.train.tokens_per_step,
+            params.model.sequence_length,
+            group,
+            group.device,
         )
         self.hosts = HostBroadcast(group)
         self.seconds, self.startup_seconds, self.peak_memory = 0.0, 0.0, 0.0
@@ -173,7 +179,7 @@ class Training:
     def averaged_model(self) -> GPT:
         """A model of its own with the averaged weights, the result of training."""
         weights = self.trainer.average.tensors
-        model = build(self.trainer.model.architecture(), weights, "the average")
+        model = build(self.trainer.model.params, weights, "the average")
         return model.to(self.step.group.device)
 
 

@@ -4,6 +4,7 @@ Every token's three losses are kept in `losses.parquet`, one row per scored toke
 the documents; the metrics are their sums.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from model.runtime.process import (
     use_growing_segments,
 )
 from model.runtime.progress import ReportProgress, progress
-from model.ttt import ttt_losses, warm_up_kernels
+from model.ttt.loop import ttt_losses
+from model.ttt.warmup import warm_up_kernels
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
 from steps.common import Step, run
 
@@ -62,7 +64,9 @@ def main(step: Step) -> None:
     check_vocabulary(tokenizer, model.params.vocabulary, "train again with these tokens")
     step.log.event(
         "ops",
-        choice=str(dispatch.configure(device=step.group.device, **step.params.ops.model_dump())),
+        choice=str(
+            dispatch.configure(device=step.group.device, **dataclasses.asdict(step.params.ops))
+        ),
     )
     warm_up_kernels(model, documents, step.params.ttt)
     step.log.event("warm", startup_seconds=seconds_since_start(step.group.device))

@@ -31,6 +31,7 @@ from torch import Tensor
 from model.artifact.compression import Compressed, Stream, compress_all
 from model.artifact.quantizer import Quantized
 from model.network.checkpoint import build
+from model.network.config import ModelConfig
 from model.runtime.errors import InputError
 from model.runtime.files import write_bytes
 
@@ -104,7 +105,7 @@ def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> "GPT"
     """The model of an artifact, its weights in fp32; raises InputError as `read_artifact`."""
     architecture, tensors = read_artifact(path)
     restored = {name: restore(stored) for name, stored in tensors.items()}
-    return build(architecture, restored, path).to(device)
+    return build(ModelConfig.from_stored(architecture, path), restored, path).to(device)
 
 
 def read_artifact(path: str | Path) -> tuple[Architecture, dict[str, Stored]]:

@@ -23,7 +23,6 @@ from model.data.packing import Documents
 from model.data.shards import BOS, Manifest, read_shard
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
-from pocketlm.params.schema import TrainParams
 
 BOUNDARY_BUCKET = 64  # entries; boundaries come in few sizes, so that compiled graphs are reused
 Batch = tuple[Tensor, Tensor, Documents]
@@ -75,21 +74,23 @@ def pack_span(tokens: np.ndarray, sequence_length: int) -> list[int]:
 class TrainingBatches:
     """The micro-batches of one process, prepared ahead by a thread.
 
-    group, device: whose share of each step is taken, and where it is put.
+    tokens_per_microbatch: one process takes at once; tokens_per_step: all of them together, a
+    multiple of it. group, device: whose share of each step is taken, and where it is put.
     """
 
     def __init__(
         self,
         stream: TokenStream,
-        params: TrainParams,
+        tokens_per_microbatch: int,
+        tokens_per_step: int,
         sequence_length: int,
         group: Group,
         device: torch.device,
     ) -> None:
         self.stream, self.sequence_length, self.device = stream, sequence_length, device
-        self.length = params.tokens_per_microbatch
+        self.length = tokens_per_microbatch
         self.rank, self.processes = group.rank, group.size
-        self.spans_per_step = params.tokens_per_step // self.length
+        self.spans_per_step = tokens_per_step // self.length
 
     def indices(self, step: int) -> Iterator[int]:
         """Yield the spans of this process from `step` on, without end."""

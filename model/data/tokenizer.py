@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
+from model.data.config import LARGEST_VOCABULARY
 from model.data.shards import BOS
 from model.runtime.errors import InputError
 from model.runtime.files import write_bytes
-from pocketlm.params.schema import LARGEST_VOCABULARY
 
 SPACE = "\u2581"
 SETTINGS: dict[str, Any] = {
@@ -56,9 +55,11 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
         try:
             model = Path(path).read_bytes()
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._model = SentencePieceProcessor(model_proto=model)
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file", "run the tokenize step") from error
         except RuntimeError as error:
@@ -133,6 +134,8 @@ def train_tokenizer(
     The same texts give the same file. Raises InputError if there is no text, or not enough for
     so many pieces.
     """
+    from sentencepiece import SentencePieceTrainer
+
     if vocabulary > LARGEST_VOCABULARY:
         raise InputError(
             f"tokenizer.vocabulary: {vocabulary} ids do not fit into uint16 shards",
@@ -153,7 +156,7 @@ def train_tokenizer(
         )
     model = BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        SentencePieceTrainer.train(
             sentence_iterator=chain([first], sentences),
             model_writer=model,
             vocab_size=vocabulary,

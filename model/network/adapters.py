@@ -17,15 +17,13 @@ transposed: so the products of the backward pass give the gradients in the layou
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.kernels import dispatch
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import ModelParams
+from model.network.config import ModelConfig
 
 PROJECTIONS = ("query", "key", "value")
 # The sites of each input, by the module that reads it.
@@ -116,7 +114,7 @@ def site_name(site: str, layer: int) -> str:
     return f"blocks.{layer}.attention.{site}" if site in PROJECTIONS else f"blocks.{layer}.{site}"
 
 
-def site_outputs(site: str, model: "ModelParams") -> int:
+def site_outputs(site: str, model: ModelConfig) -> int:
     """Values that a site adds to; all sites take `width` values in."""
     heads = {"query": model.heads, "key": model.kv_heads, "value": model.kv_heads}
     if site in heads:
@@ -124,12 +122,12 @@ def site_outputs(site: str, model: "ModelParams") -> int:
     return model.vocabulary if site == "head" else model.width
 
 
-def site_layers(site: str, model: "ModelParams") -> range:
+def site_layers(site: str, model: ModelConfig) -> range:
     """Layers that have such a site; the head counts to layer 0."""
     return range(1 if site == "head" else model.layers)
 
 
-def adapter_values(model: "ModelParams", sites: Sequence[str], rank: int) -> int:
+def adapter_values(model: ModelConfig, sites: Sequence[str], rank: int) -> int:
     """Number of values of a set of adapters."""
     return sum(
         rank * (model.width + site_outputs(site, model)) * len(site_layers(site, model))
@@ -138,7 +136,7 @@ def adapter_values(model: "ModelParams", sites: Sequence[str], rank: int) -> int
 
 
 def initial_adapters(
-    model: "ModelParams", sites: Sequence[str], rank: int, seed: int
+    model: ModelConfig, sites: Sequence[str], rank: int, seed: int
 ) -> dict[str, Tensor]:
     """A fresh set of adapters, fp32 on the CPU: `<module>.a` (rank, in), `<module>.b` (out, rank).
 

@@ -11,8 +11,6 @@ three matrices (`model.network.compute_weights`); everywhere else they are three
 module whose input hooks see.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,17 +18,15 @@ from torch import Tensor, nn
 from model.data.packing import Documents, select_positions
 from model.kernels import dispatch, reference
 from model.network.adapters import PROJECTIONS, LowRank
+from model.network.config import ModelConfig
 from model.network.kv_cache import LayerCache
 from model.network.linear import Linear
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import ModelParams
 
 
 class Attention(nn.Module):
     """One attention layer; `uses_values`: it adds value embeddings to its values."""
 
-    def __init__(self, params: "ModelParams", uses_values: bool) -> None:
+    def __init__(self, params: ModelConfig, uses_values: bool) -> None:
         super().__init__()
         self.heads, self.kv_heads = params.heads, params.kv_heads
         self.head_width = params.head_width

@@ -9,8 +9,6 @@ serves all blocks that have a skip or not, and value embeddings or not. In a tra
 are part of the compute_weight copies of the output matrices (`model.network.compute_weights`).
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -18,15 +16,13 @@ from model.data.packing import Documents, select_positions
 from model.kernels import dispatch
 from model.network.adapters import BlockAdapters
 from model.network.attention import Attention
+from model.network.config import ModelConfig
 from model.network.kv_cache import LayerCache
 from model.network.linear import Linear
 from model.network.mlp import MLP
 
-if TYPE_CHECKING:
-    from pocketlm.params.schema import ModelParams
 
-
-def depth_scale(params: "ModelParams", layer: int) -> Tensor:
+def depth_scale(params: ModelConfig, layer: int) -> Tensor:
     """Factor of the normed inputs of block `layer`, a 0-dimensional tensor."""
     return torch.tensor((layer + 1) ** -0.5 if params.depth_scaled_norm else 1.0)
 
@@ -36,7 +32,7 @@ class Block(nn.Module):
 
     depth_scale: Tensor
 
-    def __init__(self, params: "ModelParams", layer: int) -> None:
+    def __init__(self, params: ModelConfig, layer: int) -> None:
         super().__init__()
         width = params.width
         self.attention = Attention(params, layer in params.value_layers)

@@ -4,34 +4,28 @@ The file alone rebuilds the model; nothing is pickled. Tensors keep the names th
 model, in fp32.
 """
 
+import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from model.network.config import ModelConfig
 from model.network.gpt import GPT
 from model.runtime.errors import InputError
 from model.runtime.files import write_bytes
 
-if TYPE_CHECKING:
-    from pocketlm.params.schema import ModelParams
-
 FORMAT = "pocketlm-checkpoint-1"
 
 
-def build(
-    architecture: "ModelParams | dict[str, Any]", tensors: dict[str, Tensor], source: str | Path
-) -> GPT:
-    """A model of the given architecture with `tensors` as its weights, on the CPU.
+def build(config: ModelConfig, tensors: dict[str, Tensor], source: str | Path) -> GPT:
+    """A model of this architecture with `tensors` as its weights, on the CPU.
 
     source: the file they came from, for the error. Raises InputError if names or shapes differ.
     """
-    fields = architecture if isinstance(architecture, dict) else architecture.model_dump()
     with torch.device("meta"):
-        model = GPT(SimpleNamespace(**fields))  # type: ignore[arg-type]
+        model = GPT(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:
@@ -77,15 +71,16 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> GPT
             f"{path}: not a pocketlm checkpoint (of format {FORMAT})",
             "give a file that the train step wrote",
         )
-    return build(json.loads(metadata[FORMAT]), tensors, path).to(device)
+    config = ModelConfig.from_stored(json.loads(metadata[FORMAT]), path)
+    return build(config, tensors, path).to(device)
 
 
-def require_architecture(model: GPT, params: "ModelParams", path: str | Path) -> None:
+def require_architecture(model: GPT, params: ModelConfig, path: str | Path) -> None:
     """Refuse a stored model that differs from the model section of params.yaml."""
-    stored, asked = model.architecture(), params.model_dump()
-    differing = [key for key in asked if stored.get(key) != asked[key]]
+    stored, asked = dataclasses.asdict(model.params), dataclasses.asdict(params)
+    differing = [key for key in asked if stored[key] != asked[key]]
     if differing:
-        detail = ", ".join(f"{k}: {stored.get(k)} in the file, {asked[k]} asked" for k in differing)
+        detail = ", ".join(f"{k}: {stored[k]} in the file, {asked[k]} asked" for k in differing)
         raise InputError(
             f"{path}: checkpoint of another architecture ({detail})",
             "restore the model section of params.yaml, or train again",

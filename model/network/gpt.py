@@ -14,7 +14,7 @@ eleven times as long to compile.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,11 @@ from model.kernels.rotary import rotation
 from model.network import initial
 from model.network.adapters import BlockAdapters, LowRank
 from model.network.block import Block, depth_scale
+from model.network.config import ModelConfig
 from model.network.embeddings import BigramEmbedding, SmearGate, ValueEmbedding
 from model.network.hash_embedding import HashTable
 from model.network.kv_cache import NO_TOKEN, KVCache
 from model.network.linear import Linear
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import ModelParams
 
 
 class Adapters(NamedTuple):
@@ -91,7 +89,7 @@ class GPT(nn.Module):
     compute_dtype: dtype of the activations; None means bf16 on CUDA and fp32 elsewhere.
     """
 
-    def __init__(self, params: "ModelParams") -> None:
+    def __init__(self, params: ModelConfig) -> None:
         super().__init__()
         self.params = params
         self.compute_dtype: torch.dtype | None = None
@@ -136,8 +134,8 @@ class GPT(nn.Module):
         }
 
     def architecture(self) -> dict[str, Any]:
-        """The parameters the model was built from, as plain values."""
-        return dict(vars(self.params))
+        """The settings the model was built from, as files hold them (`ModelConfig.from_stored`)."""
+        return self.params.to_stored()
 
     def restore_constants(self) -> None:
         """Recompute the buffers that no file holds (after building on the meta device)."""

@@ -11,13 +11,11 @@ differentiates the new tokens alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pocketlm.params.schema import ModelParams
+from model.network.config import ModelConfig
 
 NO_TOKEN = -1  # precedes the first token of a document
 
@@ -58,7 +56,7 @@ class KVCache:
 
     def __init__(
         self,
-        params: "ModelParams",
+        params: ModelConfig,
         rows: int,
         capacity: int,
         device: torch.device | str,
@@ -139,7 +137,7 @@ class RingKVCache(KVCache):
 
     def __init__(
         self,
-        params: "ModelParams",
+        params: ModelConfig,
         rows: int,
         capacity: int,
         device: torch.device | str,

@@ -13,7 +13,6 @@ everything depends.
 
 from collections.abc import Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +21,9 @@ from model.artifact.format import Stored, restore
 from model.artifact.quantizer import Quantized, representable, round_to_step
 from model.network.gpt import GPT
 from model.quantization.bit_allocation import Steps
+from model.quantization.config import QuantizeConfig
 from model.quantization.gptq import gptq, weighted_error
 from model.runtime.distributed import Group
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import QuantizeParams
-
 from model.runtime.progress import ReportProgress
 
 TABLES_AND_PROJECTIONS = ("embedding", "table", "weight")  # how their names end
@@ -61,7 +57,7 @@ def quantize_weights(
     model: GPT,
     steps: Steps,
     hessians: Mapping[str, Tensor],
-    params: "QuantizeParams",
+    params: QuantizeConfig,
     group: Group,
     progress: ReportProgress | None = None,
 ) -> dict[str, Quantized]:

@@ -9,18 +9,14 @@ parameters: each process knows the averaged gradients of the matrices it owns, s
 norms are summed over the processes. The clip factor stays a tensor; the host waits for nothing.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
+from model.training.config import TrainConfig
 from model.training.muon import Muon, StateTensor
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import TrainParams
 
 TABLES = {"embedding", "bigram.table", "value_embedding.table"}
 
@@ -35,7 +31,7 @@ def param_groups(model: GPT) -> dict[str, dict[str, nn.Parameter]]:
     return groups
 
 
-def momentum_at(step: int, params: "TrainParams") -> float:
+def momentum_at(step: int, params: TrainConfig) -> float:
     """Muon's momentum at a step counted from 0: linear from its start to its final value."""
     if step >= params.muon_momentum_steps:
         return params.muon_momentum
@@ -51,7 +47,7 @@ class Optimizer:
     parameters' gradients are views of a few large buffers: never set them to None.
     """
 
-    def __init__(self, model: GPT, params: "TrainParams", group: Group) -> None:
+    def __init__(self, model: GPT, params: TrainConfig, group: Group) -> None:
         self.params, self.group = params, group
         groups = param_groups(model)
         self.muon = Muon(groups["matrices"], group)

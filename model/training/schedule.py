@@ -13,22 +13,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from model.runtime.distributed import Group
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import TrainParams
+from model.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The multiplier of the learning rates, from the `train` section of the parameters."""
 
-    params: "TrainParams"
+    params: TrainConfig
 
     def multiplier(self, step: int, seconds: float) -> float:
         """Factor for step number `step` (from 0), `seconds` into training; 0: stop before it."""

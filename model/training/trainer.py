@@ -7,7 +7,6 @@ number of steps are the whole state.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,13 +17,11 @@ from model.network.compute_weights import ComputeWeights
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
+from model.training.config import TrainConfig
 from model.training.ema import Average
 from model.training.muon import StateTensor
 from model.training.optimizer import Optimizer
 from model.training.qat import StraightThrough
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import TrainParams
 
 Batches = Iterator[tuple[Tensor, Tensor, Documents]]
 
@@ -32,7 +29,7 @@ Batches = Iterator[tuple[Tensor, Tensor, Documents]]
 class Trainer:
     """Trains `model`, which is on the device of `group`, by the `train` section `params`."""
 
-    def __init__(self, model: GPT, params: "TrainParams", group: Group) -> None:
+    def __init__(self, model: GPT, params: TrainConfig, group: Group) -> None:
         self.model, self.params, self.group = model, params, group
         self.compiled = params.compile and group.device.type == "cuda"
         if self.compiled:

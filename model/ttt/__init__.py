@@ -15,6 +15,3 @@ chunk is not trained on:
     loop.py       the loop over chunks, the same for both modes
     rehearsal.py  the kernels of all this, compiled before it begins
 """
-
-from model.ttt.loop import ttt_losses as ttt_losses
-from model.ttt.warmup import warm_up_kernels as warm_up_kernels

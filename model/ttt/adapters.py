@@ -1,7 +1,6 @@
 """What adapts to a document: low-rank adapters and the hash embedding."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,17 +12,16 @@ from model.network.adapters import (
     low_rank,
     side_by_side,
 )
+from model.network.config import ModelConfig
 from model.network.gpt import GPT, Adapters
 from model.network.hash_embedding import HashTable, initial_table
+from model.ttt.config import TTTConfig
 from model.ttt.per_document_optimizer import DocumentParameters, step_scalars
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import ModelParams, TTTParams
 
 HASH_TABLE = "hash_embedding.table"
 
 
-def initial_parameters(model: "ModelParams", ttt: "TTTParams") -> dict[str, Tensor]:
+def initial_parameters(model: ModelConfig, ttt: TTTConfig) -> dict[str, Tensor]:
     """What every document starts from: fresh adapters and, if it is on, a hash table; fp32."""
     tensors = initial_adapters(model, ttt.sites, ttt.rank, ttt.seed)
     if ttt.hash_buckets:
@@ -40,7 +38,7 @@ class DocumentAdapters:
 
     tensors: Adapters
 
-    def __init__(self, model: GPT, ttt: "TTTParams", capacity: int) -> None:
+    def __init__(self, model: GPT, ttt: TTTConfig, capacity: int) -> None:
         self._ttt, self._layers = ttt, model.params.layers
         initial = initial_parameters(model.params, ttt)
         table = {HASH_TABLE: initial.pop(HASH_TABLE)} if HASH_TABLE in initial else {}
@@ -85,7 +83,7 @@ class DocumentAdapters:
             group.step(gradient, own, self._ttt)
 
 
-def values_per_document(model: "ModelParams", ttt: "TTTParams") -> int:
+def values_per_document(model: ModelConfig, ttt: TTTConfig) -> int:
     """Number of values that one document adapts."""
     adapters = adapter_values(model, ttt.sites, ttt.rank)
     return adapters + ttt.hash_buckets * model.width

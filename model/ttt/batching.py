@@ -21,7 +21,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,11 +29,9 @@ from model.network.adapters import adapter_values
 from model.network.gpt import GPT
 from model.ttt.cached_mode import cached_shape
 from model.ttt.chunking import Shape, documents_left, passes
+from model.ttt.config import TTTConfig
 from model.ttt.graph_rows import running_rows, work
 from model.ttt.window_mode import window_shape, window_step
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import TTTParams
 
 MEMORY_SHARE = 0.8  # of what is free; the rest is for what the estimate leaves out
 PARTS = [part / 200 for part in range(60, 201)]  # of what each process would get of all tokens
@@ -50,7 +47,7 @@ class Batch:
 
 
 def document_batches(
-    lengths: Sequence[int], ttt: "TTTParams", rows: int, processes: int
+    lengths: Sequence[int], ttt: TTTConfig, rows: int, processes: int
 ) -> list[Batch]:
     """Batches of all documents, the longest first.
 
@@ -72,7 +69,7 @@ def document_batches(
 
 
 def _spread(
-    long: list[int], lengths: Sequence[int], ttt: "TTTParams", rows: int, processes: int
+    long: list[int], lengths: Sequence[int], ttt: TTTConfig, rows: int, processes: int
 ) -> Cut:
     """The cut with which all processes are done first, of those with a part of PARTS.
 
@@ -98,7 +95,7 @@ def _spread(
 def _cut(
     long: list[int],
     lengths: Sequence[int],
-    ttt: "TTTParams",
+    ttt: TTTConfig,
     rows: int,
     limit: float = math.inf,
     limited: int = 0,
@@ -125,7 +122,7 @@ def _cut(
     return tuple(batches)
 
 
-def estimate(lengths: Sequence[int], ttt: "TTTParams") -> Callable[[tuple[int, ...]], int]:
+def estimate(lengths: Sequence[int], ttt: TTTConfig) -> Callable[[tuple[int, ...]], int]:
     """What a batch of these documents takes, the longest first, in tokens."""
     over = passes(max(lengths), ttt)
 
@@ -158,12 +155,12 @@ def makespan(times: Iterable[float], processes: int) -> float:
     return max(clocks)
 
 
-def tokens_at_once(length: int, ttt: "TTTParams") -> int:
+def tokens_at_once(length: int, ttt: TTTConfig) -> int:
     """Most tokens that a document of this length reads in a pass."""
     return min(length, ttt.context) if ttt.mode == "window" else ttt.chunk * (1 + ttt.bptt_chunks)
 
 
-def rows_that_fit(model: GPT, ttt: "TTTParams") -> int:
+def rows_that_fit(model: GPT, ttt: TTTConfig) -> int:
     """Documents side by side: ttt.batch, or on CUDA fewer where the free memory asks for it."""
     if model.device.type != "cuda":
         return ttt.batch
@@ -172,7 +169,7 @@ def rows_that_fit(model: GPT, ttt: "TTTParams") -> int:
     return max(1, min(ttt.batch, int(MEMORY_SHARE * free / bytes_per_document(model, ttt))))
 
 
-def bytes_per_document(model: GPT, ttt: "TTTParams") -> int:
+def bytes_per_document(model: GPT, ttt: TTTConfig) -> int:
     """Estimate of the memory one document takes while it adapts.
 
     Masters and second moments in fp32; working copy and gradients, these both in parts and as one

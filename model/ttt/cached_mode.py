@@ -13,7 +13,6 @@ stands, but for the number of slots of the ring that attention looks at.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,10 +23,8 @@ from model.network.gpt import GPT
 from model.network.kv_cache import RingKVCache
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.chunking import Pass, Shape
+from model.ttt.config import TTTConfig
 from model.ttt.layouts import Layouts
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import TTTParams
 
 
 def cached_shape(present: Pass, slots: int = 0) -> Shape:
@@ -49,7 +46,7 @@ class CachedReader:
         self,
         model: GPT,
         adapters: DocumentAdapters,
-        ttt: "TTTParams",
+        ttt: TTTConfig,
         rows: int,
         captured: bool,
     ) -> None:

@@ -15,17 +15,16 @@ come first as before, and documents read side by side stay side by side.
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from pocketlm.params.schema import TTTParams
+from model.ttt.config import TTTConfig
 
 TOKENS_BEFORE = 64  # for each token of a chunk that has grown
 
 
-def chunk_size(start: int, ttt: "TTTParams") -> int:
+def chunk_size(start: int, ttt: TTTConfig) -> int:
     """Tokens of the chunk that begins at `start`."""
     size, limit = ttt.chunk, min(ttt.largest_chunk, start // TOKENS_BEFORE)
     while 2 * size <= limit:
@@ -33,7 +32,7 @@ def chunk_size(start: int, ttt: "TTTParams") -> int:
     return size
 
 
-def chunks(length: int, ttt: "TTTParams") -> Iterator[tuple[int, int]]:
+def chunks(length: int, ttt: TTTConfig) -> Iterator[tuple[int, int]]:
     """Yield begin and end of every chunk of a document; the last may end beyond it."""
     start = 0
     while start < length:
@@ -55,7 +54,7 @@ class Pass(NamedTuple):
     leaving: int
 
 
-def passes(length: int, ttt: "TTTParams") -> list[Pass]:
+def passes(length: int, ttt: TTTConfig) -> list[Pass]:
     """The chunks of a document with `ttt.bptt_chunks` chunks of their size before them.
 
     A token that a pass has left behind is not run again, also where chunks have grown. Those of a

@@ -1,7 +1,6 @@
 """The loop over chunks, the same for both modes and every number of processes."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,11 +22,9 @@ from model.ttt.adapters import DocumentAdapters
 from model.ttt.batching import document_batches, rows_that_fit
 from model.ttt.cached_mode import CachedReader
 from model.ttt.chunking import Pass, Shape, documents_left, passes
+from model.ttt.config import TTTConfig
 from model.ttt.graph_rows import CAPTURE_COST, running_rows
 from model.ttt.window_mode import WindowReader
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import TTTParams
 
 READERS: dict[str, type[WindowReader] | type[CachedReader]] = {
     "window": WindowReader,
@@ -38,7 +35,7 @@ READERS: dict[str, type[WindowReader] | type[CachedReader]] = {
 def ttt_losses(
     model: GPT,
     documents: Sequence[np.ndarray],
-    ttt: "TTTParams",
+    ttt: TTTConfig,
     group: Group,
     progress: ReportProgress | None = None,
 ) -> list[np.ndarray]:
@@ -95,7 +92,7 @@ class Session:
     def __init__(
         self,
         model: GPT,
-        ttt: "TTTParams",
+        ttt: TTTConfig,
         capacity: int,
         runner: GraphRunner | None = None,
     ) -> None:

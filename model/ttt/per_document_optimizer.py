@@ -10,15 +10,12 @@ out is a view of the leading rows. What changes from step to step comes from a t
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from model.kernels.rmsprop import rmsprop_step
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import TTTParams
+from model.ttt.config import TTTConfig
 
 
 class DocumentParameters(Mapping[str, Tensor]):
@@ -70,7 +67,7 @@ class DocumentParameters(Mapping[str, Tensor]):
         return len(self._named)
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, scalars: Tensor, ttt: "TTTParams") -> None:
+    def step(self, gradient: Tensor, scalars: Tensor, ttt: TTTConfig) -> None:
         """Move down the gradient, like `leaf`; scalars: a row of `step_scalars`."""
         values, second_moments, working = (
             x[: self.documents] for x in (self._values, self._second_moments, self._working)
@@ -81,7 +78,7 @@ class DocumentParameters(Mapping[str, Tensor]):
 
 
 def step_scalars(
-    ttt: "TTTParams", starts: Sequence[int], device: torch.device, factor: float = 1.0
+    ttt: TTTConfig, starts: Sequence[int], device: torch.device, factor: float = 1.0
 ) -> Tensor:
     """Rates, shrinkages and corrections of every step, from the begin of every chunk.
 

@@ -5,8 +5,8 @@ sessions that are then forgotten: what the kernels did not write is not a number
 and what torch computed meanwhile is its own.
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -18,15 +18,13 @@ from model.network.gpt import GPT
 from model.runtime.cuda_graphs import GraphRunner
 from model.ttt.batching import rows_that_fit
 from model.ttt.chunking import chunks
+from model.ttt.config import TTTConfig
 from model.ttt.loop import Session, packed_losses
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import TTTParams
 
 FEW = 2  # documents, for which some kernels are others than for many
 
 
-def warm_up_kernels(model: GPT, documents: Sequence[np.ndarray], ttt: "TTTParams") -> None:
+def warm_up_kernels(model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig) -> None:
     """Compile what reading the documents, with and without adapters, will launch.
 
     Where no kernels of ours run, on a CPU, nothing is done.
@@ -36,7 +34,7 @@ def warm_up_kernels(model: GPT, documents: Sequence[np.ndarray], ttt: "TTTParams
             read_excerpts(model, documents, ttt)
 
 
-def read_excerpts(model: GPT, documents: Sequence[np.ndarray], ttt: "TTTParams") -> None:
+def read_excerpts(model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig) -> None:
     """Make passes of all kinds that reading the documents makes."""
     packed_losses(model, [document[: ttt.chunk] for document in documents[:FEW]])
     rows = rows_that_fit(model, ttt)
@@ -56,8 +54,8 @@ class AsItIs(GraphRunner):
 
 
 def excerpts(
-    documents: Sequence[np.ndarray], ttt: "TTTParams"
-) -> Iterator[tuple["TTTParams", list[np.ndarray]]]:
+    documents: Sequence[np.ndarray], ttt: TTTConfig
+) -> Iterator[tuple[TTTConfig, list[np.ndarray]]]:
     """Yield texts, the longest first, and the parameters by which to read them.
 
     For every size of a chunk, of few documents and of all: as many chunks of that size alone as it
@@ -65,7 +63,7 @@ def excerpts(
     """
     ordered = sorted(documents, key=len, reverse=True)
     for size in sorted({end - start for start, end in chunks(ordered[0].size, ttt)}):
-        alike = ttt.model_copy(update={"chunk": size})
+        alike = dataclasses.replace(ttt, chunk=size)
         texts = [document[: (ttt.bptt_chunks + 2) * size] for document in ordered]
         for some in (texts[:FEW], texts):
             yield alike, some

@@ -18,7 +18,6 @@ documents grow by more, as their passes take no time to speak of.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,10 +26,8 @@ from model.data.packing import Documents
 from model.network.gpt import GPT
 from model.ttt.adapters import DocumentAdapters
 from model.ttt.chunking import Pass, Shape
+from model.ttt.config import TTTConfig
 from model.ttt.layouts import Layouts
-
-if TYPE_CHECKING:
-    from pocketlm.params.schema import TTTParams
 
 STEP = 128  # tokens that captured windows grow by: few shapes, and little work on zeros
 GROWTH = 4096  # tokens that those of all documents of a batch grow by, at least
@@ -41,7 +38,7 @@ def window_step(documents: int) -> int:
     return STEP * 2 ** math.ceil(math.log2(max(1.0, GROWTH / (STEP * documents))))
 
 
-def window_shape(present: Pass, step: int, ttt: "TTTParams") -> Shape:
+def window_shape(present: Pass, step: int, ttt: TTTConfig) -> Shape:
     """Shape of a captured pass whose window grows by `step`."""
     length = present.end + -present.end % step
     return Shape(min(length, ttt.context), present.end - present.start)
@@ -54,7 +51,7 @@ class WindowReader:
         self,
         model: GPT,
         adapters: DocumentAdapters,
-        ttt: "TTTParams",
+        ttt: TTTConfig,
         rows: int,
         captured: bool,
     ) -> None:

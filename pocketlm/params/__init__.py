@@ -1,1 +1,1 @@
-"""The whole of params.yaml: schema and presets."""
+"""The whole of params.yaml: composition, checks and presets."""

@@ -9,3 +9,6 @@ TOKENS = ARTIFACTS / "tokenize/tokens"  # what `tokenize` makes of the text
 REPORT = ARTIFACTS / "report"
 SWEEP = ARTIFACTS / "sweep"
 COMPILE_CACHE = WORK / "compile-cache"
+
+# Files that parameters name lie in folders that dvc.yaml knows, or changes would go unnoticed.
+TOKENIZERS, BASELINES = Path("tokenizers"), Path("records")

@@ -5,16 +5,17 @@ Every value is written with its unit and reason, taken from the schema. A params
 from every preset has been edited by hand and is replaced only with --force.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from model.runtime.errors import InputError
 from model.runtime.files import write_bytes
-from pocketlm.params.schema import Params, check_params
+from model.runtime.settings import Settings
+from pocketlm.params.load import check_params
+from pocketlm.params.params import Params
 
 CONF = Path("conf")
 COMMENT_COLUMN = 42
@@ -55,15 +56,15 @@ def render(params: Params) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _lines(section: BaseModel, indent: str) -> list[str]:
+def _lines(section: Settings, indent: str) -> list[str]:
     lines: list[str] = []
-    for key, field in type(section).model_fields.items():
-        value = getattr(section, key)
-        if isinstance(value, BaseModel):
+    for field in dataclasses.fields(section):
+        key, value = field.name, getattr(section, field.name)
+        if isinstance(value, Settings):
             lines += [f"{indent}{key}: # {type(value).__doc__}", *_lines(value, indent + "  ")]
         else:
             entry = f"{indent}{key}: {_scalar(value)}"
-            lines.append(f"{entry:<{COMMENT_COLUMN}} # {field.description}")
+            lines.append(f"{entry:<{COMMENT_COLUMN}} # {field.metadata['description']}")
     return lines
 
 

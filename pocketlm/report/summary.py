@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from model.runtime.errors import InputError
-from pocketlm.params.schema import Params, ReportParams
+from pocketlm.params.params import Params
+from pocketlm.report.config import ReportConfig
 from pocketlm.report.records import load_record
 from pocketlm.report.results import SeedResult, TokenLosses
 from pocketlm.report.significance import Sample, WelchTest, welch_test
@@ -113,7 +114,7 @@ def _spread(runs: Sequence[dict[str, Any]], score: str) -> dict[str, float | Non
     return spread
 
 
-def _test(report: ReportParams, runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def _test(report: ReportConfig, runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The significance test of TTT losses against the baseline; None if none is asked for."""
     if report.baseline == "none":
         return None
@@ -143,7 +144,7 @@ def welch_result(test: dict[str, Any]) -> WelchTest:
     return WelchTest(baseline, new, **rest)
 
 
-def _stages(results: Sequence[SeedResult], report: ReportParams) -> list[dict[str, Any]]:
+def _stages(results: Sequence[SeedResult], report: ReportConfig) -> list[dict[str, Any]]:
     """Seconds of every stage by seed, with the budget where there is one."""
     stages = [("train", "training clock", [r.train.seconds for r in results])]
     stages += [

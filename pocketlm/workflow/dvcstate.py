@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from model.runtime.errors import InputError
-from pocketlm.params.schema import Params
+from pocketlm.params.params import Params
 
 LONG_AGO = 86_400.0  # an old file time, in seconds since 1970
 LOCKED = (

@@ -7,6 +7,7 @@ the Pareto front, the combinations that no other beats in both. The experiments 
 exp apply NAME` makes one the experiment in force, `dvc exp remove` forgets it.
 """
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from model.runtime.errors import InputError
 from model.runtime.files import read_json
-from pocketlm.params.schema import check_params, load_params, read_yaml
+from pocketlm.params.load import check_params, load_params, read_yaml
 from pocketlm.report.records import check
 from pocketlm.report.sweep_page import Combination, Point, write_page
 
@@ -66,7 +67,7 @@ def check_sweep(sweep: Sweep, path: Path) -> None:
     """
     params = load_params()
     for combination in combinations(sweep):
-        values = params.model_dump()
+        values = dataclasses.asdict(params)
         for key, value in combination.items():
             *sections, name = key.split(".")
             place = values

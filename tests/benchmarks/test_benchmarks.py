@@ -1,5 +1,6 @@
 """The benchmarks run on the CPU at a small size, and their formulas count what they say."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ KEYS |= {"cold_start_s", "warm_start_s", "two_gpu_speedup", "mfu", "attention_ba
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     """Parameters of a model that the CPU trains in milliseconds."""
-    values = compose("demo", directory=ROOT / "conf").model_dump(mode="json")
+    values = dataclasses.asdict(compose("demo", directory=ROOT / "conf"))
     values["model"] |= SMALL | {"vocabulary": 320}
     values["tokenizer"]["vocabulary"] = 320
     values["evaluate"]["sliding_stride"] = 16

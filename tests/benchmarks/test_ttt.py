@@ -1,5 +1,6 @@
 """The benchmark of test-time training: its counts against loops, and a run at tiny size."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -46,8 +47,9 @@ def test_floors_count_every_token_pair_and_value(mode: str) -> None:
 
 def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_best() -> None:
     def reading(seconds: float, nats: float, **changes: Any) -> Reading:
-        settings = {"mode": "window", "largest_chunk": 32, "hash_buckets": 0} | changes
-        ttt = compose("record").ttt.model_copy(update=settings)
+        settings: dict[str, Any] = {"mode": "window", "bptt_chunks": 0, "largest_chunk": 32}
+        settings |= {"hash_buckets": 0, **changes}
+        ttt = dataclasses.replace(compose("record").ttt, **settings)
         return Reading(ttt, seconds, nats, 0.0, (0.0, 0.0))
 
     published = {"lr": 2e-4, "beta2": 0.999, "weight_decay": 0.5}

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pocketlm.cli import app
-from pocketlm.params.schema import load_params
+from pocketlm.params.load import load_params
 
 ROOT = Path(__file__).parents[2]
 

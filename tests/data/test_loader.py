@@ -82,8 +82,8 @@ def test_packing_cuts_where_a_token_by_token_walk_does(tokens, sequence_length):
 
 
 def batches_of(stream, rank=0, size=1, step=0, length=32, per_step=128, sequence_length=16):
-    params = TRAIN.model_copy(update={"tokens_per_microbatch": length, "tokens_per_step": per_step})
-    batches = TrainingBatches(stream, params, sequence_length, Group(rank, size, CPU), CPU)
+    group = Group(rank, size, CPU)
+    batches = TrainingBatches(stream, length, per_step, sequence_length, group, CPU)
     return batches.from_step(step)
 
 
@@ -177,8 +177,7 @@ def test_errors_of_the_thread_reach_the_caller():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_a_gpu_are_those_on_the_cpu(stream):
     device = torch.device("cuda", 0)
-    params = TRAIN.model_copy(update={"tokens_per_microbatch": 32, "tokens_per_step": 128})
-    on_gpu = TrainingBatches(stream, params, 16, Group(0, 1, device), device).from_step(0)
+    on_gpu = TrainingBatches(stream, 32, 128, 16, Group(0, 1, device), device).from_step(0)
     for (tokens, targets, documents), expected in zip(
         take(on_gpu, 40), take(batches_of(stream), 40), strict=True
     ):

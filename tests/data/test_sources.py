@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from model.data.config import DataConfig
 from model.data.sources import Corpus, held_out, open_corpus
 from model.data.sources import docstrings as docstrings_module
 from model.data.sources.docstrings import (
@@ -23,7 +24,6 @@ from model.data.sources.docstrings import (
 )
 from model.data.sources.files import Files
 from model.runtime.errors import InputError
-from pocketlm.params.schema import DataParams
 from tests.helpers.corpora import sentences, write_json_lines
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def data_params(**values):
         "docstring_megabytes": 1.0,
         "fineweb_shards": 1,
     }
-    return DataParams(**{**defaults, **values})
+    return DataConfig(**{**defaults, **values})
 
 
 def texts_of(source):

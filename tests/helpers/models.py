@@ -7,8 +7,10 @@ import numpy as np
 import torch
 import yaml
 
+from model.network.config import ModelConfig
 from model.network.gpt import GPT
-from pocketlm.params.schema import ModelParams, TrainParams, TTTParams
+from model.training.config import TrainConfig
+from model.ttt.config import TTTConfig
 
 RECORD = Path(__file__).parents[2] / "conf" / "record.yaml"
 
@@ -29,9 +31,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-def record_params(**changes: Any) -> ModelParams:
+def record_params(**changes: Any) -> ModelConfig:
     """The model section of the record preset with `changes`."""
-    return ModelParams(**{**yaml.safe_load(RECORD.read_text())["model"], **changes})
+    return ModelConfig(**{**yaml.safe_load(RECORD.read_text())["model"], **changes})
 
 
 def small_model(seed: int = 0, **changes: Any) -> GPT:
@@ -44,7 +46,7 @@ def small_model(seed: int = 0, **changes: Any) -> GPT:
     return model
 
 
-def ttt_params(**changes: Any) -> TTTParams:
+def ttt_params(**changes: Any) -> TTTConfig:
     """The ttt section of the record preset at the size of `small_model`, with `changes`.
 
     Mode `window`, of which the other is a variation, without a hash embedding.
@@ -52,12 +54,12 @@ def ttt_params(**changes: Any) -> TTTParams:
     small: dict[str, Any] = {"chunk": 8, "context": 32, "rank": 4, "lr": 0.005, "batch": 4}
     small |= {"mode": "window", "bptt_chunks": 0, "hash_buckets": 0, "hash_rate": 1.0}
     small["largest_chunk"] = changes.get("chunk", 8)
-    return TTTParams(**{**yaml.safe_load(RECORD.read_text())["ttt"], **small, **changes})
+    return TTTConfig(**{**yaml.safe_load(RECORD.read_text())["ttt"], **small, **changes})
 
 
-def train_params(**changes: Any) -> TrainParams:
+def train_params(**changes: Any) -> TrainConfig:
     """The train section of the record preset with `changes`."""
-    return TrainParams(**{**yaml.safe_load(RECORD.read_text())["train"], **changes})
+    return TrainConfig(**{**yaml.safe_load(RECORD.read_text())["train"], **changes})
 
 
 def random_documents(lengths: list[int], seed: int = 0) -> list[np.ndarray]:

@@ -95,7 +95,7 @@ import sys, numpy as np, torch
 from model.runtime.distributed import Group
 from model.network.gpt import GPT
 from model.kernels import fused_mlp
-from model.ttt import ttt_losses
+from model.ttt.loop import ttt_losses
 from model.ttt.batching import bytes_per_document
 from pocketlm.params.presets import compose
 params = compose("demo")

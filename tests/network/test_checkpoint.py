@@ -23,6 +23,23 @@ def test_another_architecture_is_refused_by_key(tmp_path):
         require_architecture(loaded, record_params(**{**SMALL, "mlp_width": 64}), "m")
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda stored: stored.pop("skips"), r"model\.safetensors: skips: missing"),
+        (lambda stored: stored.update(lanes=2), r"model\.safetensors: lanes: .* newer version"),
+    ],
+)
+def test_checkpoints_of_other_versions_are_refused_by_key(tmp_path, monkeypatch, change, problem):
+    model = small_model()
+    stored = model.architecture()
+    change(stored)
+    monkeypatch.setattr(model, "architecture", lambda: stored)
+    save_checkpoint(tmp_path / "model.safetensors", model)
+    with pytest.raises(InputError, match=problem):
+        load_checkpoint(tmp_path / "model.safetensors")
+
+
 def test_weights_of_another_shape_are_refused_by_name(tmp_path):
     model = small_model()
     weights = {**model.state_dict(), "embedding": torch.zeros(3, 3)}

@@ -15,7 +15,7 @@ from model.network.kv_cache import RingKVCache
 from model.quantization.calibration_text import generate, generate_uncached, sampling_noise
 from model.runtime.cuda_graphs import GraphRunner
 from model.runtime.distributed import Group
-from model.ttt import ttt_losses
+from model.ttt.loop import ttt_losses
 from tests.helpers.kernels import DEVICE, recorder
 from tests.helpers.models import SMALL, random_documents, record_params, small_model, ttt_params
 

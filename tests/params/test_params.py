@@ -1,38 +1,34 @@
 """The parameter schema: every mistake is named with its key, its reason and its repair."""
 
 import ast
-import copy
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
+from model.data.config import TEXT_SUFFIXES
 from model.data.sources.files import READERS
 from model.runtime.errors import InputError
+from model.runtime.settings import Settings
+from pocketlm.params.load import check_params, load_params
+from pocketlm.params.params import Params
+from pocketlm.params.paths import BASELINES, TOKENIZERS
 from pocketlm.params.presets import compose, presets, render
-from pocketlm.params.schema import (
-    BASELINES,
-    TEXT_SUFFIXES,
-    TOKENIZERS,
-    Params,
-    check_params,
-    load_params,
-)
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = {
-    name: field.annotation
-    for name, field in Params.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+SECTIONS: dict[str, type[Settings]] = {
+    name: kind
+    for name, kind in get_type_hints(Params).items()
+    if isinstance(kind, type) and issubclass(kind, Settings)
 }
 
 
 @pytest.fixture
 def values() -> dict[str, Any]:
     """The demo preset as plain values."""
-    return copy.deepcopy(compose("demo").model_dump())
+    return dataclasses.asdict(compose("demo"))
 
 
 def changed(values: dict[str, Any], key: str, value: object) -> dict[str, Any]:
@@ -61,7 +57,7 @@ def test_presets_survive_the_file(name: str, tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(render(params))
     assert load_params(path) == params
-    assert yaml.safe_load(path.read_text()) == params.model_dump()  # YAML 1.1 reads the same
+    assert yaml.safe_load(path.read_text()) == dataclasses.asdict(params)  # YAML 1.1 reads the same
 
 
 def test_every_value_is_explained() -> None:
@@ -237,14 +233,19 @@ def test_matrix_values_of_the_record() -> None:
 
 
 # What the program reads of the parameters, found in its source: `params.train.steps` counts as
-# train.steps, and so does `settings.steps` in a file where `settings` is annotated as TrainParams
+# train.steps, and so does `settings.steps` in a file where `settings` is annotated as TrainConfig
 # or assigned from `params.train`.
 
 
 def program_files() -> list[Path]:
     folders = ("model", "pocketlm", "steps")
     files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
-    return [file for file in files if file != ROOT / "pocketlm/params/schema.py"]
+    return [file for file in files if not is_settings(file)]
+
+
+def is_settings(file: Path) -> bool:
+    """Whether a file declares or composes the parameters, which is no use of them."""
+    return file.name == "config.py" or file.parent == ROOT / "pocketlm/params"
 
 
 def tree(file: Path) -> ast.Module:
@@ -301,10 +302,10 @@ def keys_read(file: Path) -> set[str]:
             keys |= {f"{section}.{node.attr}" for section in names.get(owner or "", ())}
             if owner in ("params", "PARAMS"):
                 keys.add(node.attr)
-        if isinstance(node, ast.keyword) and node.arg is None:  # f(**section.model_dump())
-            call = node.value.func if isinstance(node.value, ast.Call) else None
-            if isinstance(call, ast.Attribute) and call.attr == "model_dump":
-                for section in names.get(last_name(call.value) or "", ()):
+        if isinstance(node, ast.keyword) and node.arg is None:  # f(**dataclasses.asdict(section))
+            call = node.value
+            if isinstance(call, ast.Call) and last_name(call.func) == "asdict":
+                for section in names.get(last_name(call.args[0]) or "", ()):
                     keys |= {f"{section}.{key}" for key in fields(SECTIONS[section])}
     return keys
 
@@ -313,7 +314,7 @@ def test_every_parameter_is_read() -> None:
     read = set().union(*map(keys_read, program_files()))
     text = (ROOT / "dvc.yaml").read_text() + (ROOT / "Snakefile").read_text()
     declared = {f"{section}.{key}" for section, model in SECTIONS.items() for key in fields(model)}
-    declared |= {key for key in Params.model_fields if key not in SECTIONS}
+    declared |= {key for key in fields(Params) if key not in SECTIONS}
     unread = {key for key in declared - read if f"${{{key}}}" not in text}
     assert not unread, f"declared but never read: {', '.join(sorted(unread))}"
 
@@ -335,7 +336,7 @@ def keys_taken(file: Path) -> set[str]:
         node
         for node in ast.walk(module)
         if isinstance(node, ast.Attribute) and id(node) not in own
-        if last_name(node.value) == "params" and node.attr in Params.model_fields
+        if last_name(node.value) == "params" and node.attr in fields(Params)
     ]
     inside = {
         id(node.value): node.attr
@@ -345,8 +346,8 @@ def keys_taken(file: Path) -> set[str]:
     return {f"{n.attr}.{inside[id(n)]}" if id(n) in inside else n.attr for n in taken}
 
 
-def fields(model: Any) -> list[str]:
-    return list(model.model_fields)
+def fields(section: type[Settings]) -> list[str]:
+    return [field.name for field in dataclasses.fields(section)]
 
 
 def imported_files(file: Path) -> set[Path]:
@@ -354,7 +355,7 @@ def imported_files(file: Path) -> set[Path]:
     found, waiting = set(), [file]
     while waiting:
         current = waiting.pop()
-        if current in found or current == ROOT / "pocketlm/params/schema.py":
+        if current in found or is_settings(current):
             continue
         found.add(current)
         for node in ast.walk(tree(current)):
@@ -384,6 +385,8 @@ def test_dvc_knows_the_code_of_a_step(stage: str) -> None:
         "model/runtime/files.py",
         "model/runtime/run_log.py",
         "model/runtime/distributed.py",
+        "model/runtime/process.py",
+        "model/runtime/progress.py",
     }
     for file in imported_files(ROOT / f"steps/{stage}.py"):
         name = file.relative_to(ROOT).as_posix()

@@ -1,5 +1,6 @@
 """The report from files as the steps write them, with answers computed here independently."""
 
+import dataclasses
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,8 +20,9 @@ from scipy import stats
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
 from model.runtime.files import write_json
+from pocketlm.params.load import load_params
+from pocketlm.params.params import Params
 from pocketlm.params.presets import compose, render
-from pocketlm.params.schema import Params, load_params
 from pocketlm.report import readme
 from pocketlm.report.benchmark_goals import BARS
 from pocketlm.report.blocks import Block, Heading, Paragraph, Table, to_html, to_markdown
@@ -44,12 +47,12 @@ OUTPUTS = {
 }
 
 
-def parameters(**report: object) -> Params:
+def parameters(**report: Any) -> Params:
     """The demo preset with some values of `report`, and `seeds`, replaced."""
     seeds = report.pop("seeds", [0, 1, 2])
     params = compose("demo", directory=REPOSITORY / "conf")
-    changed = params.report.model_copy(update=report)
-    return params.model_copy(update={"seeds": seeds, "report": changed})
+    changed = dataclasses.replace(params.report, **report)
+    return dataclasses.replace(params, seeds=seeds, report=changed)
 
 
 def make(params: Params) -> dict:
@@ -216,13 +219,10 @@ def test_short_documents(tmp_path, monkeypatch):
     assert make(parameters(seeds=[0, 1], baseline="none"))["scored"]["documents"] == 5
 
 
-def test_one_seed_for_a_test_fails_early_and_late(run):
+def test_one_seed_for_a_test_fails_early():
     with pytest.raises(InputError, match="one seed") as error:
         compose("demo", ["seeds=[0]"], REPOSITORY / "conf")
     assert "report.baseline to none" in error.value.repair
-    with pytest.raises(InputError, match="1 seed") as error:
-        make(parameters(seeds=[0]))
-    assert "add a seed" in error.value.repair
 
 
 def test_missing_baseline_fails_early_and_late(run):

@@ -1,6 +1,7 @@
 """The train step as a program: interrupted, shared by processes, given bad input."""
 
 import csv
+import dataclasses
 import fcntl
 import os
 import signal
@@ -79,7 +80,7 @@ def tokens(tmp_path_factory) -> Path:
 
 def workplace(path: Path, tokens: Path, **train: Any) -> Path:
     """A directory to run the step in."""
-    values = compose("demo", directory=ROOT / "conf").model_dump(mode="json")
+    values = dataclasses.asdict(compose("demo", directory=ROOT / "conf"))
     values["model"] |= SMALL | {"vocabulary": VOCABULARY}
     values["tokenizer"]["vocabulary"] = VOCABULARY
     values["evaluate"] |= {"documents": 3, "sliding_stride": 16}

@@ -1,5 +1,6 @@
 """The ttt_eval step as it is started by the workflow, on a miniature with random weights."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,9 +22,10 @@ from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.runtime.files import sha256
 from model.runtime.run_log import read_log
-from model.ttt import ttt_losses
+from model.ttt.loop import ttt_losses
+from pocketlm.params.load import load_params
+from pocketlm.params.params import Params
 from pocketlm.params.presets import compose, render
-from pocketlm.params.schema import Params, load_params
 from tests.helpers.corpora import sentences, small_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +59,7 @@ def write_tokens(directory: Path, params: Params) -> None:
             writer.write(tokens, tokenizer.sizes(tokens))
     Manifest(
         directory,
-        params.data.model_dump(mode="json"),
+        dataclasses.asdict(params.data),
         VOCABULARY,
         "tokenizer.model",
         sha256(directory / "tokenizer.model"),

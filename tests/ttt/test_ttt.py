@@ -1,5 +1,6 @@
 """Test-time training against a naive loop, and the properties that make its scores honest."""
 
+import dataclasses
 import gc
 import math
 import weakref
@@ -28,7 +29,7 @@ from model.network.gpt import GPT, Adapters
 from model.runtime.cuda_graphs import GraphRunner
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
-from model.ttt import ttt_losses, window_mode
+from model.ttt import window_mode
 from model.ttt.adapters import (
     HASH_TABLE,
     DocumentAdapters,
@@ -39,7 +40,7 @@ from model.ttt.batching import Batch, bytes_per_document, document_batches, toke
 from model.ttt.cached_mode import CachedReader
 from model.ttt.chunking import Pass, chunks, documents_left, passes
 from model.ttt.graph_rows import PASS, STEP
-from model.ttt.loop import Session
+from model.ttt.loop import Session, ttt_losses
 from model.ttt.window_mode import WindowReader, window_shape, window_step
 from tests.helpers.models import random_documents, small_model, ttt_params
 from tests.helpers.processes import run_processes
@@ -352,7 +353,7 @@ def test_adaptation_changes_every_score_after_the_first_chunk_and_none_in_it(mod
 def test_zero_learning_rate_scores_as_the_model_alone(mode: str, hash_buckets: int) -> None:
     model = small_model()
     documents = random_documents([32, 20, 3])
-    ttt = ttt_params(mode=mode, hash_buckets=hash_buckets).model_copy(update={"lr": 0.0})
+    ttt = dataclasses.replace(ttt_params(mode=mode, hash_buckets=hash_buckets), lr=0.0)
     plain = plain_losses(model, documents, 64, ALONE)
     for one, other in zip(ttt_losses(model, documents, ttt, ALONE), plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
@@ -462,13 +463,13 @@ def test_what_is_read_at_once_is_bounded_pass_by_pass(
 def test_chunks_that_run_again_count_as_read() -> None:
     ttt = ttt_params(mode="cached", chunk=8, context=64, tokens_per_batch=70)
     assert tokens_at_once(90, ttt) == 8
-    assert tokens_at_once(90, ttt.model_copy(update={"bptt_chunks": 2})) == 24
+    assert tokens_at_once(90, dataclasses.replace(ttt, bptt_chunks=2)) == 24
     alone, reaching = (
-        bytes_per_document(small_model(), ttt.model_copy(update={"bptt_chunks": reach}))
+        bytes_per_document(small_model(), dataclasses.replace(ttt, bptt_chunks=reach))
         for reach in (0, 2)
     )
     assert reaching > alone
-    hashing = bytes_per_document(small_model(), ttt.model_copy(update={"hash_buckets": 64}))
+    hashing = bytes_per_document(small_model(), dataclasses.replace(ttt, hash_buckets=64))
     assert hashing - alone == 64 * 32 * 16  # values, second moments, gradients twice; fp32
 
 
@@ -732,7 +733,7 @@ def test_cuda_graphs_equal_the_eager_loop(
     group = Group(0, 1, device)
     ttt = ttt_params(mode=mode, context=40, rank=16)
     expected = ttt_losses(model, documents, ttt, group)
-    graphs = ttt_losses(model, documents, ttt.model_copy(update={"cuda_graphs": True}), group)
+    graphs = ttt_losses(model, documents, dataclasses.replace(ttt, cuda_graphs=True), group)
     for one, other in zip(graphs, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=3e-2)
 

@@ -80,7 +80,8 @@ import torch
 import triton
 from model.kernels import dispatch
 from model.runtime.distributed import Group
-from model.ttt import warm_up_kernels, ttt_losses
+from model.ttt.warmup import warm_up_kernels
+from model.ttt.loop import ttt_losses
 from tests.helpers.models import random_documents, small_model, ttt_params
 
 compiled = []

@@ -1,6 +1,7 @@
 """Sweeps: combinations, Pareto front, tables; and a real one of a tiny stage through DVC."""
 
 import csv
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import pytest
 
 from model.runtime.errors import InputError
 from model.runtime.files import write_json
+from pocketlm.params.load import load_params
 from pocketlm.params.presets import compose, render
-from pocketlm.params.schema import load_params
 from pocketlm.workflow.sweep import (
     Sweep,
     combinations,
@@ -65,7 +66,7 @@ def test_every_combination_of_the_committed_sweep_is_valid() -> None:
     assert len(found) > 20
     for combination in found:
         settings = [override(*item) for item in combination.items()]
-        params = compose("h100", settings, ROOT / "conf").model_dump()
+        params = dataclasses.asdict(compose("h100", settings, ROOT / "conf"))
         for key, value in combination.items():
             section, name = key.split(".")
             assert params[section][name] == value

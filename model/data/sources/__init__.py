@@ -3,7 +3,7 @@
 A `TextSource` is an ordered collection of texts that is read as a stream, as often as needed and
 each time in the same order; `Corpus` says which of its texts are held out. To add a source, write
 a class with the three members of the protocol and name it in `open_corpus` and in
-`pocketlm/params/schema.py` (docs/data.md has the recipe).
+`model/data/config.py` (docs/data.md has the recipe).
 """
 
 import hashlib
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from model.data.config import DataConfig
 from model.runtime.errors import InputError
-from pocketlm.params.schema import DataParams
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -87,7 +87,7 @@ def held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def open_corpus(params: DataParams) -> Corpus:
+def open_corpus(params: DataConfig) -> Corpus:
     """Open the text source that the `data` section names; raises InputError if it has no files."""
     from model.data.sources.docstrings import Docstrings
     from model.data.sources.files import Files

@@ -1,0 +1,64 @@
+"""The `model` section of params.yaml: the architecture."""
+
+from dataclasses import dataclass
+
+from model.runtime.settings import Settings, require, setting
+
+
+@dataclass(frozen=True)
+class ModelConfig(Settings):
+    """Architecture; every component can be switched off."""
+
+    vocabulary: int = setting("size of the embedding; must equal the tokenizer's", "tokens", ge=1)
+    layers: int = setting("transformer blocks", ge=1)
+    width: int = setting("residual stream", "values", ge=1)
+    heads: int = setting("query heads", ge=1)
+    kv_heads: int = setting("key/value heads, shared by groups of query heads", ge=1)
+    head_width: int = setting("width of one head", "values", ge=1)
+    mlp_width: int = setting("hidden width of the MLP", "values", ge=1)
+    sequence_length: int = setting(
+        "documents are cut here in training and evaluation", "tokens", ge=1
+    )
+    rope_width: int = setting("dimensions of a head that are rotated; 0 = off", "values", ge=0)
+    rope_base: float = setting("pair i turns by rope_base^(-2i/rope_width) radians per token", gt=0)
+    query_gain: float = setting("initial gain of the RMS-normed queries, learned per head", gt=0)
+    exclusive_attention: bool = setting("XSA: remove the own value's direction from each head")
+    bigram_buckets: int = setting("rows of the hashed bigram embedding; 0 = off", "rows", ge=0)
+    bigram_width: int = setting("width of the hashed bigram embedding", "values", ge=1)
+    bigram_scale: float = setting("initial scale of the hashed bigram embedding", gt=0)
+    smear_gate: bool = setting("mix each embedding with its predecessor's, learned per channel")
+    value_layers: list[int] = setting("layers that add value embeddings; [] = off")
+    value_width: int = setting("width of the value embedding's table", "values", ge=1)
+    value_scale: float = setting("initial scale of the value embedding", gt=0)
+    input_mix: bool = setting("feed the normalized embedding to every block (x0 re-injection)")
+    branch_scales: bool = setting("learned per-channel scales of attention and MLP outputs")
+    depth_scaled_norm: bool = setting("multiply normed block inputs by 1/sqrt(layer + 1)")
+    skips: bool = setting("U-Net skip connections from the first to the second half")
+    softcap: float = setting("logits are softcap*tanh(z/softcap); 0 = off", "nats", ge=0)
+    embedding_std: float = setting("initial standard deviation of the tied embedding", gt=0)
+
+    @property
+    def matrix_values(self) -> int:
+        """Values in the matrices of the blocks: attention and MLP."""
+        attention = 2 * self.width * self.head_width * (self.heads + self.kv_heads)
+        return self.layers * (attention + 2 * self.width * self.mlp_width)
+
+    def __post_init__(self) -> None:
+        require(
+            self.heads % self.kv_heads == 0,
+            "heads",
+            f"{self.heads} heads do not divide into {self.kv_heads} kv_heads",
+            f"make heads a multiple of kv_heads ({self.kv_heads})",
+        )
+        require(
+            self.rope_width % 2 == 0 and self.rope_width <= self.head_width,
+            "rope_width",
+            f"{self.rope_width} is odd or larger than head_width ({self.head_width})",
+            "choose an even number up to head_width",
+        )
+        require(
+            all(layer < self.layers for layer in self.value_layers),
+            "value_layers",
+            f"{self.value_layers} names a layer that is not among 0..{self.layers - 1}",
+            f"use layer numbers below layers ({self.layers})",
+        )

@@ -1,0 +1,70 @@
+"""The `train` section of params.yaml: optimization."""
+
+from dataclasses import dataclass
+
+from model.runtime.settings import Settings, require, setting
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """Optimization."""
+
+    steps: int = setting("upper limit of optimizer steps", "steps", ge=1)
+    budget_seconds: float | None = setting(
+        "training clock at which to stop; null: stop at `steps`, schedule by steps", "s", gt=0
+    )
+    tokens_per_step: int = setting(
+        "batch of one optimizer step, all processes together", "tokens", ge=1
+    )
+    tokens_per_microbatch: int = setting("flat span one process takes at once", "tokens", ge=1)
+    compile: bool = setting("compile the model on CUDA, before the clock; CPUs always run eagerly")
+    cooldown_steps: int = setting(
+        "lr falls linearly to 0 over the last so many steps", "steps", ge=0
+    )
+    matrix_lr: float = setting("Muon, matrices of the blocks", gt=0)
+    embedding_lr: float = setting("AdamW, embedding tables", gt=0)
+    scalar_lr: float = setting("AdamW, scalars, vectors and small projections", gt=0)
+    muon_momentum: float = setting("Nesterov momentum after its warm-up", ge=0, lt=1)
+    muon_momentum_start: float = setting("Nesterov momentum at the first step", ge=0, lt=1)
+    muon_momentum_steps: int = setting("length of the momentum warm-up", "steps", ge=0)
+    newton_schulz_steps: int = setting("iterations of the orthogonalization", ge=1)
+    adam_beta1: float = setting("decay of AdamW's first moment", ge=0, lt=1)
+    adam_beta2: float = setting("decay of AdamW's second moment", ge=0, lt=1)
+    adam_epsilon: float = setting("added to the root of AdamW's second moment", gt=0)
+    weight_decay: float = setting("decoupled, all groups", "1/(lr*step)", ge=0)
+    gradient_clip: float | None = setting("global norm after the reduction; null = off", gt=0)
+    ema_decay: float = setting("per step; the averaged weights are the result; 0 = off", ge=0, lt=1)
+    qat_threshold: float = setting(
+        "matrices are rounded once lr multiplier < this; 0 = off", ge=0, le=1
+    )
+    qat_bits: int = setting(
+        "to which the matrices are rounded then; the artifact's own steps follow from the budget",
+        "bits",
+        ge=2,
+        le=8,
+    )
+    log_every: int = setting("steps between lines of the log", "steps", ge=1)
+    save_every_seconds: float = setting("between saves of the state for resuming", "s", gt=0)
+
+    def __post_init__(self) -> None:
+        require(
+            self.tokens_per_step % self.tokens_per_microbatch == 0,
+            "tokens_per_step",
+            f"{self.tokens_per_step} is not a multiple of tokens_per_microbatch "
+            f"({self.tokens_per_microbatch})",
+            "make it a whole number of micro-batches",
+        )
+        require(
+            self.qat_threshold == 0 or self.cooldown_steps > 0,
+            "qat_threshold",
+            f"{self.qat_threshold} is never reached: the lr stays at its full value because "
+            "cooldown_steps is 0",
+            "set cooldown_steps above 0 or qat_threshold to 0",
+        )
+        require(
+            self.qat_threshold == 0 or self.qat_threshold * self.cooldown_steps > 1,
+            "qat_threshold",
+            f"{self.qat_threshold} is never reached: the multiplier of the last step is "
+            f"1/cooldown_steps = {1 / max(1, self.cooldown_steps):.3g}",
+            "raise cooldown_steps or qat_threshold, or set qat_threshold to 0",
+        )

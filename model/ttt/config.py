@@ -1,0 +1,97 @@
+"""The `ttt` section of params.yaml: score-first test-time training."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.runtime.settings import Settings, require, setting
+
+
+@dataclass(frozen=True)
+class TTTConfig(Settings):
+    """Score-first test-time training: each document has adapters of its own."""
+
+    mode: Literal["window", "cached"] = setting(
+        "window: every chunk reads its context again; cached: keys and values of it are kept"
+    )
+    chunk: int = setting("tokens scored, then trained on, at a time", "tokens", ge=1)
+    largest_chunk: int = setting(
+        "chunks grow up to this, by doubling, to a 64th of what was read; = chunk: all alike",
+        "tokens",
+        ge=1,
+    )
+    bptt_chunks: int = setting(
+        "that run again before each chunk, its gradient flowing through them (mode cached)",
+        "chunks",
+        ge=0,
+    )
+    context: int = setting(
+        "tokens a chunk's last token sees at most, chunk included", "tokens", ge=1
+    )
+    refresh: int = setting(
+        "compute the kept context anew after so many chunks (mode cached); 0 = never",
+        "chunks",
+        ge=0,
+    )
+    steps: int = setting("optimizer steps on each chunk", "steps", ge=1)
+    rank: int = setting("of every adapter", ge=1)
+    sites: list[Literal["query", "key", "value", "attention", "mlp", "head"]] = setting(
+        "q, k, v projections; branches beside attention and MLP; output head"
+    )
+    lr: float = setting("AdamW with beta1 = 0, i.e. RMSProp", gt=0)
+    lr_decay_tokens: int = setting(
+        "lr falls as 1/(1 + position/this) inside a document; 0 = constant", "tokens", ge=0
+    )
+    beta2: float = setting("decay of the second moment", ge=0, lt=1)
+    epsilon: float = setting("added to the root of the second moment", gt=0)
+    weight_decay: float = setting("decoupled", "1/(lr*step)", ge=0)
+    hash_buckets: int = setting("rows of the eval-time hash embedding; 0 = off", "rows", ge=0)
+    hash_rate: float = setting("rate of the hash embedding, times lr", gt=0)
+    batch: int = setting(
+        "most documents adapted side by side; on CUDA fewer if memory asks for it",
+        "documents",
+        ge=1,
+    )
+    tokens_per_batch: int = setting(
+        "bound on the tokens they read at once: fewer documents where windows are long",
+        "tokens",
+        ge=1,
+    )
+    cuda_graphs: bool = setting("record chunks of equal shapes and replay them (CUDA)")
+    seed: int = setting("of the adapters' initial A", ge=0)
+
+    def __post_init__(self) -> None:
+        require(
+            self.largest_chunk >= self.chunk,
+            "largest_chunk",
+            f"{self.largest_chunk} is smaller than chunk ({self.chunk})",
+            "make it chunk, or larger",
+        )
+        require(
+            self.bptt_chunks == 0 or self.mode == "cached",
+            "bptt_chunks",
+            f"{self.bptt_chunks} asks to run chunks again, but mode window runs all of them",
+            "set bptt_chunks to 0, or mode to cached",
+        )
+        require(
+            self.refresh == 0 or (self.mode == "cached" and self.context > self.longest_pass),
+            "refresh",
+            f"{self.refresh} asks to renew keys and values, but none are kept",
+            "set refresh to 0, or mode to cached and context above (1 + bptt_chunks)·largest_chunk",
+        )
+        require(
+            self.context >= self.longest_pass,
+            "context",
+            f"{self.context} is shorter than largest_chunk·(1 + bptt_chunks), {self.longest_pass}",
+            "make context at least (1 + bptt_chunks)·largest_chunk",
+        )
+        require(
+            bool(self.sites) or self.hash_buckets > 0,
+            "sites",
+            "is empty and hash_buckets is 0: nothing would adapt",
+            "name at least one site",
+        )
+
+    @property
+    def longest_pass(self) -> int:
+        """Tokens of a document that mode `cached` runs at once, at most."""
+        return (1 + self.bptt_chunks) * self.largest_chunk

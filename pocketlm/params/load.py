@@ -1,0 +1,108 @@
+"""Read params.yaml; every mistake is told with its key, its reason and its repair.
+
+The Snakefile loads the file first, so mistakes show in `snakemake -n`. pydantic checks types and
+bounds of the sections, which are dataclasses (`model.runtime.settings`). The values are handed over
+as JSON: there, strict types do not ask for instances of the dataclasses.
+"""
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from model.runtime.errors import InputError
+from model.runtime.settings import ImpossibleValue, Settings
+from pocketlm.params.params import Params
+from pocketlm.params.paths import BASELINES, TOKENIZERS
+
+Section = TypeVar("Section", bound=Settings)
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check a parameter file; raises InputError with file, key, reason and repair."""
+    return check_params(read_yaml(path, "write it from a preset: pocketlm preset demo"), str(path))
+
+
+def read_yaml(path: str | Path, otherwise: str) -> Any:
+    """Read a YAML 1.2 file like DVC (3e-4 is a number); raises InputError if it is not one.
+
+    otherwise: the repair if there is no such file.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(f"{path}: no such file", otherwise) from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}", "correct the line named") from error
+
+
+def check_params(values: Any, name: str) -> Params:
+    """Validate a mapping read from `name`; raises InputError."""
+    if not isinstance(values, dict):
+        raise InputError(f"{name}: not a mapping of sections", "pocketlm preset demo")
+    params = checked(Params, values, name)
+    _check_files(params, name)
+    return params
+
+
+def checked(section: type[Section], values: Any, name: str) -> Section:
+    """A section with these values, read from `name`; raises InputError that lists all mistakes."""
+    try:
+        return TypeAdapter(section).validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise InputError(*_explain(section, error, name)) from error
+
+
+def _check_files(params: Params, name: str) -> None:
+    """Refuse parameters that name files which do not exist, or which DVC would not watch."""
+    named = [("tokenizer.model", params.tokenizer.model, TOKENIZERS)]
+    if params.report.baseline not in ("no_ttt", "none"):
+        named.append(("report.baseline", params.report.baseline, BASELINES))
+    for key, file, folder in named:
+        if file is None:
+            continue
+        if not Path(file).is_file():
+            raise InputError(f"{name}: {key}: {file}: no such file", f"correct {key}")
+        if Path(file).absolute().parent != folder.absolute():
+            raise InputError(
+                f"{name}: {key}: {file} does not lie in {folder}/, where its changes are noticed",
+                f"copy it to {folder}/ and name the copy",
+            )
+
+
+def _explain(section: type[Settings], error: ValidationError, name: str) -> tuple[str, str]:
+    """Turn pydantic's list of errors into one problem and one repair."""
+    problems, repairs = [], []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        key = ".".join(path)
+        cause = (item.get("ctx") or {}).get("error")
+        if isinstance(cause, ImpossibleValue):
+            key = ".".join([*path, cause.key])
+            reason, repair = cause.reason, cause.repair
+        elif item["type"] == "unexpected_keyword_argument":
+            reason, repair = "unknown key", _instead(section, path)
+        elif item["type"] == "missing":
+            reason = "missing"
+            repair = f"add {key} (see conf/record.yaml for a value)"
+        else:
+            reason = f"{item['msg'].lower()}, but it is {item['input']!r}"
+            repair = f"correct {key}"
+        problems.append(f"{name}: {key}: {reason}")
+        repairs.append(repair)
+    return "\n".join(problems), "; ".join(repairs)
+
+
+def _instead(section: type[Settings], path: list[str]) -> str:
+    """What to write instead of the unknown key at `path`."""
+    for part in path[:-1]:
+        section = get_type_hints(section)[part]
+    known = [field.name for field in dataclasses.fields(section)]
+    if near := difflib.get_close_matches(path[-1], known, n=1):
+        return f"did you mean {'.'.join([*path[:-1], near[0]])}?"
+    return f"remove it; known keys: {', '.join(known)}"

@@ -1,0 +1,111 @@
+"""The whole of params.yaml: its sections and what they must agree on.
+
+The values live in `conf/` (presets) and params.yaml (the experiment in force); nothing has a
+default, so a value is written in exactly one place. Each section is described beside the technique
+that reads it, and checks itself; here are the checks across sections.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from model.data.config import (
+    LARGEST_VOCABULARY,
+    SMALLEST_VOCABULARY,
+    DataConfig,
+    TokenizerConfig,
+)
+from model.evaluation.config import EvaluateConfig
+from model.kernels.config import OpsConfig
+from model.network.config import ModelConfig
+from model.quantization.config import QuantizeConfig
+from model.runtime.settings import Settings, require, setting
+from model.training.config import TrainConfig
+from model.ttt.config import TTTConfig
+from pocketlm.report.config import ReportConfig
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params(Settings):
+    """The whole of params.yaml."""
+
+    seeds: list[Seed] = setting("one model each; a p-value needs at least two")
+    processes: int = setting("per step; one GPU each if there are GPUs", ge=1)
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    model: ModelConfig
+    train: TrainConfig
+    quantize: QuantizeConfig
+    evaluate: EvaluateConfig
+    ttt: TTTConfig
+    report: ReportConfig
+    ops: OpsConfig
+
+    def __post_init__(self) -> None:
+        require(bool(self.seeds), "seeds", "is empty", "name at least two, e.g. [0, 1, 2]")
+        require(
+            len(set(self.seeds)) == len(self.seeds),
+            "seeds",
+            f"{self.seeds} names a seed twice",
+            "name each seed once",
+        )
+        require(
+            len(self.seeds) > 1 or self.report.baseline == "none",
+            "seeds",
+            f"{self.seeds} is one seed, but report.baseline asks for a significance test",
+            "add a seed, or set report.baseline to none",
+        )
+        require(
+            self.model.vocabulary == self.tokenizer.vocabulary,
+            "model.vocabulary",
+            f"{self.model.vocabulary} differs from tokenizer.vocabulary "
+            f"({self.tokenizer.vocabulary})",
+            "make them equal",
+        )
+        require(
+            SMALLEST_VOCABULARY <= self.tokenizer.vocabulary <= LARGEST_VOCABULARY,
+            "tokenizer.vocabulary",
+            f"{self.tokenizer.vocabulary} is not between {SMALLEST_VOCABULARY} (256 bytes and 4 "
+            f"control tokens) and {LARGEST_VOCABULARY} (shards hold 2 bytes per token)",
+            "choose one between, e.g. 1024",
+        )
+        least = self.model.matrix_values // 4
+        require(
+            least <= self.quantize.budget_bytes,
+            "quantize.budget_bytes",
+            f"{self.quantize.budget_bytes} bytes cannot hold the {self.model.matrix_values} values "
+            f"of the matrices: {least} bytes even at two bits each",
+            "raise budget_bytes, or make the model smaller",
+        )
+        per_round = self.processes * self.train.tokens_per_microbatch
+        require(
+            self.train.tokens_per_step % per_round == 0,
+            "processes",
+            f"{self.processes} processes x {self.train.tokens_per_microbatch} tokens do not "
+            f"divide train.tokens_per_step ({self.train.tokens_per_step})",
+            "change processes, train.tokens_per_microbatch or train.tokens_per_step",
+        )
+        require(
+            self.train.tokens_per_microbatch >= self.model.sequence_length,
+            "train.tokens_per_microbatch",
+            f"{self.train.tokens_per_microbatch} is shorter than model.sequence_length "
+            f"({self.model.sequence_length})",
+            "make it at least one sequence",
+        )
+        require(
+            self.evaluate.sliding_stride <= self.model.sequence_length,
+            "evaluate.sliding_stride",
+            f"{self.evaluate.sliding_stride} exceeds model.sequence_length "
+            f"({self.model.sequence_length}): tokens would be skipped",
+            "make it at most sequence_length",
+        )
+        require(
+            self.quantize.calibration_tokens <= self.model.sequence_length,
+            "quantize.calibration_tokens",
+            f"{self.quantize.calibration_tokens} exceeds model.sequence_length "
+            f"({self.model.sequence_length}): the model never saw such positions",
+            "make it at most sequence_length",
+        )
