@@ -24,12 +24,12 @@ from model.evaluation.losses import Score
 from model.kernels import dispatch
 from model.network.checkpoint import load_checkpoint, require_architecture
 from model.network.gpt import GPT
-from model.quantization.bit_allocation import Allocation, Steps, rate_distortion
+from model.quantization.bit_allocation import Allocation, StepSizes, rate_distortion
 from model.quantization.byte_budget import Attempt, code_bytes, fit_budget, require_room
 from model.quantization.calibration_text import generate, sampling_noise
 from model.quantization.hessian import collect_hessians
 from model.quantization.quantize_model import (
-    probe_steps,
+    probe_step_sizes,
     quantize_weights,
     relative_errors,
     rounded_weights,
@@ -114,10 +114,10 @@ class Quantization:
         )
 
     def allocation(self, text: Tensor, hessians: Mapping[str, Tensor]) -> Allocation:
-        """What rounding each tensor costs, measured at the probe's steps."""
+        """What rounding each tensor costs, measured at the probe step sizes."""
         group, weights = self.step.group, rounded_weights(self.model)
-        steps = probe_steps(weights)
-        rounded = quantize_weights(self.model, steps, hessians, self.params, group)
+        step_sizes = probe_step_sizes(weights)
+        rounded = quantize_weights(self.model, step_sizes, hessians, self.params, group)
         errors = rounding_errors(self.model, rounded, group)
         # The text is written by the noise of the positions before the one that is redrawn here.
         noise = self.noise(2 * text.shape[1])[:, text.shape[1] :]
@@ -125,18 +125,22 @@ class Quantization:
         self.step.log.event("sensitivities", nats={k: round(v, 9) for k, v in losses.items()})
         return Allocation(
             {
-                name: rate_distortion(w, losses[name] / steps[name] ** 2)
+                name: rate_distortion(w, losses[name] / step_sizes[name] ** 2)
                 for name, w in weights.items()
             }
         )
 
-    def attempt(self, steps: Steps, hessians: Mapping[str, Tensor]) -> tuple[int, Made | None]:
-        """Round with these steps and pack; bytes in every process, the artifact in the main one."""
+    def attempt(
+        self, step_sizes: StepSizes, hessians: Mapping[str, Tensor]
+    ) -> tuple[int, Made | None]:
+        """Quantize and pack; bytes in every process, the artifact in the main process."""
         group = self.step.group
-        with progress("gptq: tensors", len(steps), group.is_main) as bar:
+        with progress("gptq: tensors", len(step_sizes), group.is_main) as bar:
             advance = bar.advance if bar else None
             with self.stage("gptq"):
-                rounded = quantize_weights(self.model, steps, hessians, self.params, group, advance)
+                rounded = quantize_weights(
+                    self.model, step_sizes, hessians, self.params, group, advance
+                )
         made: Made | None = None
         with self.stage("compress"):
             if group.is_main:
@@ -144,7 +148,7 @@ class Quantization:
                 architecture = self.model.architecture()
                 made = pack(architecture, tensors, self.params.compressors), tensors
         size = group.broadcast_object(len(made[0].content) if made else 0)
-        self.step.log.event("attempt", artifact_bytes=size, steps=steps)
+        self.step.log.event("attempt", artifact_bytes=size, steps=step_sizes)
         if group.is_main:
             errors = relative_errors(self.model, hessians, rounded)
             self.step.log.event("gptq", relative_errors={k: round(v, 9) for k, v in errors.items()})
@@ -152,11 +156,11 @@ class Quantization:
 
     def fit(self, allocation: Allocation, hessians: Mapping[str, Tensor]) -> Attempt[Made | None]:
         """The finest rounding that fits the budget."""
-        finest = allocation.steps(0.0)
+        finest = allocation.step_sizes(0.0)
         guess = sum(t.values for t in allocation.tensors.values()) * CODE_BITS / 8
         return fit_budget(
             allocation,
-            lambda steps: self.attempt(steps, hessians),
+            lambda step_sizes: self.attempt(step_sizes, hessians),
             (finest, guess),
             self.code_bytes,
             self.params.budget_bytes,
@@ -192,7 +196,7 @@ def main(step: Step) -> None:
         )
     job.seconds["total"] = time.perf_counter() - started
     if fit.result is not None and score is not None:
-        publish(job, fit.result[0], allocation.loss(fit.steps), score)
+        publish(job, fit.result[0], allocation.loss(fit.step_sizes), score)
         draft.unlink()
 
 

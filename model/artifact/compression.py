@@ -1,10 +1,10 @@
 """Lossless coders of the artifact's streams, by name.
 
-Integer codes are range-coded (`model.artifact.entropy_coder`), which beats the general-purpose
-compressors on every family of the blocks' matrices. The latter are tried against each other on the
-other streams. Values of several bytes can be *shuffled* first: all first bytes, then all second
-ones, and so on, so that the exponents of floats, which vary little, stand together. To add a
-compressor, add an entry to `COMPRESSORS`.
+Integer codes are range-coded (`model.artifact.entropy_coder`), which is smaller than the
+general-purpose compressors for every kind of matrix. On other streams the latter are tried and the
+smallest result is kept. Values of several bytes can be *shuffled* first (byte transposition): all
+first bytes, then all second ones, and so on, so that the exponents of floats, which vary little,
+are adjacent. To add a compressor, add an entry to `COMPRESSORS`.
 """
 
 import lzma
@@ -22,7 +22,7 @@ RANGE = "range"
 
 @dataclass(frozen=True)
 class Stream:
-    """Bytes to compress, as values of `item_bytes` bytes; codes have a shape.
+    """Bytes to compress, values of `item_bytes` bytes each; integer codes have a shape.
 
     shape: (matrices, rows, columns) of a stack of integer codes; None: other values.
     """
@@ -115,7 +115,7 @@ class Compressed:
 
 
 def compress_all(streams: dict[str, Stream], names: Sequence[str]) -> dict[str, Compressed]:
-    """Compress every stream on its own, side by side on all cores.
+    """Compress every stream on its own, in parallel on all cores.
 
     names: compressors to try on streams that are not codes, plain and shuffled; the smallest
     result is kept.
@@ -136,7 +136,7 @@ def compress_all(streams: dict[str, Stream], names: Sequence[str]) -> dict[str, 
         return Compressed(compressor(name).compress(shuffle(content.data, size)), name, size)
 
     results: dict[str, Compressed] = {}
-    with ThreadPoolExecutor() as pool:  # numpy and the compressors release Python's lock
+    with ThreadPoolExecutor() as pool:  # numpy and the compressors release the GIL
         for (stream, _, _), found in zip(tasks, pool.map(work, tasks), strict=True):
             if stream not in results or len(found.data) < len(results[stream].data):
                 results[stream] = found

@@ -1,17 +1,17 @@
 """Adaptive range coding of matrices of codes: context modeling by row and column.
 
 Range coding is due to Martin 1979; the coder itself is the `constriction` package (Bamler 2022,
-arXiv:2201.01741). It spends −log2 p(c) bits on a code c, so all gain lies in p. The codes of a
-trained matrix are bell-shaped around 0, with a width that differs from row to row (a neuron's
+arXiv:2201.01741). It spends −log2 p(c) bits on a code c, so the size depends only on p. The codes
+of a trained matrix are bell-shaped around 0, with a width that differs from row to row (a neuron's
 incoming weights) and from column to column (its outgoing ones):
 
     width of code (i, j) ≈ mean|column j| · mean|row i| / mean|all|
 
-with means over what was coded before: the columns above, the rows to the left. A stack of matrices
-is coded tile by tile, left to right and top to bottom, the same tile of all matrices together. The
-width is cut into *buckets*, a quarter of an octave each, and each bucket learns its distribution by
-counting, beginning with a Gaussian of its width. So nothing of the model is stored: the decoder
-learns the same.
+with means over the codes before: those above in the column, those to the left in the row. A stack
+of matrices is coded tile by tile, left to right and top to bottom, the same tile of all matrices
+together. Widths are binned into *buckets* of a quarter of an octave; each bucket adapts its
+distribution by counting, starting from a Gaussian of its width. So no probabilities are stored: the
+decoder adapts in the same way.
 
 All that the decoder computes is integer arithmetic. The frequencies sum to 2^24 − n, n symbols; the
 coder's fixed point has 24 bits and adds 1 for every symbol, so its only floating-point operations,
@@ -42,17 +42,17 @@ FIRST, TILE = 4, 128  # rows and columns of the smallest and of the largest tile
 ONE = 256  # fixed point of the means of |code|
 BUCKETS = 57  # widths from 1/16 to 1,024
 LARGEST = 1024  # |code|
-MEAN_WEIGHT = 4  # codes that the mean of the whole counts for in that of a row or column
-PRIOR_WEIGHT = 512  # codes that the initial Gaussian of a bucket counts for
+MEAN_WEIGHT = 4  # codes that the mean of the matrix counts as in that of a row or column
+PRIOR_WEIGHT = 512  # codes that the initial Gaussian of a bucket counts as
 COUNT_ONE = 256  # fixed point of the counts, so that the initial Gaussian's are not all 0
-FREE_WEIGHT = 2**24  # what the frequencies and 1 for every symbol sum to
+FREE_WEIGHT = 2**24  # sum of the frequencies plus 1 for every symbol
 
 # Codes or decodes the symbols of one bucket, given their frequencies: (symbols, frequencies).
 CodeBucket = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def encode_codes(codes: np.ndarray) -> bytes:
-    """Code integers (matrices, rows, columns) of at most ±LARGEST; the result knows its shape."""
+    """Code integers (matrices, rows, columns) in ±LARGEST; the result includes the shape."""
     import constriction
 
     codes = np.array(codes, CODE, order="C")  # a copy: the tiles are written back
@@ -77,7 +77,7 @@ def decode_codes(data: bytes) -> np.ndarray:
 
     damaged = InputError(
         "range-coded stream: damaged, or decoded differently from how it was coded",
-        "fetch the file again, or run the quantize step again",
+        "fetch the file again, or run the quantize stage again",
     )
     if len(data) < HEADER.size:
         raise damaged
@@ -95,7 +95,7 @@ def decode_codes(data: bytes) -> np.ndarray:
     codes = np.zeros(shape, CODE)
     try:
         _code_tiles(codes, means, largest, code)
-    except AssertionError as error:  # constriction: no symbol begins like this
+    except AssertionError as error:  # constriction: invalid compressed data
         raise damaged from error
     if zlib.crc32(codes.tobytes()) != checksum:
         raise damaged
@@ -134,7 +134,7 @@ def _tiles(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _cuts(length: int) -> list[slice]:
-    """Spans that double from FIRST to TILE: soon something is known of every row and column."""
+    """Spans that double from FIRST to TILE, so that every row and column has statistics early."""
     ends = [0]
     while ends[-1] < length:
         ends.append(min(ends[-1] + min(max(ends[-1], FIRST), TILE), length))
@@ -142,7 +142,7 @@ def _cuts(length: int) -> list[slice]:
 
 
 class _Context:
-    """What encoder and decoder know of the codes so far; integers only."""
+    """Adaptive statistics of the codes so far, equal in encoder and decoder; integers only."""
 
     def __init__(self, shape: tuple[int, ...], means: np.ndarray, largest: int) -> None:
         matrices, rows, columns = shape
@@ -153,7 +153,7 @@ class _Context:
 
     def buckets(self, rows: slice, columns: slice) -> np.ndarray:
         """Buckets of the codes of a tile, uint8 (matrices, rows, columns)."""
-        # A tile's columns have so many codes above it, and its rows so many to the left.
+        # The numbers of codes to the left of the tile in its rows and above it in its columns.
         row = self._mean(self._row_sums[:, rows], columns.start)
         column = self._mean(self._column_sums[:, :, columns], rows.start)
         widths = row * column // np.maximum(self._means, 1)

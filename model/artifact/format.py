@@ -9,9 +9,9 @@
     48+h    …      the streams, one after the other
 
 The header holds the model section of the parameters; name, shape, encoding and stream of every
-tensor; name, bytes, compressor and shuffling of every stream. A stream is the concatenation of like
-data in the order of the tensors: the codes of one kind of matrix, range-coded; all scales, all fp16
-values, all fp32 values, each with the compressor that made it smallest. Nothing is pickled. The
+tensor; name, bytes, compressor and shuffling of every stream. A stream concatenates similar data in
+the order of the tensors: the codes of one kind of matrix, range-coded; all scales, all fp16 values,
+all fp32 values, each with the compressor that gives the smallest result. Nothing is pickled. The
 details are in docs/artifact.md.
 """
 
@@ -70,7 +70,7 @@ class Packed:
 def pack(
     architecture: Architecture, tensors: Mapping[str, Stored], compressors: Sequence[str]
 ) -> Packed:
-    """Lay out and compress an artifact; `compressors` are tried on what is not codes."""
+    """Lay out and compress an artifact; `compressors` are tried on all streams but codes."""
     best = compress_all(streams_of(tensors), compressors)
     header = {
         "model": architecture,
@@ -129,14 +129,14 @@ def read_artifact(path: str | Path) -> tuple[Architecture, dict[str, Stored]]:
 
 
 def _checked_body(path: Path) -> tuple[bytes, int]:
-    """What follows the preamble, and how much of it is the header."""
+    """Everything after the preamble, and the bytes of it that are the header."""
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such artifact", "run the quantize step") from error
-    again = "delete it and fetch it again (dvc pull) or run the quantize step again"
+        raise InputError(f"{path}: no such artifact", "run the quantize stage") from error
+    again = "delete it and fetch it again (dvc pull) or run the quantize stage again"
     if not content.startswith(MAGIC):
-        raise InputError(f"{path}: not a pocketlm artifact", "give a file of the quantize step")
+        raise InputError(f"{path}: not a pocketlm artifact", "give a file of the quantize stage")
     if len(content) < PREAMBLE.size:
         raise InputError(f"{path}: truncated after {len(content)} bytes", again)
     _, version, header_bytes, digest = PREAMBLE.unpack_from(content)
@@ -164,14 +164,14 @@ def _shape(stored: Stored) -> list[int]:
 
 
 def _encoding(stored: Stored) -> str:
-    """Such as int6, float16, float32."""
+    """The name of the encoding, such as int6, float16, float32."""
     if isinstance(stored, Quantized):
         return f"int{stored.bits}"
     return str(stored.dtype).removeprefix("torch.")
 
 
 def streams_of(tensors: Mapping[str, Stored]) -> dict[str, Stream]:
-    """The streams, those that are not empty."""
+    """The streams that are not empty, by name."""
     codes: dict[str, list[Tensor]] = {}
     floats: dict[str, list[Tensor]] = {}
     for name, stored in tensors.items():
@@ -193,7 +193,7 @@ def streams_of(tensors: Mapping[str, Stored]) -> dict[str, Stream]:
 
 
 class _Reader:
-    """Takes arrays from the front of a stream."""
+    """Reads arrays from a stream, one after the other."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._offset = data, 0

@@ -1,13 +1,13 @@
-"""From shards to what the model takes: an endless stream of packed spans, and validation documents.
+"""Training batches and validation documents from token shards.
 
-The training shards are one stream of `total` tokens that begins again after its end. Span i of
-length T is its tokens [iT, iT + T] modulo `total`, the last one being only a target; so spans tile
-the stream without gap or overlap, also across shards and across its end, and a run resumes from
-the number of its step alone. Step s, micro-batch m of process r takes span
+The training shards are one cyclic stream of `total` tokens. Span i of length T is its tokens
+[iT, iT + T] modulo `total`, the last of which is only a target; so spans tile the stream without
+gap or overlap, also across shards and across its end, and a run resumes from its step number
+alone. Microbatch m of optimizer step s in process r takes span
 
     s * (spans per step) + m * (processes) + r
 
-so that a step takes the same tokens however many processes share them.
+so that a step sees the same tokens for any number of processes.
 """
 
 import queue
@@ -24,16 +24,16 @@ from model.data.shards import BOS, Manifest, read_shard
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
 
-BOUNDARY_BUCKET = 64  # entries; boundaries come in few sizes, so that compiled graphs are reused
+CU_SEQLENS_MULTIPLE = 64  # cu_seqlens is padded to it: few sizes, so few recompilations
 Batch = tuple[Tensor, Tensor, Documents]
 
 
 class TokenStream:
-    """The shards as one endless stream with random access; `total` tokens before it repeats."""
+    """The shards as one cyclic stream with random access; `total` tokens before it repeats."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         if not paths:
-            raise InputError("no training shards", "give the tokenize step text to train on")
+            raise InputError("no training shards", "give the tokenize stage text to train on")
         self._shards = [read_shard(path) for path in paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self.total = int(self._ends[-1])
@@ -72,10 +72,10 @@ def pack_span(tokens: np.ndarray, sequence_length: int) -> list[int]:
 
 
 class TrainingBatches:
-    """The micro-batches of one process, prepared ahead by a thread.
+    """The microbatches of one process, prefetched by a thread.
 
-    tokens_per_microbatch: one process takes at once; tokens_per_step: all of them together, a
-    multiple of it. group, device: whose share of each step is taken, and where it is put.
+    tokens_per_microbatch: per process; tokens_per_step: of all processes together, a multiple of it.
+    group: decides which spans of each step this process takes. device: of the batches.
     """
 
     def __init__(
@@ -93,18 +93,18 @@ class TrainingBatches:
         self.spans_per_step = tokens_per_step // self.length
 
     def indices(self, step: int) -> Iterator[int]:
-        """Yield the spans of this process from `step` on, without end."""
+        """Yield this process's span indices from optimizer step `step` on, without end."""
         while True:
             first = step * self.spans_per_step
             yield from range(first + self.rank, first + self.spans_per_step, self.processes)
             step += 1
 
     def from_step(self, step: int) -> Iterator[Batch]:
-        """Yield micro-batches from optimizer step `step` on, without end.
+        """Yield microbatches from optimizer step `step` on, without end.
 
-        Each is (tokens int64 (T,), targets int64 (T,), Documents) on the device, the boundaries
-        padded with empty documents to a multiple of 64 entries. An exception of the thread is
-        raised here; closing the iterator ends the thread.
+        Each is (tokens int64 (T,), targets int64 (T,), Documents) on the device; cu_seqlens is
+        padded with empty documents to a multiple of CU_SEQLENS_MULTIPLE entries. An exception in
+        the thread is raised here; closing the iterator ends the thread.
         """
         ready: queue.Queue[tuple[Tensor, Documents] | Exception] = queue.Queue(maxsize=2)
         stop = threading.Event()
@@ -121,19 +121,19 @@ class TrainingBatches:
                 yield span[0], span[1], documents.to(self.device)
         finally:
             stop.set()
-            while thread.is_alive():  # it may be waiting for room in the queue
+            while thread.is_alive():  # it may be blocked on the full queue
                 _empty(ready)
                 thread.join(0.01)
 
     def _prepare(self, step: int, ready: queue.Queue, stop: threading.Event) -> None:
-        """Fill the queue with tensors in host memory, pinned if they go to a GPU."""
+        """Fill the queue with batches in host memory, pinned for a GPU."""
         try:
             if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # holds per thread; pinning needs a context
+                torch.cuda.set_device(self.device)  # per thread; pinning needs a CUDA context
             for index in self.indices(step):
                 item = self.host_batch(index)
                 if self.device.type == "cuda":
-                    _ = item[1].tiles  # some twenty operations, which the device is spared
+                    _ = item[1].tiles  # computed on the host, to save some twenty kernels
                     item = item[0].pin_memory(), item[1].pinned()
                 ready.put(item)
                 if stop.is_set():
@@ -145,14 +145,14 @@ class TrainingBatches:
         """Return tokens and targets of a span, int64 (2, T), and its documents, padded."""
         span = self.stream.span(index, self.length).astype(np.int64)
         lengths = pack_span(span[:-1], self.sequence_length)
-        lengths += [0] * (-(len(lengths) + 1) % BOUNDARY_BUCKET)
-        boundaries = Documents.from_lengths(lengths).cu_seqlens
-        documents = Documents(boundaries, self.length, self.sequence_length)
+        lengths += [0] * (-(len(lengths) + 1) % CU_SEQLENS_MULTIPLE)
+        cu_seqlens = Documents.from_lengths(lengths).cu_seqlens
+        documents = Documents(cu_seqlens, self.length, self.sequence_length)
         return torch.from_numpy(np.stack((span[:-1], span[1:]))), documents
 
 
 def _empty(items: queue.Queue) -> None:
-    """Drop what a queue holds."""
+    """Discard all items of a queue."""
     try:
         while True:
             items.get_nowait()
@@ -180,7 +180,7 @@ def validation_documents(
     if not len(starts) or starts[0] != 0:
         raise InputError(
             f"{manifest.validation[0]}: does not begin with BOS ({BOS})",
-            "run the tokenize step again",
+            "run the tokenize stage again",
         )
     ends = np.append(starts[1:], len(stream))
     count = min(limit or len(starts), len(starts))

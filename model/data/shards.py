@@ -4,7 +4,7 @@ A shard is a header of 256 little-endian int32 (20240520, 1, number of tokens, z
 little-endian uint16 tokens. The shards of a split, one after the other, are one stream in which
 every document begins with BOS; a document may cross from one shard into the next.
 
-`manifest.json` is what other steps depend on: it names the shards and the tokenizer by paths
+`manifest.json` is what other stages depend on: it names the shards and the tokenizer by paths
 relative to itself, with SHA-256, documents, tokens and bytes of text.
 """
 
@@ -28,8 +28,8 @@ HEADER_BYTES = HEADER_INTS * HEADER.itemsize
 TOKEN = np.dtype("<u2")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-SAMPLE = 4096  # tokens of a shard that are compared with the vocabulary when a manifest is loaded
-REMAKE = "run the tokenize step again"
+SAMPLE = 4096  # tokens of a shard that are checked against the vocabulary on loading
+REMAKE = "run the tokenize stage again"
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class ShardWriter:
     """Writes one split of a corpus as shards of `shard_tokens` tokens, the last one shorter.
 
     A context manager. A shard appears under its name, `train_000000.bin` and so on, when it is
-    complete; after an exception, a full disk among them (InputError), the unfinished one is gone.
-    `shards` describes the complete ones.
+    complete; an exception (InputError for a full disk) discards the unfinished one. `shards`
+    describes the complete ones.
     """
 
     def __init__(self, directory: str | Path, split: Split, shard_tokens: int) -> None:
@@ -93,7 +93,7 @@ class ShardWriter:
         self._file.write(bytes(HEADER_BYTES))
 
     def _finish(self) -> None:
-        """Complete the header and let the file appear."""
+        """Write the header and rename the file to its final name."""
         if self._open is None:
             return
         stack, self._open = self._open, None
@@ -138,7 +138,7 @@ def read_shard(path: str | Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the tokenize step made.
+    """What the tokenize stage made.
 
     directory: where the files lie.  source: a description of where the text came from.
     shards: of each split, in the order of the stream.
@@ -195,7 +195,7 @@ class Manifest:
         """Read and check a manifest.
 
         Compares the tokenizer's SHA-256, every shard's header and size, and a sample of its
-        tokens with what is recorded; raises InputError naming the file that does not match.
+        tokens with what is recorded; raises InputError naming the file that differs.
         """
         manifest = cls._read(Path(directory))
         if not manifest.tokenizer.is_file():

@@ -41,8 +41,9 @@ SETTINGS: dict[str, Any] = {
     "unk_id": 3,
     "hard_vocab_limit": False,
 }
-# The trainer aborts on words of 2**16 characters, and NFKC makes up to 18 of one: texts are cut.
-CUT = 2048
+# The trainer aborts on words of 2**16 characters, and NFKC expands one character to up to 18, so
+# that texts are cut into sentences of so many characters.
+SENTENCE = 2048
 MORE_TEXT = "give it more text (data, tokenizer.training_megabytes)"
 OTHER_SIZE = f"raise or lower tokenizer.vocabulary and model.vocabulary, or {MORE_TEXT}"
 
@@ -61,7 +62,7 @@ class Tokenizer:
             model = Path(path).read_bytes()
             self._model = SentencePieceProcessor(model_proto=model)
         except FileNotFoundError as error:
-            raise InputError(f"{path}: no such file", "run the tokenize step") from error
+            raise InputError(f"{path}: no such file", "run the tokenize stage") from error
         except RuntimeError as error:
             raise InputError(
                 f"{path}: not a SentencePiece model ({error})", "replace it with an intact one"
@@ -142,7 +143,7 @@ def train_tokenizer(
             f"use at most {LARGEST_VOCABULARY}",
         )
     failures: list[Exception] = []
-    sentences = _caught(_sample(texts, megabytes), failures)
+    sentences = _collect_errors(_sample(texts, megabytes), failures)
     first = next(sentences, None)
     if failures:
         raise failures[0]
@@ -160,7 +161,7 @@ def train_tokenizer(
             sentence_iterator=chain([first], sentences),
             model_writer=model,
             vocab_size=vocabulary,
-            max_sentence_length=4 * CUT,
+            max_sentence_length=4 * SENTENCE,
             minloglevel=2,
             **SETTINGS,
         )
@@ -187,11 +188,11 @@ def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, repair: str) -> None
 
 
 def _sample(texts: Iterable[str], megabytes: float) -> Iterator[str]:
-    """Yield texts, cut into sentences the trainer can take, until `megabytes` are reached."""
+    """Yield texts, cut into sentences of the trainer's limit, up to `megabytes` of UTF-8."""
     left = megabytes * 1e6
     for text in texts:
-        for start in range(0, len(text), CUT):
-            sentence = text[start : start + CUT]
+        for start in range(0, len(text), SENTENCE):
+            sentence = text[start : start + SENTENCE]
             left -= len(sentence.encode())
             if left < 0:
                 return
@@ -199,8 +200,8 @@ def _sample(texts: Iterable[str], megabytes: float) -> Iterator[str]:
                 yield sentence
 
 
-def _caught(items: Iterator[str], failures: list[Exception]) -> Iterator[str]:
-    """Yield `items` and keep what they raise: it does not pass through the trainer's C++."""
+def _collect_errors(items: Iterator[str], failures: list[Exception]) -> Iterator[str]:
+    """Yield `items` and collect what they raise, which the trainer's C++ would not pass on."""
     try:
         yield from items
     except Exception as error:

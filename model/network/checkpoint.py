@@ -60,7 +60,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> GPT
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such checkpoint", "run the train step") from error
+        raise InputError(f"{path}: no such checkpoint", "run the train stage") from error
     except SafetensorError as error:
         raise InputError(
             f"{path}: damaged or not a checkpoint ({error})",
@@ -69,7 +69,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> GPT
     if FORMAT not in metadata:
         raise InputError(
             f"{path}: not a pocketlm checkpoint (of format {FORMAT})",
-            "give a file that the train step wrote",
+            "give a file that the train stage wrote",
         )
     config = ModelConfig.from_stored(json.loads(metadata[FORMAT]), path)
     return build(config, tensors, path).to(device)

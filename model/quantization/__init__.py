@@ -1,1 +1,1 @@
-"""GPTQ, and how many bits each tensor gets."""
+"""Post-training quantization: calibration, Hessians, sensitivities, bit allocation, GPTQ."""

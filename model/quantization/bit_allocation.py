@@ -1,16 +1,16 @@
-"""How finely to round each tensor: the least loss for a given number of bits.
+"""Bit allocation: the step size of each tensor that minimizes the loss for a number of bits.
 
 A tensor of N values that is rounded to multiples of s costs a·s² nats
 (`model.quantization.sensitivity`) and, entropy-coded, N·(c − log2 s) bits; c depends on its values'
 distribution, not on s (Gish & Pierce 1968: a uniform grid and an entropy coder are within ¼ bit of
-the rate-distortion bound, without any clipping). The sum of losses for a given sum of bits is least
-where one more bit helps equally everywhere,
+the rate-distortion bound, without any clipping). The sum of losses for a given sum of bits is
+minimal where one more bit reduces it equally for every tensor,
 
     a·s² / N = λ     →     s = √(λ N / a).
 
-So one number, λ, sets all steps. They stay between the finest, at which the largest value still has
-a code, and the coarsest, the root mean square of the tensor (about two bits), beyond which the
-quadratic law no longer holds.
+So the multiplier λ sets all step sizes. They are limited by the finest, at which the largest value
+still has a code, and the coarsest, the root mean square of the tensor (about two bits), beyond
+which the quadratic law no longer holds.
 """
 
 import math
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from model.artifact.quantizer import LARGEST_CODE, representable
 
-Steps = Mapping[str, float]  # of the grid, by name of the tensor; fp16 values
+StepSizes = Mapping[str, float]  # by name of the tensor; fp16 values
 
 
 @dataclass(frozen=True)
 class RateDistortion:
-    """What is known of a tensor: its number of values, the loss a·step², and limits of the step."""
+    """A tensor: number of values, loss a in a·s² at step size s, limits of the step size."""
 
     values: int
     loss: float
@@ -35,7 +35,7 @@ class RateDistortion:
 
 
 def rate_distortion(weight: Tensor, loss: float) -> RateDistortion:
-    """Describe a tensor whose rounding to a step costs loss·step² nats per token."""
+    """Describe a tensor whose rounding with step size s costs loss·s² nats per token."""
     finest = representable(weight.abs().max().item() / LARGEST_CODE)
     coarsest = representable(weight.square().mean().sqrt().item())
     return RateDistortion(weight.numel(), loss, finest, max(finest, coarsest))
@@ -43,40 +43,40 @@ def rate_distortion(weight: Tensor, loss: float) -> RateDistortion:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Steps of all tensors as functions of λ."""
+    """Step sizes of all tensors as functions of λ."""
 
     tensors: Mapping[str, RateDistortion]
 
-    def steps(self, multiplier: float) -> dict[str, float]:
-        """Steps at λ = `multiplier`; 0: the finest, infinity: the coarsest."""
-        return {name: _step(tensor, multiplier) for name, tensor in self.tensors.items()}
+    def step_sizes(self, multiplier: float) -> dict[str, float]:
+        """Step sizes at λ = `multiplier`; 0: the finest, infinity: the coarsest."""
+        return {name: _step_size(tensor, multiplier) for name, tensor in self.tensors.items()}
 
-    def loss(self, steps: Steps) -> float:
-        """Nats per token that the rounding is predicted to cost."""
-        return sum(tensor.loss * steps[name] ** 2 for name, tensor in self.tensors.items())
+    def loss(self, step_sizes: StepSizes) -> float:
+        """Predicted increase of the loss, nats per token."""
+        return sum(tensor.loss * step_sizes[name] ** 2 for name, tensor in self.tensors.items())
 
-    def bits(self, steps: Steps, reference: Steps) -> float:
-        """Bits that `steps` need more than `reference`."""
+    def bits(self, step_sizes: StepSizes, reference: StepSizes) -> float:
+        """Bits that `step_sizes` need beyond those of `reference`."""
         return sum(
-            tensor.values * math.log2(reference[name] / steps[name])
+            tensor.values * math.log2(reference[name] / step_sizes[name])
             for name, tensor in self.tensors.items()
         )
 
-    def steps_for(self, bits: float, reference: Steps) -> dict[str, float]:
-        """The finest steps that need at most `bits` more than `reference`, or the coarsest."""
-        if self.bits(self.steps(0.0), reference) <= bits:
-            return self.steps(0.0)
+    def step_sizes_for(self, bits: float, reference: StepSizes) -> dict[str, float]:
+        """The finest step sizes that need at most `bits` more than `reference`, or the coarsest."""
+        if self.bits(self.step_sizes(0.0), reference) <= bits:
+            return self.step_sizes(0.0)
         low, high = -200.0, 100.0  # log2 λ
         while high - low > 1e-4:
             middle = (low + high) / 2
-            if self.bits(self.steps(2.0**middle), reference) > bits:
+            if self.bits(self.step_sizes(2.0**middle), reference) > bits:
                 low = middle
             else:
                 high = middle
-        return self.steps(2.0**high)
+        return self.step_sizes(2.0**high)
 
 
-def _step(tensor: RateDistortion, multiplier: float) -> float:
+def _step_size(tensor: RateDistortion, multiplier: float) -> float:
     if multiplier == 0:
         return tensor.finest
     wanted = math.sqrt(multiplier * tensor.values / tensor.loss) if tensor.loss > 0 else math.inf

@@ -3,11 +3,11 @@
 Counted code is the Python source an evaluation needs, as one deterministic tar archive compressed
 by LZMA. The tokenizer and the libraries are not counted, as in the challenge the budget comes from.
 
-How finely the tensors are rounded follows from the budget: `model.quantization.bit_allocation`
-gives steps for a number of bits, the real artifact made with them has a size, and the difference
-corrects the bits. The prediction errs by little, so two or three attempts suffice. The search ends
-when less than `SLACK` of the budget is unused or the finest steps fit, and after `ATTEMPTS` with
-the best so far.
+The step sizes follow from the budget: `model.quantization.bit_allocation` gives them for a number
+of bits, the artifact made with them has a real size, and the difference corrects the number of
+bits. The prediction is accurate, so that two or three attempts suffice. The search ends when less
+than `SLACK` of the budget is unused or the finest step sizes fit, and after `ATTEMPTS` with the
+best so far.
 """
 
 import io
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from model.quantization.bit_allocation import Allocation, Steps
+from model.quantization.bit_allocation import Allocation, StepSizes
 from model.runtime.errors import InputError
 
 Result = TypeVar("Result")
@@ -43,70 +43,70 @@ def code_bytes(root: str | Path) -> int:
 
 @dataclass(frozen=True)
 class Attempt(Generic[Result]):
-    """What came of rounding with `steps`: bytes of the artifact, and the artifact or the like."""
+    """The outcome of rounding with `step_sizes`: bytes of the artifact, and a result."""
 
-    steps: Steps
+    step_sizes: StepSizes
     size: int
     result: Result
 
 
 def fit_budget(
     allocation: Allocation,
-    attempt: Callable[[Steps], tuple[int, Result]],
-    first: tuple[Steps, float],
+    attempt: Callable[[StepSizes], tuple[int, Result]],
+    first: tuple[StepSizes, float],
     code: int,
     budget: int,
 ) -> Attempt[Result]:
-    """Find the finest steps whose artifact fits the budget beside the code.
+    """Find the finest step sizes whose artifact fits the budget together with the code.
 
-    attempt: rounds and packs; returns the bytes of the artifact and what to keep of it. first:
-    steps and a guess of the artifact's bytes at them. code: bytes of the counted code. Raises
-    InputError if even the coarsest steps do not fit. All processes of a job may search together,
-    if `attempt` returns the same bytes in all of them.
+    attempt: rounds and packs; returns the bytes of the artifact and a result to keep. first: step
+    sizes and an estimate of the artifact's bytes with them. code: bytes of the counted code. Raises
+    InputError if even the coarsest step sizes do not fit. All processes of a job may search
+    together, if `attempt` returns the same bytes in all of them.
     """
     require_room(code, budget)
     room, slack = budget - code, int(SLACK * budget)
-    steps, expected = first
+    step_sizes, expected = first
     best: Attempt[Result] | None = None
-    tried: list[Steps] = []
-    gain = 1.0  # bits that the artifact really changes by, for each that was predicted
+    tried: list[StepSizes] = []
+    gain = 1.0  # actual change of the artifact's bits for each predicted one
     for _ in range(ATTEMPTS):
         spare = 8 * (room - slack // 2 - expected)
-        wanted = allocation.steps_for(spare / gain, steps)
+        wanted = allocation.step_sizes_for(spare / gain, step_sizes)
         if wanted in tried:
             break
         size, result = attempt(wanted)
         if size <= room and (best is None or size > best.size):
             best = Attempt(wanted, size, result)
-        if size <= room and (size >= room - slack or wanted == allocation.steps(0.0)):
+        if size <= room and (size >= room - slack or wanted == allocation.step_sizes(0.0)):
             break
-        predicted = allocation.bits(wanted, steps)
+        predicted = allocation.bits(wanted, step_sizes)
         if tried and predicted:
             gain = min(max(8 * (size - expected) / predicted, 0.25), 4.0)
         tried.append(wanted)
-        steps, expected = wanted, size
+        step_sizes, expected = wanted, size
     return best or _coarsest(allocation, attempt, code, budget)
 
 
 def _coarsest(
     allocation: Allocation,
-    attempt: Callable[[Steps], tuple[int, Result]],
+    attempt: Callable[[StepSizes], tuple[int, Result]],
     code: int,
     budget: int,
 ) -> Attempt[Result]:
     """The last resort of `fit_budget`; raises InputError if it does not fit either."""
-    steps = allocation.steps(math.inf)
-    size, result = attempt(steps)
+    step_sizes = allocation.step_sizes(math.inf)
+    size, result = attempt(step_sizes)
     if code + size > budget:
         raise InputError(*_too_large(size, code, budget))
-    return Attempt(steps, size, result)
+    return Attempt(step_sizes, size, result)
 
 
 def _too_large(size: int, code: int, budget: int) -> tuple[str, str]:
     missing = code + size - budget
     return (
-        f"quantize.budget_bytes: {code + size:,} bytes ({code:,} code) with the coarsest rounding "
-        f"that makes sense, {missing:,} more than {budget:,}",
+        f"quantize.budget_bytes: {code + size:,} bytes ({code:,} code) with the coarsest step "
+        f"sizes, {missing:,} more than {budget:,}",
         f"raise quantize.budget_bytes to {code + size:,}, or make the model smaller "
         "(model.layers, model.mlp_width, model.width)",
     )

@@ -1,19 +1,19 @@
-"""Text written by the model itself, to calibrate its own quantization.
+"""Calibration text for quantization, sampled from the model itself.
 
 Token t+1 of sequence i is drawn by inverting the cumulative distribution of softmax(z / τ) at a
 number u[i, t] in [0, 1) that was drawn beforehand from (seed, i). The text therefore depends
-neither on how the sequences are batched and shared among processes nor on whether keys and values
-are cached, up to the rounding of z: a token changes only if u falls within that rounding of the
-border between two tokens.
+neither on how the sequences are batched and distributed over processes nor on whether keys and
+values are cached, up to the rounding of z: a token changes only if u falls within that rounding of
+the boundary between two tokens.
 
-A token's work has shapes that depend only on the number of cache slots it looks at, which grows by
-blocks, or is fixed where a kernel skips the empty ones; and it reads and writes memory that stays
-in place. So it can be captured as a CUDA graph for every number of slots and replayed, as its some
-hundred kernels run faster than Python launches them.
+The shapes of a token's work depend only on the number of cache slots that are read, which grows by
+blocks, or is fixed where a kernel skips the empty ones; and the work uses static buffers. So it can
+be captured as a CUDA graph per number of slots and replayed, as its hundred or so kernels run
+faster than Python launches them.
 
 Each sequence is one document: BOS, then text. Control tokens are never drawn: in packed documents
-BOS begins the next document, so a sequence that contained one would be two, one of them empty of
-context; every token of the calibration text is thus one that training has shown inside a document.
+BOS starts the next document, so a sequence that contained one would be two, the second without
+context; every token of the calibration text is thus one that occurs inside documents in training.
 """
 
 from collections.abc import Sequence
@@ -29,11 +29,11 @@ from model.network.kv_cache import RingKVCache
 from model.runtime.cuda_graphs import GraphRunner
 from model.runtime.progress import ReportProgress
 
-SLOTS = 256  # of the cache, by which the number that a token looks at grows
+SLOTS = 256  # cache slots by which the number that is read grows
 
 
 def sampling_noise(seed: int, sequences: Sequence[int], length: int) -> Tensor:
-    """Uniform numbers that decide sequences `sequences`, fp64 (len(sequences), length − 1)."""
+    """Uniform random numbers of the given sequences, fp64 (len(sequences), length − 1)."""
     rows = []
     for index in sequences:
         source = torch.Generator().manual_seed(seed * 2**31 + index)
@@ -55,8 +55,8 @@ def draw(logits: Tensor, noise: Tensor, temperature: float, forbidden: Tensor) -
     return drawn.clamp(max=logits.shape[-1] - 1)
 
 
-class _Writer:
-    """Writes one more token of every sequence at a time, all in memory that stays in place."""
+class _Sampler:
+    """Samples one token of every sequence at a time, in static buffers."""
 
     def __init__(
         self, model: GPT, noise: Tensor, temperature: float, bos: int, forbidden: Tensor
@@ -71,7 +71,7 @@ class _Writer:
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
 
     def seek(self, position: int) -> int:
-        """Go to the token at `position`; returns how many slots of the cache it will look at."""
+        """Move to the token at `position`; returns the number of cache slots that it reads."""
         slots = self.tokens.shape[1]
         if not dispatch.reads_filled_slots(self.tokens.device):
             slots = min(-(-position // SLOTS) * SLOTS, slots)
@@ -79,8 +79,8 @@ class _Writer:
         self._position.fill_(position)
         return slots
 
-    def write(self) -> Tensor:
-        """Read the token at the position and draw the next, (rows,)."""
+    def sample(self) -> Tensor:
+        """Run the model on the token at the position and sample the next one, (rows,)."""
         self._cache.begin_forward(record=True)
         current = self.tokens.index_select(1, self._position).squeeze(1)
         logits = self._model(current, self._step, cache=self._cache)
@@ -101,27 +101,27 @@ def generate(
     progress: ReportProgress | None = None,
     runner: GraphRunner | None = None,
 ) -> Tensor:
-    """Write one sequence per row of `noise`, all at once, with a key/value cache.
+    """Sample one sequence per row of `noise`, all in one batch, with a key/value cache.
 
     noise: (rows, length − 1) of `sampling_noise`; forbidden: bool (vocabulary,), tokens never
-    drawn; progress: called with 1 at every token. runner: how a token's work is run; None: as it
-    is. Returns int64 (rows, length), BOS first, on the model's device.
+    drawn; progress: called with 1 at every token. runner: runs a token's work; None: eagerly.
+    Returns int64 (rows, length), BOS first, on the model's device.
     """
     runner = runner or GraphRunner(captured=False)
     with fixed_weights(model), runner.stream():
-        writer = _Writer(model, noise, temperature, bos, forbidden)
+        sampler = _Sampler(model, noise, temperature, bos, forbidden)
         for position in range(noise.shape[1] if len(noise) else 0):
-            runner.run(writer.seek(position), writer.write)
+            runner.run(sampler.seek(position), sampler.sample)
             if progress is not None:
                 progress(1)
-    return writer.tokens
+    return sampler.tokens
 
 
 @torch.no_grad()
 def generate_uncached(
     model: GPT, noise: Tensor, temperature: float, bos: int, forbidden: Tensor
 ) -> Tensor:
-    """The specification of `generate`: the whole text so far is read again for every token."""
+    """The specification of `generate`: the whole prefix is recomputed for every token."""
     rows, length = noise.shape[0], noise.shape[1] + 1
     noise, forbidden = noise.to(model.device), forbidden.to(model.device)
     tokens = torch.full((rows, 1), bos, dtype=torch.int64, device=model.device)

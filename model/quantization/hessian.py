@@ -1,10 +1,10 @@
 """Second moments of the inputs of linear layers, H = E[x xᵀ], for GPTQ.
 
 A layer y = W x whose weight changes by E changes its output by E x, whose expected square over
-all outputs is tr(E H Eᵀ); so H weighs the errors of quantization. H is collected by hooks on the
-ordinary modules during the ordinary packed forward pass, summed over all processes and divided by
-the number of tokens. Products and sums are fp64: a few outlying units make H nearly of rank one,
-and the rounding of its largest eigenvalue in fp32 may then exceed the damping that GPTQ relies on.
+all outputs is tr(E H Eᵀ); so H weighs the errors of quantization. H is collected by forward hooks
+during the ordinary packed forward pass, summed over all processes and divided by
+the number of tokens. Products and sums are fp64: outlier channels make H nearly rank-one, and
+the rounding of its largest eigenvalue in fp32 may then exceed the damping that GPTQ relies on.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from model.runtime.distributed import Group
 
 
 class _Moments:
-    """Sums of x xᵀ by name; layers fed by the very same tensor share the product."""
+    """Sums of x xᵀ by name; layers with the same input tensor share the product."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -28,7 +28,7 @@ class _Moments:
 
     def add(self, name: str, x: Tensor) -> None:
         """Add the inputs x (T, inputs) of layer `name`."""
-        if x is not self._input:  # query, key and value follow each other with the same input
+        if x is not self._input:  # query, key and value run one after the other on the same input
             flat = x.detach().reshape(-1, x.shape[-1]).double()
             self._input, self._product = x, flat.T @ flat
         if name in self.sums:
@@ -37,13 +37,13 @@ class _Moments:
             self.sums[name] = self._product.clone()
 
     def forget_input(self) -> None:
-        """Release the last input."""
+        """Drop the reference to the last input."""
         self._input, self._product = None, torch.empty(0)
 
 
 @contextmanager
 def _hooks(modules: Mapping[str, nn.Module], moments: _Moments) -> Iterator[None]:
-    """Let the inputs of `modules` reach `moments` inside the block."""
+    """Add the inputs of `modules` to `moments` inside the block."""
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: moments.add(name, inputs[0]))
         for name, module in modules.items()
@@ -68,8 +68,8 @@ def collect_hessians(
     modules: by the name of their weight, e.g. `model.matrices()`; `model.head`, the input of the
         tied embedding, is a module like the others.
     tokens: int64 (rows, length), this process's share of the text, each row a document.
-    tokens_per_batch: rows are packed into passes of about so many tokens.
-    Every process gets the mean over the tokens of all of them; the main one must have some.
+    tokens_per_batch: tokens per forward pass, about.
+    Every process gets the mean over all processes' tokens; the main process must have some.
     """
     moments = _Moments()
     with _hooks(modules, moments):
@@ -80,7 +80,7 @@ def collect_hessians(
             moments.forget_input()
     count = group.all_reduce(torch.tensor(tokens.numel(), device=model.device))
     widths = group.broadcast_object({name: len(total) for name, total in moments.sums.items()})
-    for name, width in widths.items():  # a process without text adds nothing
-        nothing = torch.zeros(width, width, dtype=torch.float64, device=model.device)
-        moments.sums[name] = group.all_reduce(moments.sums.get(name, nothing)) / count
+    for name, width in widths.items():  # a process without text adds zeros
+        zeros = torch.zeros(width, width, dtype=torch.float64, device=model.device)
+        moments.sums[name] = group.all_reduce(moments.sums.get(name, zeros)) / count
     return moments.sums

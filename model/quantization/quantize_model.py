@@ -1,14 +1,13 @@
-"""How the artifact stores each tensor of a model.
+"""How each tensor of a model is quantized and stored.
 
     matrices of the blocks, embedding   GPTQ, with the Hessian of their inputs
     other tables and projections        rounded to nearest
     control tensors                     fp16; fp32 if one has values beyond fp16
 
-Which step each grid has is decided by `model.quantization.bit_allocation`. The embedding is tied:
-GPTQ takes it as the output projection, by the Hessian of the final norm; that it is the input as
-well counts in its sensitivity. Control tensors scale activations channel by channel or head by head
-(gains, mixing and branch scales, skip weights, the smear gate); they are few values, on which
-everything depends.
+`model.quantization.bit_allocation` decides the step size of each tensor. The embedding is tied:
+GPTQ quantizes it as the output projection, with the Hessian of the final norm's output; its role as
+the input enters through its sensitivity. Control tensors scale activations per channel or per head
+(gains, mixing and branch scales, skip weights, the smear gate): few values with a large effect.
 """
 
 from collections.abc import Mapping
@@ -18,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from model.artifact.format import Stored, restore
-from model.artifact.quantizer import Quantized, representable, round_to_step
+from model.artifact.quantizer import Quantized, representable, round_uniform
 from model.network.gpt import GPT
-from model.quantization.bit_allocation import Steps
+from model.quantization.bit_allocation import StepSizes
 from model.quantization.config import QuantizeConfig
 from model.quantization.gptq import gptq, weighted_error
 from model.runtime.distributed import Group
 from model.runtime.progress import ReportProgress
 
 TABLES_AND_PROJECTIONS = ("embedding", "table", "weight")  # how their names end
-PROBE = 0.25  # of the root mean square: a step whose error is small and has many codes
+PROBE = 0.25  # step size over root mean square: a small error, and many codes
 
 
 def solved_modules(model: GPT) -> dict[str, nn.Module]:
@@ -44,8 +43,8 @@ def rounded_weights(model: GPT) -> dict[str, Tensor]:
     }
 
 
-def probe_steps(weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """Steps at which to measure what rounding costs."""
+def probe_step_sizes(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Step sizes at which the loss due to rounding is measured."""
     return {
         name: representable(PROBE * weight.square().mean().sqrt().item())
         for name, weight in weights.items()
@@ -55,38 +54,38 @@ def probe_steps(weights: Mapping[str, Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def quantize_weights(
     model: GPT,
-    steps: Steps,
+    step_sizes: StepSizes,
     hessians: Mapping[str, Tensor],
     params: QuantizeConfig,
     group: Group,
     progress: ReportProgress | None = None,
 ) -> dict[str, Quantized]:
-    """Round all of `rounded_weights`, those with a Hessian by GPTQ, shared by the processes.
+    """Quantize `rounded_weights`, those with a Hessian by GPTQ, distributed over the processes.
 
-    steps, hessians: by name, the same in every process. progress: called with the number of
-    tensors that all processes together have about finished. Returns the tensors on the CPU in the
-    main process, an empty dictionary elsewhere.
+    step_sizes, hessians: by name, the same in every process. progress: called with the
+    approximate number of tensors newly finished by all processes. Returns the tensors on the CPU in
+    the main process, an empty dictionary elsewhere.
     """
     weights = rounded_weights(model)
 
-    def batch(name: str) -> tuple[torch.Size, bool]:
+    def kind(name: str) -> tuple[torch.Size, bool]:
         return weights[name].shape, name in hessians
 
-    # Largest first and dealt out in turn, so that every process has the same to do.
-    names = sorted(weights, key=lambda name: (-weights[name].numel(), *batch(name), name))
+    # Largest first, in round-robin order, which balances the processes.
+    names = sorted(weights, key=lambda name: (-weights[name].numel(), *kind(name), name))
     mine: dict[str, Quantized] = {}
-    for (_, solve), alike in groupby(names[group.rank :: group.size], batch):
+    for (_, solve), alike in groupby(names[group.rank :: group.size], kind):
         members = list(alike)
         if solve:
             results = gptq(
                 torch.stack([weights[name] for name in members]),
                 torch.stack([hessians[name] for name in members]),
-                torch.tensor([steps[name] for name in members], device=model.device),
+                torch.tensor([step_sizes[name] for name in members], device=model.device),
                 params.damping,
                 params.block_columns,
             )
         else:
-            results = [round_to_step(weights[name], steps[name]) for name in members]
+            results = [round_uniform(weights[name], step_sizes[name]) for name in members]
         mine |= {name: q.cpu() for name, q in zip(members, results, strict=True)}
         if progress is not None:
             progress(len(members) * group.size)
@@ -96,7 +95,7 @@ def quantize_weights(
 def rounding_errors(
     model: GPT, rounded: Mapping[str, Quantized], group: Group
 ) -> dict[str, Tensor]:
-    """What rounding changed in every tensor, on the model's device, in every process.
+    """Quantization error of every tensor, on the model's device, in every process.
 
     rounded: in the main process, as `quantize_weights` returns it.
     """
@@ -126,7 +125,7 @@ def _store(tensor: Tensor) -> Tensor:
 def relative_errors(
     model: GPT, hessians: Mapping[str, Tensor], rounded: Mapping[str, Quantized]
 ) -> dict[str, float]:
-    """Share of the mean squared output of each matrix that its rounding adds as an error."""
+    """Mean squared error of each matrix's output due to rounding, over its mean square."""
     errors, weights = {}, rounded_weights(model)
     for name, hessian in hessians.items():
         weight = weights[name]

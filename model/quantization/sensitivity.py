@@ -1,13 +1,13 @@
-"""What an error in a tensor costs in loss: the Fisher information along that error.
+"""Sensitivity: the loss caused by an error in a tensor, from the Fisher information along it.
 
-To second order, weights that are wrong by δ change the model's distribution by (KL divergence)
+To second order, an error δ in the weights changes the model's distribution by (KL divergence)
 
     KL = ½ δᵀ F δ,   F = E[g gᵀ],  g the gradient of −log p(y | x), y drawn from the model itself
 
-(Amari 1998; in quantization e.g. Kim et al. 2023, arXiv:2306.07629). KL is the expected rise of the
-loss on text like the model's own. Here g is the gradient over a whole sequence whose
-targets are all redrawn, independently: gradients of different tokens are then uncorrelated, so
-E[(g·δ)²]/tokens is δᵀ F δ per token with nothing left out. Each sequence gives one (g·δ)², and
+(Amari 1998; in quantization e.g. Kim et al. 2023, arXiv:2306.07629). KL is the expected increase of
+the loss on text from the model's distribution. Here g is the gradient over a whole sequence whose
+targets are all resampled, independently: gradients of different tokens are then uncorrelated, so
+E[(g·δ)²]/tokens is an unbiased estimate of δᵀ F δ per token. Each sequence gives one (g·δ)², and
 their mean over n sequences has a relative standard deviation of √(2/n).
 """
 
@@ -25,15 +25,15 @@ from model.runtime.distributed import Group
 def sensitivities(
     model: GPT, errors: Mapping[str, Tensor], tokens: Tensor, noise: Tensor, group: Group
 ) -> dict[str, float]:
-    """Nats per token that the error of each tensor costs, alone.
+    """Increase of the loss, nats per token, due to the error of each tensor alone.
 
     errors: δ by name of the weight, on the model's device. tokens: int64 (rows, length), this
-    process's share of the text, each row a document. noise: fp64 (rows, length) in [0, 1), which
-    decides the drawn targets. The mean is over the text of all processes, the same in all of them.
+    process's share of the text, each row a document. noise: fp64 (rows, length) in [0, 1), from
+    which the targets are sampled. The mean is over the text of all processes, equal in all.
     """
     weights = {name: model.get_parameter(name) for name in errors}
     total = torch.zeros(len(errors) + 1, dtype=torch.float64, device=model.device)
-    nothing_forbidden = torch.zeros(model.params.vocabulary, dtype=torch.bool, device=model.device)
+    none_forbidden = torch.zeros(model.params.vocabulary, dtype=torch.bool, device=model.device)
     document = Documents.from_rows(1, tokens.shape[1], model.device)
     trainable = [(weight, weight.requires_grad) for weight in weights.values()]
     for weight in weights.values():
@@ -41,7 +41,7 @@ def sensitivities(
     for row, uniform in zip(tokens, noise.to(model.device), strict=True):
         with torch.enable_grad():
             logits = model(row, document)
-            targets = draw(logits.detach(), uniform, 1.0, nothing_forbidden)
+            targets = draw(logits.detach(), uniform, 1.0, none_forbidden)
             loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
             gradients = torch.autograd.grad(loss, list(weights.values()))
         dots = [(g * errors[n]).sum() for n, g in zip(weights, gradients, strict=True)]

@@ -1,1 +1,1 @@
-"""What every program needs around its work: errors, files, logs, processes, CUDA graphs."""
+"""Infrastructure without maths: errors, files, logs, progress, processes, CUDA graphs."""

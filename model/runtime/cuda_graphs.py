@@ -1,11 +1,11 @@
-"""Work of equal shapes captured once as a CUDA graph and replayed.
+"""Work of fixed shapes, captured once as a CUDA graph and replayed.
 
 A cached chunk of test-time training (`model.ttt`), or a token of the calibration text
-(`model.quantization.calibration_text`), is hundreds of kernels of microseconds, which take longer
-to launch than to run; a graph launches them at once. The first call of all runs as it is, which
-takes what libraries take once. Any other first call of a key is captured, which takes as long as
-Python takes to run it, and is replayed at once, as are all later ones. The work may read and write
-only memory that stays in place, and its shapes may depend on the key alone.
+(`model.quantization.calibration_text`), is hundreds of kernels of a few microseconds, whose launch
+overhead dominates; a graph launches them all at once. The very first call runs eagerly, so that
+libraries initialize outside a capture. Any other first call with a key is captured and replayed,
+later ones are replayed. The work may read and write only memory at fixed addresses (static
+buffers), and its shapes may depend on the key alone.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -16,32 +16,32 @@ from torch import Tensor
 
 
 class GraphRunner:
-    """Runs work by key; captured=False runs everything as it is."""
+    """Runs work by key; this base class, and captured=False, run everything eagerly."""
 
     def __init__(self, captured: bool) -> None:
-        self.captured, self._begun = captured, False
-        self._known: dict[Hashable, Callable[[], Tensor]] = {}
+        self.captured, self._initialized = captured, False
+        self._graphs: dict[Hashable, Callable[[], Tensor]] = {}
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """Where all work must run: recording and running as it is share one stream."""
+        """Context in which all work must run: capture and eager calls share one stream."""
         yield
 
     def run(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
-        """Do the work, or what was captured under `key`; the result is valid until the next run."""
-        if not self.captured or not self._begun:
-            self._begun = True
+        """Run the work, or replay the graph of `key`; the result is valid until the next run."""
+        if not self.captured or not self._initialized:
+            self._initialized = True
             return work()
-        if key not in self._known:
-            self._known[key] = self._record(work)
-        return self._known[key]()
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(work)
+        return self._graphs[key]()
 
-    def _record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def _capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return work
 
 
 class CUDAGraphRunner(GraphRunner):
-    """GraphRunner by CUDA graphs that share one pool of memory."""
+    """GraphRunner with CUDA graphs that share one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(captured=True)
@@ -50,25 +50,25 @@ class CUDAGraphRunner(GraphRunner):
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """A stream of its own, as recording demands, and what memory others have left unused."""
+        """A side stream, as capture demands; cached memory is released for its pool."""
         torch.cuda.empty_cache()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    def _record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def _capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        # Not by torch.cuda.graph, which waits for the device and empties the allocator every time.
-        # Relaxed, as kernels that the work is the first to use are loaded meanwhile.
+        # Not torch.cuda.graph, which synchronizes and empties the allocator's cache every time.
+        # Relaxed, as kernels that are used for the first time are loaded during the capture.
         graph.capture_begin(self._pool, capture_error_mode="relaxed")
         try:
             result = work()
         finally:
             graph.capture_end()
 
-        def play() -> Tensor:
+        def replay() -> Tensor:
             graph.replay()
             return result
 
-        return play
+        return replay

@@ -26,7 +26,7 @@ T = TypeVar("T")
 class Group:
     """The processes that share one job, as seen from one of them.
 
-    queues: numbers for work queues; processes that begin the same ones in the same order agree.
+    queues: numbers of work queues; they agree if all processes start their queues in one order.
     """
 
     rank: int

@@ -1,4 +1,4 @@
-"""The one exception shown to users as a sentence instead of a traceback."""
+"""The one exception that is shown to users as a message instead of a traceback."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 
 class InputError(Exception):
-    """Something the user can repair: a parameter, a file, a machine that lacks what is asked for.
+    """An error the user can repair: a parameter, a file, a machine that lacks what was requested.
 
     `problem` names the file or key and what is wrong with it; `repair` says what to do.
-    Steps and commands print both without a traceback; see `step_errors`.
+    Programs print both without a traceback; see `step_errors`.
     """
 
     def __init__(self, problem: str, repair: str) -> None:

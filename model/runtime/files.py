@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and their hashes.
+"""Atomic writes, JSON and hashes of files.
 
 A file is written under a temporary name in the same directory, flushed to disk, and renamed over
 its final name; a crash or a full disk leaves the old file, or none.
@@ -64,10 +64,10 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file", "run the step that makes it") from error
+        raise InputError(f"{path}: no such file", "run the stage that makes it") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: not valid JSON ({error})", "delete it and run the step that makes it again"
+            f"{path}: not valid JSON ({error})", "delete it and run the stage that makes it again"
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""The operating system's side of a process: compile cache, allocator, age, memory, end, lock.
+"""Process-level settings and measurements: compile cache, allocator, age, memory, signals, lock.
 
-Compiled graphs and kernels are kept in one directory, which a later run of the same code with the
-same torch on the same kind of device reads instead of compiling; torch's own keys see to that.
+Compiled graphs and kernels are cached in one directory. A later run of the same code with the same
+torch on the same kind of device reads them instead of compiling; torch's cache keys ensure that.
 """
 
 import ctypes
@@ -28,16 +28,16 @@ def use_compile_cache(directory: Path) -> None:
 
 
 def use_growing_segments() -> None:
-    """Let CUDA's memory be taken in segments that grow, unless the user chose otherwise.
+    """Use expandable segments in the CUDA allocator, unless the user chose otherwise.
 
-    Recorded passes of ever larger shapes then leave no holes that nothing fits into. To be called
-    before the first tensor on the device.
+    They avoid fragmentation when graphs of ever larger shapes are captured. To be called before the
+    first tensor on the device.
     """
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def compile_statistics() -> dict[str, int]:
-    """Graphs this process has captured, and those it found or missed in the cache."""
+    """Graphs that torch.compile made in this process, and hits and misses of its cache."""
     counters = torch._dynamo.utils.counters
     return {
         "graphs": counters["stats"]["unique_graphs"],
@@ -47,14 +47,14 @@ def compile_statistics() -> dict[str, int]:
 
 
 def seconds_since_start(device: torch.device) -> float:
-    """Seconds from the start of this process to the end of what `device` has been given to do."""
+    """Seconds from the start of this process until `device` is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return _process_age() or time.perf_counter() - _imported
 
 
 def _process_age() -> float | None:
-    """Age of this process by Linux's own record; None elsewhere."""
+    """Seconds since Linux started this process; None on other systems."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22, after pid and name
@@ -65,7 +65,7 @@ def _process_age() -> float | None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """MiB: the most that tensors took on a GPU so far; on a CPU, what the whole process took."""
+    """Peak MiB so far: of all tensors on a GPU; on a CPU, of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -86,6 +86,6 @@ def only_writer(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{directory}: another run of this step is using it; waiting", file=sys.stderr)
+            print(f"{directory}: another run of this stage is using it; waiting", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,8 +1,8 @@
-"""What a run did: a JSON-lines log per step and seed, and a provenance sidecar per artifact.
+"""What a run did: a JSON-lines log per stage and seed, and a provenance sidecar per artifact.
 
-Every line of a log is one object with `event` and `seconds` since the step began; the first line
-(`start`) holds versions, device, commit and parameters, so that a log explains itself. Nothing is
-ever parsed by its position in the file.
+Every line of a log is one object with `event` and `seconds` since the stage started; the first line
+(`start`) holds versions, device, commit and parameters, so that a log is self-contained. Lines are
+found by `event`, never by their position in the file.
 """
 
 import json
@@ -25,9 +25,9 @@ PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "snakemake", "dvc")
 
 
 class RunLog:
-    """Append-only JSON-lines log of one step; silent in all but the main process.
+    """Append-only JSON-lines log of one stage; written by the main process alone.
 
-    path: the file, or None for a log that is not kept (helper ranks, tests).
+    path: the file, or None for a log that is not kept (other ranks, tests).
     keep_lines: number of lines of an earlier, interrupted run to keep; the rest is dropped.
     """
 
@@ -56,10 +56,10 @@ class RunLog:
         self._file.flush()
         self.lines += 1
 
-    def start(self, step: str, params: Mapping[str, Any], **values: Any) -> None:
-        """Write the line that explains the run: versions, device, commit, parameters."""
+    def start(self, stage: str, params: Mapping[str, Any], **values: Any) -> None:
+        """Write the line `start`: versions, device, commit, parameters."""
         if self._file is not None:
-            self.event("start", step=step, **environment(), params=params, **values)
+            self.event("start", step=stage, **environment(), params=params, **values)
 
     def close(self) -> None:
         """Flush and close the file."""
@@ -107,7 +107,7 @@ def _commit() -> str | None:
 
 def write_provenance(
     path: str | Path,
-    step: str,
+    stage: str,
     params: Mapping[str, Any],
     inputs: Sequence[str | Path],
     outputs: Sequence[str | Path],
@@ -116,7 +116,7 @@ def write_provenance(
     write_json(
         path,
         {
-            "step": step,
+            "step": stage,
             **environment(),
             "params": params,
             "inputs": {str(file): sha256(file) for file in inputs},

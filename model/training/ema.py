@@ -1,9 +1,9 @@
-"""Exponential moving average of all weights: the model that is kept.
+"""Exponential moving average (EMA) of all weights, the result of training.
 
-The average after t steps gives the weights of step i the share d^(t−i)·(1 − d)/(1 − d^t). The
-denominator starts it from the trained weights instead of the random ones (as in Adam's bias
-correction): after one step the average is those weights, after a hundred at d = 0.97 it holds
-nothing of the initialization instead of 5 %. After the record's 7,000 steps it makes no difference.
+In the average after t steps the weights of step i have the share d^(t−i)·(1 − d)/(1 − d^t). The
+denominator is a bias correction as in Adam's: after one step the average equals the weights, and
+the initialization never counts (without correction it would have 5 % after a hundred steps at
+d = 0.97). After the record's 7,000 steps it makes no difference.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ class Average:
         self.decay = decay
         self._weights = [weight.detach() for weight in weights.values()]
         copies = [weight.clone() for weight in self._weights] if decay else self._weights
-        # What the model is at the end; without a decay, the weights themselves.
+        # Without a decay these are the weights themselves.
         self.tensors = dict(zip(weights, copies, strict=True))
 
     def update(self, steps: int) -> None:
-        """Take in the present weights, those after `steps` >= 1 steps."""
+        """Add the present weights, those after `steps` >= 1 optimizer steps."""
         if self.decay:
             share = (1 - self.decay) / (1 - self.decay**steps)
             torch._foreach_lerp_(list(self.tensors.values()), self._weights, share)

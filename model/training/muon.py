@@ -9,8 +9,8 @@ O comes from Newton-Schulz iterations X ← aX + (bA + cA²)X with A = XXᵀ, wh
 value of X = D/‖D‖ towards 1; the coefficients trade accuracy (values end within about ±0.3 of 1)
 for speed. Matrices of one shape are stacked and orthogonalized in one batch.
 
-Many processes share the work ("Parallel Muon"): the stacked gradients are reduce-scattered, every
-process orthogonalizes the matrices it owns, and the orthogonal updates are all-gathered while the
+Distributed ("Parallel Muon"): the stacked gradients are reduce-scattered, every process
+orthogonalizes the matrices it owns, and the orthogonal updates are all-gathered while the
 next stack is computed. Gathering O rather than W halves the traffic, as O is bf16 on a GPU, and
 every process then applies the same update to its own fp32 weights.
 """
@@ -52,9 +52,9 @@ def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
 
 @dataclass(frozen=True)
 class StateTensor:
-    """Where a tensor of the training state is kept.
+    """A tensor of the training state and the process that owns it.
 
-    owner: the only process that has `tensor`; None if all have it, and the same.
+    owner: the only process that has `tensor` (None elsewhere); None: replicated in all processes.
     """
 
     owner: int | None
@@ -63,7 +63,7 @@ class StateTensor:
 
 
 class Stack:
-    """Matrices of one shape, shared out among the processes.
+    """Matrices of one shape, sharded over the processes.
 
     Process r of R owns k = ⌈n/R⌉ of the n matrices, from number r·k on; zeros pad the stack to
     R·k. The parameters' gradients are views of `gradients`: nothing is copied to stack them.
@@ -76,7 +76,7 @@ class Stack:
         self.gradients = first.new_zeros(self.share * group.size, *first.shape)
         for weight, gradient in zip(self.weights, self.gradients, strict=False):
             weight.grad = gradient
-        # What this process owns of the averaged gradients.
+        # This process's shard of the averaged gradients.
         self.owned = self.gradients
         if group.size > 1:
             self.owned = first.new_zeros(self.share, *first.shape)
@@ -85,23 +85,23 @@ class Stack:
         self._work: dist.Work | None = None
 
     def state_tensors(self) -> Iterator[tuple[str, StateTensor]]:
-        """Yield each matrix's name and the place of its momentum."""
+        """Yield each matrix's name and the state of its momentum."""
         for number, name in enumerate(self.names):
             owner, index = divmod(number, self.share)
             mine = self.momentum[index] if owner == self.group.rank else None
             yield name, StateTensor(owner, self.weights[0].shape, mine)
 
     def start_reduction(self) -> None:
-        """Begin to sum the gradients over the processes."""
+        """Start the reduce-scatter of the gradients."""
         if self.group.size > 1:
             self._work = _reduce_scatter(self.owned, self.gradients, async_op=True)
 
     def finish_reduction(self) -> None:
-        """Make `owned` valid for what this process computes next."""
+        """Wait until `owned` holds the summed gradients."""
         self._wait()
 
     def start_update(self, clip: Tensor | None, momentum: float, iterations: int) -> None:
-        """Orthogonalize the owned share and begin to gather everyone's.
+        """Orthogonalize the owned matrices and start the all-gather of the updates.
 
         clip: 0-dimensional factor of the gradients, or None.
         """
@@ -116,7 +116,7 @@ class Stack:
 
     @torch.no_grad()
     def finish_update(self, lr: float, weight_decay: float) -> None:
-        """Apply everyone's updates to the weights."""
+        """Apply all processes' updates to the weights."""
         self._wait()
         assert self._updates is not None, "start_update comes first"
         rows, columns = self.weights[0].shape
@@ -135,8 +135,8 @@ class Stack:
 class Muon:
     """The optimizer of the matrices, fp32 parameters by name.
 
-    One step: `start_reduction`, `owned_gradients` (for the norm), `start_update`, `finish_update`;
-    what stands between them overlaps the communication.
+    One step calls `start_reduction`, `owned_gradients` (for the norm), `start_update` and
+    `finish_update`; work between these calls overlaps with the communication.
     """
 
     def __init__(self, matrices: Mapping[str, nn.Parameter], group: Group) -> None:
@@ -144,7 +144,7 @@ class Muon:
         for name, weight in matrices.items():
             by_shape.setdefault(weight.shape, {})[name] = weight
         stacks = [Stack(same, group) for same in by_shape.values()]
-        # Largest first: its reduction is the longest and hides the others'.
+        # Largest first: its reduction takes longest and overlaps with the others.
         self.stacks = sorted(stacks, key=lambda stack: -stack.gradients.numel())
 
     def zero_grad(self) -> None:
@@ -153,26 +153,26 @@ class Muon:
             stack.gradients.zero_()
 
     def start_reduction(self) -> None:
-        """Begin to sum the gradients over the processes."""
+        """Start the reduce-scatters of the gradients."""
         for stack in self.stacks:
             stack.start_reduction()
 
     def owned_gradients(self) -> list[Tensor]:
-        """Wait for the reduction; the summed gradients of the matrices this process owns."""
+        """Wait for the reductions; returns the summed gradients of this process's matrices."""
         for stack in self.stacks:
             stack.finish_reduction()
         return [stack.owned for stack in self.stacks]
 
     def start_update(self, clip: Tensor | None, momentum: float, iterations: int) -> None:
-        """Compute this process's updates and begin to gather everyone's; see `Stack`."""
+        """Compute this process's updates and start the all-gathers; see `Stack`."""
         for stack in self.stacks:
             stack.start_update(clip, momentum, iterations)
 
     def finish_update(self, lr: float, weight_decay: float) -> None:
-        """Apply everyone's updates to the weights."""
+        """Apply all processes' updates to the weights."""
         for stack in self.stacks:
             stack.finish_update(lr, weight_decay)
 
     def state_tensors(self) -> dict[str, StateTensor]:
-        """Where the momentum of each matrix is kept, by name."""
-        return {name: slot for stack in self.stacks for name, slot in stack.state_tensors()}
+        """The momentum of each matrix, by the matrix's name."""
+        return dict(entry for stack in self.stacks for entry in stack.state_tensors())

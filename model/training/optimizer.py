@@ -6,7 +6,8 @@
 
 Gradients are averaged over the processes first and clipped then, by the one norm of all
 parameters: each process knows the averaged gradients of the matrices it owns, so their squared
-norms are summed over the processes. The clip factor stays a tensor; the host waits for nothing.
+norms are summed over the processes. The clip factor stays a tensor, so that the host never
+synchronizes with the device.
 """
 
 import torch
@@ -42,8 +43,8 @@ def momentum_at(step: int, params: TrainConfig) -> float:
 class Optimizer:
     """Muon and AdamW over the parameters of `model`, for the processes of `group`.
 
-    `backward` may be called any number of times between `zero_grad` and `step`; the sum of all
-    gradients over all processes is what the step sees, so losses are divided beforehand. The
+    `backward` may be called any number of times between `zero_grad` and `step`, which uses the sum
+    of all gradients over all processes; so losses must be divided beforehand. The
     parameters' gradients are views of a few large buffers: never set them to None.
     """
 
@@ -64,7 +65,7 @@ class Optimizer:
             weight_decay=params.weight_decay,
             fused=True,
         )
-        # Filled now rather than by the first step, so that the state always has the same tensors.
+        # Created here, not by the first step, so that the state always has the same tensors.
         for parameter in self.rest.values():
             self.adamw.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
@@ -94,7 +95,7 @@ class Optimizer:
         self.muon.finish_update(params.matrix_lr * multiplier, params.weight_decay)
 
     def _clip_factor(self, work: "dist.Work | None") -> Tensor | None:
-        """Wait for the averaged gradients; the factor that brings their norm to its limit."""
+        """Wait for the averaged gradients; the factor that clips their global norm, None if off."""
         owned = self.muon.owned_gradients()
         if work is not None:
             work.wait()
@@ -106,7 +107,7 @@ class Optimizer:
         return (self.params.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
 
     def state_tensors(self) -> dict[str, StateTensor]:
-        """Where the tensors of the state are kept: momentum/…, first/…, second/… by parameter."""
+        """The state's tensors: momentum/…, first/…, second/… by name of the parameter."""
         found = {f"momentum/{name}": entry for name, entry in self.muon.state_tensors().items()}
         for name, parameter in self.rest.items():
             state = self.adamw.state[parameter]
@@ -123,7 +124,7 @@ class Optimizer:
 def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
     """Make the gradients of `parameters` views of one new buffer and return it.
 
-    The largest come first, so that scalars do not spoil the alignment of the others.
+    Largest first, so that scalars do not break the alignment of larger ones.
     """
     flat = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters))
     start = 0

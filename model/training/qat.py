@@ -1,9 +1,10 @@
 """Quantization-aware training: matrices are rounded in the forward pass, not in the backward.
 
-A row w becomes s·round(w/s) on a symmetric grid that reaches up to its largest value. The steps of
-the artifact follow from the byte budget and are known only after training; this grid stands in. The
-rounding has no useful derivative; the straight-through estimator (Bengio et al. 2013) takes it for
-the identity, so the fp32 master weights go on learning. `model.network.compute_weights` applies it.
+A row w becomes s·round(w/s) on a symmetric grid up to its largest absolute value. The step sizes of
+the artifact follow from the byte budget and are known only after training; this grid approximates
+them. The straight-through estimator (Bengio et al. 2013) takes the derivative of rounding as that
+of the identity, so that the fp32 master weights are trained. `model.network.compute_weights`
+applies it.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""The state of an interrupted run on disk: one safetensors file, replaced atomically.
+"""The saved state of a training run: one safetensors file, replaced atomically.
 
 Its metadata holds a key, the hash of everything the run depends on; a state with another key is
-not continued. Nothing is pickled.
+not resumed. Nothing is pickled.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def save_state(path: Path, key: str, state: State) -> None:
 
 
 def load_state(path: Path, key: str) -> tuple[State | None, str]:
-    """The state at `path` if it can be continued, and what was found, in words."""
+    """The state at `path` if it can be resumed, and a message that says what was found."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -46,7 +46,7 @@ def load_state(path: Path, key: str) -> tuple[State | None, str]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("key") != key:
-                return None, f"{path}: ignored, it is of other parameters or data"
+                return None, f"{path}: ignored, its parameters or data differ"
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         return None, f"{path}: ignored, it is damaged ({error})"

@@ -1,9 +1,8 @@
-"""Everything that changes while training: weights, optimizer, average; and one step of it.
+"""The training state (weights, optimizer, average) and one optimizer step.
 
-The state is a flat dictionary of tensors that no process count has left a trace in, so that a run
-saved by one number of processes is continued by another. Nothing random happens after the
-initialization, and batches are found by the number of the step: weights, averages, moments and the
-number of steps are the whole state.
+The state is a flat dictionary of tensors that does not depend on the number of processes, so that a
+run saved by some is resumed by more or fewer. Nothing is random after the initialization, and
+batches follow from the step number: weights, average, moments and step number are the whole state.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,10 +41,10 @@ class Trainer:
         self.steps = 0
 
     def step(self, batches: Batches, multiplier: float) -> Tensor:
-        """Take one optimizer step on this process's next `microbatches`.
+        """Take one optimizer step on this process's next `microbatches` batches.
 
-        multiplier: of every learning rate; below `qat_threshold` the matrices are rounded.
-        Returns this process's part of the mean loss (nats per token, 0-dimensional, on the
+        multiplier: of all learning rates; below `qat_threshold` the matrices are rounded.
+        Returns this process's share of the mean loss (nats per token, 0-dimensional, on the
         device): the sum over the processes is the mean over the step's tokens.
         """
         return self._step(batches, multiplier, self.microbatches)
@@ -64,7 +63,7 @@ class Trainer:
         return total
 
     def _microbatch(self, tokens: Tensor, targets: Tensor, documents: Documents) -> Tensor:
-        """Add the gradients of one micro-batch; its share of the step's mean loss."""
+        """Accumulate the gradients of one microbatch; returns its share of the mean loss."""
         self.mark_dynamic(documents)
         losses = self.model.losses(tokens, targets, documents)
         loss = losses.mean() / (self.microbatches * self.group.size)
@@ -72,18 +71,18 @@ class Trainer:
         return loss.detach()
 
     def mark_dynamic(self, documents: Documents) -> None:
-        """Let one compiled graph serve any number of documents, from the first batch on."""
+        """Mark the number of documents as dynamic, so that it never causes a recompilation."""
         if self.compiled:
             dispatch.prepare_documents(documents, self.group.device)
             for tensor in (documents.cu_seqlens, documents.tiles):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def warm_up(self, batches: Batches) -> None:
-        """Take a step of one micro-batch for each kind, rounded and not, and undo them exactly.
+        """Take a step of one microbatch, another with rounding if it is on, and undo them exactly.
 
-        One micro-batch compiles all there is to compile, one step loads the optimizer's kernels
-        and opens the connections between processes. The rest is forgotten, and all processes get
-        the main one's weights.
+        A microbatch compiles everything; a step loads the optimizer's kernels and opens the
+        connections between processes. The state is restored, and all processes get the main
+        process's weights.
         """
         steps, state = self.steps, self.state()
         for multiplier in (1.0, 0.0) if self.params.qat_threshold else (1.0,):

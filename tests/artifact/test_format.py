@@ -24,7 +24,7 @@ from model.artifact.format import (
     restore,
     save_artifact,
 )
-from model.artifact.quantizer import Quantized, round_to_nearest, round_to_step
+from model.artifact.quantizer import Quantized, round_to_nearest, round_uniform
 from model.runtime.errors import InputError
 from tests.helpers.models import small_model
 
@@ -39,7 +39,7 @@ def stored(model):
         if name in matrices:
             tensors[name] = round_to_nearest(tensor, 6)
         elif name == "bigram.table":
-            tensors[name] = round_to_step(tensor, 2.0**-9)
+            tensors[name] = round_uniform(tensor, 2.0**-9)
         elif name == "embedding":
             tensors[name] = round_to_nearest(tensor, 8)
         else:

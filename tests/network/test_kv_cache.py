@@ -182,7 +182,7 @@ def test_text_is_the_same_and_its_work_recorded_once(kernel: None) -> None:
     runner = GraphRunner(captured=True)
     found = generate(model, noise, 0.8, 1, forbidden, runner=runner)
     assert torch.equal(found, generate_uncached(model, noise, 0.8, 1, forbidden))
-    assert len(runner._known) == 1
+    assert len(runner._graphs) == 1
 
 
 def test_losses_of_adapting_documents_are_the_same(

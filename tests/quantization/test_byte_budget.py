@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model.artifact.format import pack
-from model.artifact.quantizer import round_to_step
+from model.artifact.quantizer import round_uniform
 from model.quantization.bit_allocation import Allocation, rate_distortion
 from model.quantization.byte_budget import SLACK, code_bytes, fit_budget
 from model.runtime.errors import InputError
@@ -26,18 +26,18 @@ class Problem:
         )
         self.sizes: list[int] = []
 
-    def attempt(self, steps):
-        stored = {name: round_to_step(w, steps[name]) for name, w in self.weights.items()}
+    def attempt(self, step_sizes):
+        stored = {name: round_uniform(w, step_sizes[name]) for name, w in self.weights.items()}
         content = pack({}, stored, ["lzma"]).content
         self.sizes.append(len(content))
         return len(content), content
 
     def size(self, multiplier):
-        return self.attempt(self.allocation.steps(multiplier))[0]
+        return self.attempt(self.allocation.step_sizes(multiplier))[0]
 
     def fit(self, budget, guess=500_000.0):
         self.sizes = []
-        first = (self.allocation.steps(0.0), guess)
+        first = (self.allocation.step_sizes(0.0), guess)
         return fit_budget(self.allocation, self.attempt, first, CODE, budget)
 
 
@@ -45,7 +45,7 @@ def test_what_fits_gets_the_finest_steps_at_once():
     problem = Problem()
     budget = CODE + problem.size(0.0)
     fit = problem.fit(10 * budget)
-    assert fit.steps == problem.allocation.steps(0.0)
+    assert fit.step_sizes == problem.allocation.step_sizes(0.0)
     assert len(problem.sizes) == 1
     assert problem.fit(budget).size == budget - CODE
 
@@ -74,22 +74,24 @@ def test_what_cannot_fit_fails_and_says_what_would():
 
 def test_the_coarsest_steps_are_tried_before_giving_up():
     problem = Problem()
-    coarsest = problem.allocation.steps(float("inf"))
+    coarsest = problem.allocation.step_sizes(float("inf"))
 
-    def attempt(steps):  # sizes that do not follow the prediction: only the coarsest steps fit
-        return (1_000 if steps == coarsest else 900_000), steps
+    def attempt(step_sizes):  # unpredictable sizes: only the coarsest step sizes fit
+        return (1_000 if step_sizes == coarsest else 900_000), step_sizes
 
-    first = (problem.allocation.steps(0.0), 900_000.0)
-    assert fit_budget(problem.allocation, attempt, first, CODE, CODE + 899_999).steps == coarsest
+    first = (problem.allocation.step_sizes(0.0), 900_000.0)
+    assert (
+        fit_budget(problem.allocation, attempt, first, CODE, CODE + 899_999).step_sizes == coarsest
+    )
 
 
 def test_counted_code_is_the_python_source_alone(tmp_path):
-    for package in ("data", "model", "steps", "workflow"):
+    for package in ("model", "pocketlm", "steps"):
         shutil.copytree(ROOT / package, tmp_path / package)
     expected = code_bytes(tmp_path)
     (tmp_path / "README.md").write_text("not counted")
     (tmp_path / "model" / "weights.bin").write_bytes(bytes(1000))
-    (tmp_path / "model" / "gpt.py").touch()
+    (tmp_path / "model" / "network" / "gpt.py").touch()
     assert code_bytes(tmp_path) == expected
     assert expected == code_bytes(tmp_path)
     (tmp_path / "model" / "new.py").write_text("counted = 'whatever it is, it takes some bytes'\n")

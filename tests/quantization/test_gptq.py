@@ -7,7 +7,7 @@ from model.artifact.quantizer import (
     largest_code,
     representable,
     round_to_nearest,
-    round_to_step,
+    round_uniform,
 )
 from model.quantization.gptq import damped, gptq, inverse_factor, solve, weighted_error
 
@@ -21,8 +21,8 @@ def problem(matrices=2, rows=12, columns=24, seed=0):
 
 
 def quantize(weights, hessians, step=0.5, damping=0.01, block=7):
-    steps = torch.full((len(weights),), step, device=weights.device)
-    return gptq(weights, hessians, steps, damping, block)
+    step_sizes = torch.full((len(weights),), step, device=weights.device)
+    return gptq(weights, hessians, step_sizes, damping, block)
 
 
 def errors(results, weights, hessians):
@@ -47,7 +47,7 @@ def test_the_identity_hessian_is_rounding_to_nearest():
     weights, _ = problem()
     results = quantize(weights, torch.eye(24).double().repeat(2, 1, 1), 0.25)
     for weight, result in zip(weights, results, strict=True):
-        expected = round_to_step(weight, 0.25)
+        expected = round_uniform(weight, 0.25)
         assert torch.equal(result.codes, expected.codes)
         assert torch.equal(result.scales, expected.scales)
 
@@ -93,7 +93,7 @@ def test_it_beats_rounding_under_the_hessian(step):
     weights, hessians = problem(rows=64)
     step = representable(step)
     solved = errors(quantize(weights, hessians, step), weights, hessians)
-    rounded = errors([round_to_step(w, step) for w in weights], weights, hessians)
+    rounded = errors([round_uniform(w, step) for w in weights], weights, hessians)
     assert solved.sum() < 0.7 * rounded.sum()
 
 
@@ -129,7 +129,7 @@ def test_dead_columns_are_rounded_and_disturb_nothing():
     weights, hessians = problem(matrices=1)
     hessians[:, 5], hessians[:, :, 5] = 0, 0
     (result,) = quantize(weights, hessians)
-    expected = round_to_step(weights[0], 0.5)
+    expected = round_uniform(weights[0], 0.5)
     assert torch.equal(result.codes[:, 5], expected.codes[:, 5])
     (unknown,) = quantize(weights, torch.zeros_like(hessians))
     assert torch.equal(unknown.codes, expected.codes)
@@ -142,7 +142,7 @@ def test_inputs_of_nearly_rank_one_are_solved():
     hessians = (inputs.T @ inputs / 800)[None]
     (result,) = quantize(weights, hessians, 0.125, 1e-6, 128)
     solved = weighted_error(weights[0] - result.dequantize(), hessians[0])
-    nearest = round_to_step(weights[0], 0.125).dequantize()
+    nearest = round_uniform(weights[0], 0.125).dequantize()
     rounded = weighted_error(weights[0] - nearest, hessians[0])
     assert solved.sum() < 0.05 * rounded.sum()
 
@@ -169,7 +169,7 @@ def test_steps_are_positive_fp16_values():
         found = representable(step)
         assert 0 < found < float("inf")
         assert torch.tensor(found).half().item() == found
-    assert not round_to_step(torch.zeros(2, 3), representable(0.0)).codes.any()
+    assert not round_uniform(torch.zeros(2, 3), representable(0.0)).codes.any()
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The quantize step as a program, on a small random model and a real corpus in miniature."""
+"""The quantize stage as a program, on a small random model and a real corpus in miniature."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 
 import benchmarks.quantize
 from model.artifact.format import load_artifact, read_artifact, restore
-from model.artifact.quantizer import Quantized, round_to_step
+from model.artifact.quantizer import Quantized, round_uniform
 from model.data.shards import BOS, Manifest, Shard, ShardWriter
 from model.data.sources import SPLITS, Split
 from model.network.checkpoint import load_checkpoint, save_checkpoint
@@ -106,7 +106,7 @@ def test_the_step_quantizes_packs_and_scores(workspace, monkeypatch):
         if name.endswith(("embedding", "table", "weight")):
             assert isinstance(stored, Quantized)
             (step,) = stored.scales.float().unique().tolist()
-            nearest = torch.equal(stored.codes, round_to_step(weight, step).codes)
+            nearest = torch.equal(stored.codes, round_uniform(weight, step).codes)
             assert nearest == (name not in matrices and name != "embedding")  # or else GPTQ
         else:
             assert torch.equal(restore(stored), weight.half().float())
@@ -152,7 +152,7 @@ def test_an_impossible_budget_fails_and_publishes_nothing(workspace, monkeypatch
     with pytest.raises(SystemExit) as failure:
         quantize(monkeypatch)
     assert failure.value.code == 2
-    assert "the coarsest rounding that makes sense" in capsys.readouterr().err
+    assert "the coarsest step sizes" in capsys.readouterr().err
     assert not Path(OUTPUT).exists()
 
 

@@ -1,4 +1,4 @@
-"""The train step as a program: interrupted, shared by processes, given bad input."""
+"""The train stage as a program: interrupted, shared by processes, given bad input."""
 
 import csv
 import dataclasses
@@ -58,7 +58,7 @@ TRAIN: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
-    """A directory of token shards, as the tokenize step leaves it."""
+    """A directory of token shards, as the tokenize stage leaves it."""
     directory = tmp_path_factory.mktemp("tokens")
     tokenizer = small_tokenizer(directory / "tokenizer.model", VOCABULARY)
     writers = {split: ShardWriter(directory, split, 1500) for split in SPLITS}
@@ -320,7 +320,7 @@ def test_a_second_run_of_the_same_step_waits(tokens, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = start(directory)
         assert process.stderr is not None
-        assert "another run of this step is using it; waiting" in process.stderr.readline()
+        assert "another run of this stage is using it; waiting" in process.stderr.readline()
         assert not (work / "log.jsonl").exists()
     finish(process)
     assert (directory / "artifacts/train/seed0/metrics.json").exists()

@@ -1,4 +1,4 @@
-"""The ttt_eval step as it is started by the workflow, on a miniature with random weights."""
+"""The ttt_eval stage as it is started by the workflow, on a miniature with random weights."""
 
 import dataclasses
 import json

@@ -574,7 +574,7 @@ class NotedOperations(GraphRunner):
         self.present = key
         return super().run(key, work)
 
-    def _record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def _capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         with Operations() as operations:
             result = work()
         fresh = True

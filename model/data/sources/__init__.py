@@ -1,7 +1,7 @@
-"""Where text comes from: one file per source, one protocol, one rule for the hold-out.
+"""Text sources: one file per source, one protocol, one rule for the hold-out.
 
-A `TextSource` is an ordered collection of texts that is read as a stream, as often as needed and
-each time in the same order; `Corpus` says which of its texts are held out. To add a source, write
+A `TextSource` is an ordered collection of texts that can be streamed any number of times, always in
+the same order; `Corpus` decides which of its texts are held out. To add a source, write
 a class with the three members of the protocol and name it in `open_corpus` and in
 `model/data/config.py` (docs/data.md has the recipe).
 """
@@ -23,7 +23,7 @@ class TextSource(Protocol):
     """Texts in a fixed order, streamed.
 
     megabytes: about how much a whole pass reads, for progress only.
-    files: what the provenance of the result should name.
+    files: recorded in the provenance of the result.
     """
 
     megabytes: float
@@ -50,7 +50,7 @@ class Corpus:
     texts: all documents if `validation` is None, else the training documents.
     validation: the held-out documents, if they are given.
     fraction: share of `texts` to hold out if they are not given, chosen by the hash of the text;
-        so a document's split depends on nothing else, and copies of a text share their split.
+        so a document's split depends only on its text, and copies of a text share their split.
     """
 
     texts: TextSource

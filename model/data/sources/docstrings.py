@@ -4,7 +4,7 @@ One document per module: the docstrings of the module, its classes and its funct
 of the source text. Modules are parsed with `ast`, never imported. They are visited in the order of
 the hash of their names, which mixes packages and does not depend on the file system; a docstring
 seen before is left out, and so are modules that cannot be parsed, which are templates and
-deliberately broken test files.
+deliberately invalid test files.
 
 The text must be the same on every machine. So it comes from `PACKAGES` alone, whose versions
 constraints.txt pins, and only from files that their installation records, whatever else lies beside
@@ -39,7 +39,7 @@ class Docstrings:
         self._modules = installed_modules() if modules is None else modules
 
     def texts(self) -> Iterator[tuple[str, float]]:
-        """Yield one document per module that has something new to say."""
+        """Yield one document per module that has docstrings not seen before."""
         seen: set[bytes] = set()
         read = 0.0
         for name in sorted(self._modules, key=_digest):

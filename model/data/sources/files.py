@@ -1,8 +1,7 @@
 """Texts in files of your own: .jsonl and .jsonl.zst (key "text"), .parquet (column text), .txt.
 
-Everything but a .txt file, which is one document, is read piece by piece. What cannot be a document
-stops the run with the file and the line, row or byte it stands at, because a corpus that
-silently shrinks is worse than one that must be repaired.
+Everything but a .txt file, which is one document, is streamed. Invalid documents stop the run
+with an error naming file and line, row or byte: a corpus must not shrink silently.
 """
 
 import json
@@ -16,8 +15,8 @@ from model.runtime.errors import InputError
 
 Reader = Callable[[Path], Iterator[tuple[str, int]]]  # texts, and bytes of the file read so far
 PIECE = 1 << 18  # bytes read at once
-COMPRESSED_PIECE = 1 << 11  # of zstd: a few bytes may stand for a thousand times as many
-ROWS = 256  # of a parquet file decoded at once
+COMPRESSED_PIECE = 1 << 11  # the same of zstd, which may expand a thousandfold
+ROWS = 256  # rows of a parquet file decoded at once
 
 
 class Files:
@@ -48,7 +47,7 @@ class Files:
 
 
 def _reader(path: Path, key: str) -> Reader:
-    """Choose the reader by the end of the file's name."""
+    """Choose the reader by the file name's suffix."""
     for suffix, reader in READERS.items():
         if path.name.endswith(suffix):
             return reader

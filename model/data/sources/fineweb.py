@@ -1,10 +1,10 @@
 """The published FineWeb shards and their tokenizer, from the Hugging Face Hub.
 
 The dataset has a `manifest.json` that says which files belong to a vocabulary. Each is downloaded
-(huggingface-hub continues a file that was cut off), checked, linked beside the others under our own
-name and counted; what was counted is remembered, so a run that was interrupted goes on where it
-was. A file is right if its header and size agree and its SHA-256 is the one its publisher gives, in
-the manifest or as the name under which the hub's cache keeps large files.
+(huggingface-hub resumes partial downloads), verified, hard-linked under the name that `Manifest`
+expects, and counted; the counts are saved, so that an interrupted run resumes. A file is valid if
+its header and size agree and its SHA-256 is the published one, from the manifest or from the name
+of the blob in the hub's cache.
 """
 
 import os
@@ -33,7 +33,7 @@ SPAN = 1 << 22  # tokens counted at once
 class Published:
     """One published data set.
 
-    download: huggingface_hub.hf_hub_download, or a double of it.
+    download: huggingface_hub.hf_hub_download, or a test double.
     folder: of this data set in the repository.  tokenizer: path of its model there.
     counts: number of shards of each split.  hashes: SHA-256 by path, where the manifest's entry
     of the data set has a `sha256` that maps file names to them.
@@ -46,7 +46,7 @@ class Published:
     hashes: dict[str, str]
 
     def fetch(self, name: str) -> Path:
-        """Download a file of the repository; raises InputError if it arrives wrong twice."""
+        """Download a file of the repository; raises InputError if it is invalid twice."""
         for force in (False, True):
             path = _download(self.download, name, force)
             problem = self._problem(path, name)
@@ -106,7 +106,7 @@ def open_published(vocabulary: int, train_shards: int, download: Callable[..., s
 def fetch_published(
     published: Published, vocabulary: int, directory: Path, done: Callable[[], None]
 ) -> Manifest:
-    """Bring shards and tokenizer into `directory` and describe them; `done` is called per file.
+    """Fetch shards and tokenizer into `directory` and describe them; `done` is called per file.
 
     `directory` may hold part of them from an interrupted run. Raises InputError if a file cannot
     be had, or if tokenizer and shards do not belong together.
@@ -135,15 +135,15 @@ def fetch_published(
 
 
 def _fetch_shard(published: Published, name: str, path: Path, tokenizer: Tokenizer) -> Shard:
-    """Bring one shard to `path`, unless its note says that an earlier run has done so."""
-    note = path.with_suffix(".json")
-    if note.exists() and path.exists():
-        shard = Shard(**read_json(note))
+    """Fetch one shard to `path`, unless its saved counts show that an earlier run did."""
+    counts = path.with_suffix(".json")
+    if counts.exists() and path.exists():
+        shard = Shard(**read_json(counts))
         if len(read_shard(path)) == shard.tokens:
             return shard
     _link(published.fetch(name), path)
     shard = count_shard(path, tokenizer)
-    write_json(note, asdict(shard))
+    write_json(counts, asdict(shard))
     return shard
 
 
@@ -167,18 +167,18 @@ def count_shard(path: Path, tokenizer: Tokenizer) -> Shard:
 
 
 def _download(download: Callable[..., str], name: str, force: bool) -> Path:
-    """Call the hub; what fails there is the network's or the hub's, and a user can try again."""
+    """Download one file; any failure is an InputError, as the user can try again."""
     try:
         return Path(download(REPOSITORY, name, repo_type="dataset", force_download=force))
     except Exception as error:  # versions of huggingface-hub use different HTTP libraries
         raise InputError(
             f"{REPOSITORY}/{name}: cannot be downloaded ({type(error).__name__}: {error})",
-            "check the network and the disk and run again: what has arrived is kept",
+            "check the network and the disk and run again: complete files are kept",
         ) from error
 
 
 def _link(source: Path, path: Path) -> None:
-    """Let `path` be the same file as `source` (behind its links), or a copy on another disk."""
+    """Hard-link `path` to `source` with symlinks resolved, or copy it from another file system."""
     source = source.resolve()
     path.unlink(missing_ok=True)
     try:
@@ -189,5 +189,5 @@ def _link(source: Path, path: Path) -> None:
 
 
 def _named(entries: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """Return the entry of a name."""
+    """Return the entry with the given name, or None."""
     return next((entry for entry in entries if entry["name"] == name), None)
