@@ -74,7 +74,7 @@ def pack_span(tokens: np.ndarray, sequence_length: int) -> list[int]:
 class TrainingBatches:
     """The microbatches of one process, prefetched by a thread.
 
-    tokens_per_microbatch: per process; tokens_per_step: of all processes together, a multiple of it.
+    tokens_per_microbatch: per process; tokens_per_step: of all processes, a multiple of it.
     group: decides which spans of each step this process takes. device: of the batches.
     """
 

@@ -185,3 +185,13 @@ def test_dvc_and_snakemake_profiles_agree_with_the_design() -> None:
         settings = yaml.safe_load(profile.read_text())
         assert settings["rerun-triggers"] == ["mtime"]
         assert settings["max-checksum-file-size"] == 0
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.name != "lab-notes.md"], ids=lambda p: p.name
+)
+def test_paths_named_on_a_page_exist(page: Path) -> None:
+    named = re.findall(
+        r"`((?:model|pocketlm|steps|benchmarks|tests|conf)/[\w/.]*)`", page.read_text()
+    )
+    assert not [path for path in named if not (ROOT / path).exists()]
