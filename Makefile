@@ -1,5 +1,6 @@
 # make report   set up, run the experiment in params.yaml, print the headline of its report
-# make test     set up, check format, style and types, run the tests
+# make test     set up, check format, style, types and imports, run the tests but campaigns
+# make test-all the same with campaigns: long series of random cases
 # make setup    only install what is needed, into .venv
 
 PYTHON ?= python3
@@ -7,7 +8,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: report test setup
+# As many workers as cores, each with whole files of tests; whole-workflow tests begin.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: report test test-all checks setup
 .DEFAULT_GOAL := report
 
 report: $(INSTALLED)
@@ -15,12 +19,18 @@ report: $(INSTALLED)
 	@$(BIN)/snakemake --cores all report --quiet host reason
 	@cat artifacts/report/headline.txt
 
-test: $(INSTALLED)
+test: checks
+	$(PYTEST) -m "not campaign"
+
+test-all: checks
+	$(PYTEST)
+
+checks: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/snakefmt --check Snakefile
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/lint-imports
 
 setup: $(INSTALLED)
 

@@ -1,4 +1,4 @@
-"""What all tests share: no network, and one thread per process so that times mean something."""
+"""What all tests share: no network, one thread per process so that times mean something."""
 
 import os
 
@@ -13,12 +13,18 @@ if not torch.cuda.is_available():  # kernels are interpreted; read when triton i
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none; run whole-workflow tests last."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    items.sort(key=lambda item: "workflow" in item.keywords)
+    """Skip what needs a GPU where there is none; share the tests out among several workers.
+
+    Tests of a file share fixtures and run in one worker (pytest-xdist, `--dist loadgroup`). Those
+    of the whole workflow share theirs through files (`tests.helpers.shared`), so any worker may
+    take one; they are the longest and begin.
+    """
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "workflow" not in item.keywords:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+    items.sort(key=lambda item: "workflow" not in item.keywords)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.helpers.shared import made_once
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SNAKEMAKE = ["snakemake", "report", "--cores", "2", "--resources", "gpu=2"]
@@ -142,7 +144,7 @@ def write_texts(directory: Path) -> None:
             file.write(json.dumps({"text": text}) + "\n")
 
 
-def make_checkout(path: Path) -> Checkout:
+def make_checkout(path: Path) -> None:
     """Copy the files that git tracks and choose the miniature experiment; nothing is run."""
     listing = ["git", "ls-files", "-z"]
     names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True, text=True).stdout
@@ -156,26 +158,28 @@ def make_checkout(path: Path) -> Checkout:
     checkout.run("git", "init", "-q", "-b", "main")
     checkout.run(str(BIN / "python"), "-m", "pocketlm", "preset", "miniature", "--force")
     checkout.commit("miniature")
-    return checkout
 
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A checkout in which nothing has been run."""
-    return make_checkout(tmp_path_factory.mktemp("fresh") / "checkout")
+    place = made_once(tmp_path_factory, "fresh", lambda place: make_checkout(place / "checkout"))
+    return Checkout(place / "checkout")
 
 
 @pytest.fixture(scope="session")
 def finished(fresh: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A checkout in which Snakemake has run everything, committed and pushed to a local remote."""
-    folder = tmp_path_factory.mktemp("finished")
-    checkout = fresh.copy(folder / "checkout")
-    ran = checkout.steps_run_by(*SNAKEMAKE)
-    assert ran == sorted(["tokenize", *FROM_TRAIN])
-    checkout.run("dvc", "remote", "add", "--default", "storage", str(folder / "remote"))
-    checkout.commit("results")
-    checkout.run("dvc", "push", "-q")
-    return checkout
+
+    def make(place: Path) -> None:
+        checkout = fresh.copy(place / "checkout")
+        ran = checkout.steps_run_by(*SNAKEMAKE)
+        assert ran == sorted(["tokenize", *FROM_TRAIN])
+        checkout.run("dvc", "remote", "add", "--default", "storage", str(place / "remote"))
+        checkout.commit("results")
+        checkout.run("dvc", "push", "-q")
+
+    return Checkout(made_once(tmp_path_factory, "finished", make) / "checkout")
 
 
 @pytest.fixture
