@@ -42,7 +42,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     offline = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
-    build = [sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", place, source]
+    build = [sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", str(place), str(source)]
     subprocess.run(build, check=True)
     (wheel,) = place.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(place / "site")
