@@ -1,7 +1,7 @@
-"""What the benchmarks share: timing, measured rates of the device, stages with a limit, tables.
+"""Shared by the benchmarks: timing, measured rates of the device, sections with a limit, tables.
 
-Every stage says when it begins and ends and is given up after its limit, so that one that hangs or
-fails costs neither the others nor the machine's time.
+Every section prints its start and end and is aborted after its time limit, so that one that hangs
+or fails does not stop the others.
 """
 
 import argparse
@@ -18,13 +18,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from model.data.loader import CU_SEQLENS_MULTIPLE
 from model.data.packing import Documents
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
 from pocketlm.params.presets import compose
 
 MEAN_LOG_LENGTH, DEVIATION_LOG_LENGTH = 6.6, 1.1  # of documents of web text, in tokens
-# Dense bf16 products, FLOP/s, by a part of the device's name.
+# Peak dense bf16 FLOP/s, by a substring of the device's name.
 PEAK_RATES = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 RATE_SIZE = {"cuda": 8192, "cpu": 512}
 
@@ -37,33 +38,33 @@ def load(preset: str) -> Params:
 
 
 def arguments(name: str, description: str) -> argparse.ArgumentParser:
-    """The arguments that all benchmarks have."""
+    """Arguments shared by all benchmarks."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--preset", default="record", help="preset, or path of a params.yaml")
     parser.add_argument("--repeats", type=int, default=20, help="measurements for each median")
-    parser.add_argument("--limit", type=int, default=180, help="seconds a stage may take")
+    parser.add_argument("--limit", type=int, default=180, help="time limit of a section, seconds")
     return parser
 
 
 def say(text: str, show: bool = True) -> None:
-    """Print at once, also into a file."""
+    """Print and flush."""
     if show:
         print(text, flush=True)
 
 
 class OutOfTime(Exception):
-    """A stage took longer than its limit."""
+    """A section took longer than its limit."""
 
 
 @contextmanager
-def stage(name: str, limit: int, show: bool = True) -> Iterator[None]:
-    """Run the block as a stage; what goes wrong in it, the limit included, is printed and dropped.
+def section(name: str, limit: int, show: bool = True) -> Iterator[None]:
+    """Run the block as a section; an exception in it, or exceeding the limit, is only printed.
 
-    limit: seconds. A call that never comes back to Python is not interrupted.
+    limit: seconds. A call that never returns to Python is not interrupted.
     """
 
     def stop(*_: Any) -> None:
-        raise OutOfTime(f"given up after {limit} s")
+        raise OutOfTime(f"aborted after {limit} s")
 
     say(f"{name} …", show)
     started, before = time.perf_counter(), signal.signal(signal.SIGALRM, stop)
@@ -79,7 +80,7 @@ def stage(name: str, limit: int, show: bool = True) -> Iterator[None]:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table; numbers to the right, None as a dash."""
+    """Print a table; numbers right-aligned, None as a dash."""
     shown = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         shown.add_column(column, justify="left" if number == 0 else "right")
@@ -97,7 +98,7 @@ def _cell(value: Any) -> str:
 
 
 class Timed:
-    """Calls a function and keeps how long each call took on `device`, without waiting for it."""
+    """Calls a function and records the duration of each call on `device`, asynchronously."""
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
         self.function, self.device = function, device
@@ -125,12 +126,12 @@ class Timed:
         return statistics.median(start.elapsed_time(end) for start, end in self._spans)
 
     def forget(self) -> None:
-        """Drop the calls so far."""
+        """Discard the calls so far."""
         self._spans.clear()
 
 
 def median_ms(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median duration of a call on `device`, in ms, after three that do not count."""
+    """Median duration of a call on `device`, in ms, after three warm-up calls."""
     timed = Timed(function, device)
     for _ in range(3):
         function()
@@ -140,7 +141,7 @@ def median_ms(function: Callable[[], Any], device: torch.device, repeats: int) -
 
 
 def peak_rate(device: torch.device) -> float | None:
-    """What the device can do at most in dense bf16 products, FLOP/s; None if it is not known."""
+    """Peak dense bf16 FLOP/s of the device; None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((rate for part, rate in PEAK_RATES.items() if part in name), None)
 
@@ -154,7 +155,7 @@ def copy_rate(device: torch.device, repeats: int) -> float:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
-    """Measured FLOP/s of a large square product."""
+    """Measured FLOP/s of a large square matrix product."""
     size = RATE_SIZE[device.type]
     x = torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size**3 / median_ms(lambda: x @ x, device, repeats) * 1000
@@ -174,14 +175,14 @@ def synthetic_lengths(total: int, longest: int, seed: int = 0) -> list[int]:
 
 
 def synthetic_documents(total: int, longest: int, device: torch.device, seed: int = 0) -> Documents:
-    """`synthetic_lengths` as packed documents, padded as the training batches are."""
+    """Packed documents of `synthetic_lengths`, padded like training batches."""
     lengths = synthetic_lengths(total, longest, seed)
-    lengths += [0] * (-(len(lengths) + 1) % 64)
+    lengths += [0] * (-(len(lengths) + 1) % CU_SEQLENS_MULTIPLE)
     cu_seqlens = Documents.from_lengths(lengths).cu_seqlens.to(device)
     return Documents(cu_seqlens, total, longest)
 
 
 def causal_pairs(documents: Documents) -> int:
-    """Pairs (token, itself or an earlier one of its document): Σ n(n + 1)/2 over documents."""
+    """(query, key) pairs under the causal mask: Σ n(n + 1)/2 over documents."""
     lengths = documents.cu_seqlens.diff().long()
     return int((lengths * (lengths + 1) // 2).sum())

@@ -1,16 +1,16 @@
-"""What a training step must do at least: floating-point operations, and bytes through memory.
+"""Lower bounds of a training step: floating-point operations, and bytes of memory traffic.
 
-Model FLOPs of a micro-batch, the numerator of the utilization (MFU):
+Model FLOPs of a microbatch, the numerator of the model FLOPs utilization (MFU):
 
     6 · (values in matrices that tokens are multiplied by) · tokens
     + 12 · layers · heads · d · Σ_documents n(n + 1)/2
 
-6 are 2 for the forward product and 4 for the gradients of input and weight; 12 are the same for the
-two products of attention, whose pairs are those the mask leaves in documents of the actual lengths.
-Recomputation counts as time, not as work.
+The 6 is 2 for the forward product plus 4 for the gradients of input and weight; the 12 is the same
+for the two products of attention, over the (query, key) pairs that the causal mask leaves in
+documents of the actual lengths. Recomputation does not count as model FLOPs.
 
-Bytes: every tensor between two products must be written by one kernel and read by the next one;
-`chain_bytes` counts them for chains that are fused perfectly.
+Bytes: every tensor between two matrix products must be written by one kernel and read by the next;
+`chain_bytes` counts them for perfectly fused elementwise chains.
 """
 
 from model.network.config import ModelConfig
@@ -38,12 +38,12 @@ def product_flops(model: GPT, tokens: int) -> float:
 
 
 def chain_bytes(params: ModelConfig, tokens: int) -> float:
-    """Bytes that everything between the products of the blocks must read and write.
+    """Bytes that the elementwise chains between the blocks' products must read and write.
 
     In units of width w, query width q and key width k, forward: mix and norm 4w (x, x0; u, n);
     q and k normed and rotated 2(q + k); XSA 2q + k; residual and norm 4w; residual 3w. Backward:
     norm and mix 7w (dn, du, x, x0, dx, dx0 twice); rotation and norms 3(q + k); XSA 3q + 2k;
-    norm 4w. The activation is part of the products around it. Skips: 2w forward, 4w backward.
+    norm 4w. The activation is fused into the products around it. Skips: 2w forward, 4w backward.
     """
     w, q = params.width, params.heads * params.head_width
     k = params.kv_heads * params.head_width

@@ -1,7 +1,7 @@
-"""Each operation's implementations beside each other: ms, error, and the floor of the device.
+"""Implementations of each operation compared: ms, error, and the floor of the device.
 
-`python -m benchmarks.ops`, one process. Errors are the largest deviation from the plain formula in
-fp32 on the same inputs, relative to its largest value, of result and gradients. Floors: the
+`python -m benchmarks.ops`, one process. Errors are the largest deviations of result and gradients
+from the reference in fp32 on the same inputs, relative to the largest value. Floors (roofline): the
 operation's FLOPs at the measured rate of a large product, or its bytes at that of a copy, whichever
 takes longer.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, floors
-from benchmarks.common import say, stage, table
+from benchmarks.common import say, section, table
 from model.data.packing import Documents
 from model.kernels import dispatch, varlen
 from model.network.config import ModelConfig
@@ -25,7 +25,7 @@ from model.runtime.errors import InputError
 from model.training.muon import orthogonalize
 from pocketlm.params.params import Params
 
-COLUMNS = ("implementation", "forward ms", "both ms", "floor ms", "error", "cannot be had")
+COLUMNS = ("implementation", "forward ms", "both ms", "floor ms", "error", "unavailable")
 FUSED = ("reference", "triton")
 
 
@@ -47,20 +47,20 @@ class Bench:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens of a microbatch."""
         return self.params.train.tokens_per_microbatch
 
     def random(self, *shape: int) -> Tensor:
-        """Standard normal values, from whose leaf gradients are taken."""
+        """Standard normal values that require gradients."""
         values = torch.randn(*shape, device=self.device, dtype=self.dtype)
         return values.requires_grad_()
 
     def floor(self, flops: float, moved: float) -> float:
-        """Milliseconds that the work takes at least."""
+        """Lower bound of the duration, ms."""
         return 1000 * max(flops / self.product, moved / self.copy)
 
     def measure(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> "Measured":
-        """Time a function of `inputs`, and keep its result and gradients."""
+        """Time a function of `inputs`; returns also its result and gradients."""
         compiled = torch.compile(function) if self.device.type == "cuda" else function
         result = compiled(*inputs)
         seed = torch.ones_like(result)
@@ -103,7 +103,7 @@ def on_documents(function: varlen.Attention, documents: Documents) -> Callable[.
 
 
 def attention(bench: Bench) -> None:
-    """Every attention on the documents of one micro-batch; the error on a few of them."""
+    """Every attention on the documents of one microbatch; the error on a few documents."""
     model = bench.model
     documents = common.synthetic_documents(bench.tokens, model.sequence_length, bench.device)
     few = Documents.from_lengths(
@@ -152,7 +152,7 @@ def mlp(bench: Bench) -> None:
 
 
 def mix(bench: Bench) -> None:
-    """Skip, mix and norm of a block's input; the sum of both results stands for them."""
+    """Skip, residual mixing and norm of a block's input; measured on the sum of both results."""
     shape = (bench.tokens, bench.model.width)
     x, x0, earlier = (bench.random(*shape) for _ in range(3))
     matrix, weight = (
@@ -190,7 +190,7 @@ def compare(
 
 
 def products(bench: Bench) -> None:
-    """The shapes of the model's products, alone."""
+    """The model's matrix products, one by one."""
     model = bench.model
     query, key = model.heads * model.head_width, model.kv_heads * model.head_width
     shapes = {
@@ -234,7 +234,7 @@ def newton_schulz(bench: Bench) -> None:
 
 def main() -> None:
     """Measure, operation by operation."""
-    chosen = common.arguments("ops", "Operations side by side.").parse_args()
+    chosen = common.arguments("ops", "Implementations of operations compared.").parse_args()
     params = common.load(chosen.preset)
     with process_group() as group:
         device = group.device
@@ -250,7 +250,7 @@ def main() -> None:
         )
         say(f"copy {bench.copy / 1e12:.3g} TB/s, products {bench.product / 1e12:.3g} TFLOP/s")
         for comparison in (attention, mix, mlp, products, newton_schulz):
-            with stage(comparison.__name__, chosen.limit):
+            with section(comparison.__name__, chosen.limit):
                 comparison(bench)
 
 

@@ -1,16 +1,16 @@
-"""Seconds, bytes and nats of a quantized model, beside the entropy of its codes.
+"""Seconds, bytes and nats of a quantized model, compared with the entropy of its codes.
 
     python -m benchmarks.quantize --seed 0
 
-It reads what the quantize step left in artifacts/quantize/seed<n>, codes the codes of the artifact
-again, and by the general-purpose compressors for comparison. Coding is timed with all streams side
-by side, as the step does it; decoding is reading the artifact. Both may happen on another machine
-than the step, whose device, versions and commit are those of the record.
+It reads the outputs of the quantize stage in artifacts/quantize/seed<n> and encodes the artifact's
+codes again, also with the general-purpose compressors for comparison. Encoding is timed with all
+streams in parallel, as in the stage; decoding is reading the artifact. Both may run on another
+machine than the stage, whose device, versions and commit are recorded.
 
     python -m benchmarks.quantize --text h100
 
-times the calibration text of a preset alone, written by a model with random weights: the first time
-with all that has to be loaded and captured, then again; and counts the kernels of one token.
+times the calibration text of a preset, sampled from a model with random weights: the first time
+with loading and graph capture, then again; and counts the kernels per token.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def general_bytes(stream: Stream, name: str) -> int:
 
 
 def measure(directory: Path, compressors: list[str]) -> tuple[list[list[Any]], dict[str, Any]]:
-    """Rows of the table of streams, and the figures to record, of the step's output."""
+    """Rows of the table of streams, and the figures to record, of the stage's output."""
     metrics = read_json(directory / "metrics.json")
     started = time.perf_counter()
     _, tensors = read_artifact(directory / "model.pocket")
@@ -70,9 +70,9 @@ def measure(directory: Path, compressors: list[str]) -> tuple[list[list[Any]], d
         others = [general_bytes(stream, other) for other in compressors]
         rows.append([name, values, size, entropy_bytes(stream), *others])
     total = ["all codes", *(sum(column) for column in list(zip(*rows, strict=True))[1:])]
-    step, here = read_json(directory / "provenance.json"), environment()
+    stage, here = read_json(directory / "provenance.json"), environment()
     figures = {
-        **{key: step[key] for key in ("device", "versions", "commit")},
+        **{key: stage[key] for key in ("device", "versions", "commit")},
         "coded_on": f"{here['device']}, {here['cpu_threads']} threads",
         "quantize_s": metrics["seconds"]["total"],
         "calibration_s": metrics["seconds"]["calibration"],
@@ -95,7 +95,7 @@ def show(rows: list[list[Any]], figures: dict[str, Any], compressors: list[str])
         ["stream", "values", "bytes", "bits each", "entropy", "of entropy", *compressors],
         [[n, v, size, 8 * size / v, 8 * h / v, size / h, *rest] for n, v, size, h, *rest in rows],
     )
-    table("The step", ["part", "seconds"], [[k, float(v)] for k, v in figures["seconds"].items()])
+    table("The stage", ["part", "seconds"], [[k, float(v)] for k, v in figures["seconds"].items()])
     table(
         "In all",
         ["figure", "value"],
@@ -127,7 +127,7 @@ def time_text(params: Params, device: torch.device) -> list[list[Any]]:
 
 
 def kernels(write: Callable[[int], Any], device: torch.device) -> int | None:
-    """Kernels that one token more takes, unrecorded; `write` is given a length. None: on a CPU."""
+    """Kernels of one more token, run eagerly; `write` takes a length. None: on a CPU."""
     if device.type != "cuda":
         return None
     counts = []

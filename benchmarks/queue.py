@@ -1,7 +1,7 @@
-"""How long several processes take to get through a queue of batches, computed without running one.
+"""Simulation of several processes that share a queue of batches.
 
-Every process takes the next batch when it is done with one. A batch is as many chunks one after the
-other as its longest document has.
+Every process takes the next batch when it has finished one. A batch runs as many chunks in sequence
+as its longest document has.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from model.ttt.config import TTTConfig
 
 @dataclass(frozen=True)
 class QueueTimes:
-    """How processes get through the batches: units of time as `seconds` of `simulate` gives them.
+    """Times of a simulated queue, in the unit of `seconds` of `simulate`.
 
     busy: of all processes together; makespan: until the last one is done; longest: of one batch;
     wasted_rows: share of the rows run that belong to no document or one already finished.

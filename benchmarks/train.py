@@ -1,7 +1,7 @@
-"""Speed of training: tokens/s, utilization, ms by part beside their floors, memory, start-up.
+"""Speed of training: tokens/s, utilization, ms by part with lower bounds, memory, start-up.
 
 `python -m benchmarks.train` on one GPU; `torchrun --standalone --nproc-per-node 2 -m
-benchmarks.train` for two, which with the same --json adds the speed-up over the figures of one.
+benchmarks.train` for two, which with the same --json adds the speed-up over one GPU.
 The batches are those of artifacts/tokenize if its vocabulary fits, else synthetic documents.
 
 MFU = model FLOPs (`benchmarks.floors`) / seconds of the whole step / peak rate of the device.
@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common, floors
-from benchmarks.common import Timed, say, stage, table
+from benchmarks.common import Timed, say, section, table
 from model.data.loader import Batch, TokenStream, TrainingBatches
 from model.data.packing import Documents
 from model.data.shards import Manifest
@@ -63,14 +63,14 @@ class Run:
     batches: Batches
     data: str
     attention: str
-    sample: list[Batch] = field(default_factory=list)  # a step's micro-batches
+    sample: list[Batch] = field(default_factory=list)  # a step's microbatches
     found: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
     kernels: list[tuple[str, str, float]] = field(default_factory=list)
 
     @classmethod
     def start(cls, params: Params, group: Group) -> "Run":
-        """Build the trainer and compile, as the train step does."""
+        """Build the trainer and compile, as the train stage does."""
         use_compile_cache(COMPILE_CACHE)
         choice = dispatch.configure(device=group.device, **dataclasses.asdict(params.ops))
         torch.manual_seed(0)
@@ -82,7 +82,7 @@ class Run:
 
 
 def training_batches(params: Params, group: Group) -> tuple[str, Batches]:
-    """What is trained on, in words, and its micro-batches without end."""
+    """A description of the data, and an endless iterator of microbatches."""
     length, longest = params.train.tokens_per_microbatch, params.model.sequence_length
     if (TOKENS / "manifest.json").exists():
         manifest = Manifest.load(TOKENS)
@@ -95,7 +95,7 @@ def training_batches(params: Params, group: Group) -> tuple[str, Batches]:
 
 
 def synthetic_batches(params: Params, group: Group) -> Iterator[tuple[Any, Any, Documents]]:
-    """Eight micro-batches of random tokens in documents of realistic lengths, again and again."""
+    """Eight microbatches of random tokens in documents of realistic lengths, repeated endlessly."""
     length = params.train.tokens_per_microbatch
     ready = []
     for number in range(8):
@@ -112,7 +112,7 @@ def synthetic_batches(params: Params, group: Group) -> Iterator[tuple[Any, Any, 
 
 
 def measure_steps(run: Run, steps: int) -> None:
-    """Whole steps, and the parts of them that are calls of their own."""
+    """Time whole optimizer steps, and those parts of them that are separate calls."""
     trainer, device = run.trainer, run.group.device
     watched = {
         "optimizer": (trainer.optimizer, "step"),
@@ -149,9 +149,10 @@ def measure_steps(run: Run, steps: int) -> None:
 
 
 def measure_microbatch(run: Run, repeats: int) -> None:
-    """Forward and backward of a step's micro-batches, and their kernels by category; per one.
+    """Time forward and backward of a microbatch, and its kernels by category.
 
-    Several, as attention takes longer where documents are longer: by 6 % (standard deviation).
+    Averaged over a step's microbatches, as the time of attention depends on the documents' lengths
+    (standard deviation 6 %).
     """
     trainer, device = run.trainer, run.group.device
     batches = run.sample = [next(run.batches) for _ in range(trainer.microbatches)]
@@ -189,7 +190,7 @@ def category(kernel: str) -> str:
 
 
 def show(run: Run, repeats: int) -> None:
-    """Print the parts beside their floors, and the kernels that take longest."""
+    """Print the parts with their floors, and the kernels that take longest."""
     device, model = run.group.device, run.trainer.model
     bandwidth = common.copy_rate(device, repeats)
     rate = common.product_rate(device, model.dtype, repeats)
@@ -213,17 +214,17 @@ def show(run: Run, repeats: int) -> None:
         (name, ms, 1000 * floor[name] if name in floor else None) for name, ms in run.parts.items()
     ]
     say(f"copy {bandwidth / 1e12:.3g} TB/s, products {rate / 1e12:.3g} TFLOP/s (both measured)")
-    table(f"ms ({microbatches} micro-batches of {tokens:,} tokens a step)", PARTS, rows)
+    table(f"ms ({microbatches} microbatches of {tokens:,} tokens a step)", PARTS, rows)
     longest = sorted(run.kernels, key=lambda kernel: -kernel[2])[:15]
     table(
-        "kernels of a micro-batch",
+        "kernels of a microbatch",
         ("kernel", "part", "ms"),
         [(name[:80], kind, ms) for kind, name, ms in longest],
     )
 
 
 def compare_attention(preset: str, limit: int, names: list[str]) -> None:
-    """Tokens/s of the whole step with each attention, in processes of their own."""
+    """Tokens/s of the whole step with each attention, each in a separate process."""
     device, rows = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
     for name in names:
         obstacle = varlen.obstacle(name, device)
@@ -233,7 +234,7 @@ def compare_attention(preset: str, limit: int, names: list[str]) -> None:
         result = child(preset, limit, "--attention", name, "--steps", "3", "--brief")
         figures = (result["tokens_per_s_per_gpu"], result["peak_memory_mib"])
         rows.append((name, *figures, ""))
-    table("attention", ("implementation", "tokens/s per GPU", "peak MiB", "cannot be had"), rows)
+    table("attention", ("implementation", "tokens/s per GPU", "peak MiB", "unavailable"), rows)
 
 
 def start_up(preset: str, limit: int) -> dict[str, float]:
@@ -248,7 +249,7 @@ def start_up(preset: str, limit: int) -> dict[str, float]:
 
 
 def child(preset: str, limit: int, *options: str, **variables: str) -> dict[str, Any]:
-    """Run this program in a process of its own and return what it found."""
+    """Run this program in a separate process and return its figures."""
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "train.json"
         command = [sys.executable, "-m", "benchmarks.train", "--preset", preset]
@@ -297,7 +298,7 @@ def report(run: Run, path: Path | None) -> None:
 
 
 def with_speedup(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one GPU with the speed-up that those of two give, if the devices are alike."""
+    """The figures of one GPU with the speed-up of two GPUs, if the devices are of one kind."""
     rates = [figures["tokens_per_s_per_gpu"] for figures in (one, two)]
     if one["device"] != two["device"] or None in rates:
         return two
@@ -305,7 +306,7 @@ def with_speedup(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, stage by stage."""
+    """Measure, section by section."""
     parser = common.arguments("train", "Speed of training; see the module's docstring.")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps to time")
     parser.add_argument("--attention", default=None, help="instead of the preset's ops.attention")
@@ -322,21 +323,21 @@ def main() -> None:
         run.found["startup_seconds"] = seconds_since_start(group.device)
         say(f"start: {run.found['startup_seconds']:.1f} s, {compile_statistics()}", group.is_main)
         if chosen.steps:
-            with stage(f"{chosen.steps} steps on {run.data}", chosen.limit, group.is_main):
+            with section(f"{chosen.steps} steps on {run.data}", chosen.limit, group.is_main):
                 measure_steps(run, chosen.steps)
         alone = group.size == 1 and not chosen.brief
         if alone:
-            with stage("micro-batch", chosen.limit):
+            with section("micro-batch", chosen.limit):
                 measure_microbatch(run, chosen.repeats)
-            with stage("floors", chosen.limit):
+            with section("floors", chosen.limit):
                 show(run, chosen.repeats)
-            write_figures(run, chosen.json)  # what follows takes longest
-            with stage("start-up, cold and warm", 2 * chosen.limit):
+            write_figures(run, chosen.json)  # the following sections take longest
+            with section("start-up, cold and warm", 2 * chosen.limit):
                 run.found |= start_up(chosen.preset, chosen.limit)
         if group.is_main:
             report(run, chosen.json)
         if alone:
-            with stage("attention", 6 * chosen.limit):
+            with section("attention", 6 * chosen.limit):
                 names = [name for name in varlen.IMPLEMENTATIONS if name != "reference"]
                 compare_attention(chosen.preset, chosen.limit, names)
 

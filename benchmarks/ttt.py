@@ -1,23 +1,23 @@
-"""Speed and loss of test-time training, reading by reading, beside their floors.
+"""Speed and loss of test-time training, per reading (a setting of `ttt`), with lower bounds.
 
     python -m benchmarks.ttt --reading mode=window --reading mode=cached,chunk=16,lr=4e-4
 
-on one GPU or CPU; what a reading does not name is the preset's. The model is that of --artifact,
-the documents are those of artifacts/tokenize; without them, random ones.
+on one GPU or CPU; keys that a reading does not name are the preset's. The model is that of
+--artifact, the documents are those of artifacts/tokenize; without them, random ones.
 
-Under `torchrun --standalone --nproc-per-node 2` each reading is done by one process and by both
-together, twice each: the first time, libraries load the kernels of every new shape, for which they
-wait until the device has nothing left to do. speed_ups are of the second times, two_gpu_speedup is
-the first reading's; with the same --json, the figures of one process are kept.
+Under `torchrun --standalone --nproc-per-node 2` each reading is run by one process and by both
+together, twice each: the first time, libraries load the kernels of every new shape, which
+synchronizes the device. speed_ups are of the second times, two_gpu_speedup is the first reading's;
+with the same --json, the figures of one process are kept.
 
 Floor of one reading: model FLOPs at the measured rate of a large product plus the bytes of adapters
 and optimizer at the measured rate of a copy. Per token that is read, 4 FLOPs for each value of the
 frozen matrices (forward, gradient of the input) and 6 for each of an adapter; 12·layers·heads·d for
 each visible pair. Per document and chunk, each adapter value moves 16 bytes of masters and second
-moments, and five times its working copy or gradient.
+moments, and five times its compute weight or gradient.
 
-The simulated queue takes the time of a chunk as linear in its rows, between 1 and as many as run
-side by side, both measured.
+The simulated queue assumes that the time of a chunk is linear in its rows, between one row and the
+largest batch, both measured.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ from pocketlm.params.params import Params
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
 
 QUEUE_SIZES = (1, 2, 8)
-# What was published of the settings.
+# The published settings, as far as they are known.
 PUBLISHED = {"mode": "window", "chunk": 32, "largest_chunk": 32, "lr": 2e-4, "beta2": 0.999}
 PUBLISHED |= {"weight_decay": 0.5, "hash_buckets": 0}
 
@@ -135,7 +135,7 @@ def subject(params: Params, options: Any, group: Group) -> tuple[GPT, list[np.nd
 def measure(
     params: Params, options: Any, group: Group, model: GPT, documents: list[np.ndarray]
 ) -> None:
-    """Print the tables, and write the figures of --json, after every reading those known so far."""
+    """Print the tables; after every reading, write the figures so far to --json."""
     alone = Group(0, 1, group.device)
     named = options.reading or ["mode=window", "mode=cached"]
     wanted = {text: varied(params.ttt, text) for text in named}
@@ -177,7 +177,7 @@ def write_figures(path: Path | None, figures: dict[str, Any]) -> None:
 def varied(ttt: TTTConfig, text: str) -> TTTConfig:
     """The parameters with KEY=VALUE,… changed.
 
-    A chunk that is named grows only if that is named, too; windows have no reach.
+    A chunk that is named grows only if that is named, too; windows have no truncated BPTT.
     """
     import yaml
 
@@ -226,7 +226,7 @@ def lowest(readings: Sequence["Reading"]) -> float | None:
 
 
 def fastest(readings: Sequence["Reading"], nats: float | None) -> "Reading | None":
-    """The fastest reading whose loss is not above `nats`, or else that of the lowest loss."""
+    """The fastest reading whose loss is not above `nats`, else the one of the lowest loss."""
     as_good = [r for r in readings if nats is None or r.nats <= nats]
     found = min(as_good, key=lambda r: r.seconds, default=None)
     return found or min(readings, key=lambda r: r.nats, default=None)
@@ -239,14 +239,14 @@ def read_all(
     documents: list[np.ndarray],
     group: Group,
 ) -> Iterator[Reading]:
-    """Yield the readings by this process alone; what takes longer than the limit is left out."""
+    """Yield the readings by this process alone; those that exceed the limit are left out."""
     rates = (
         common.product_rate(group.device, model.dtype, options.repeats),
         common.copy_rate(group.device, options.repeats),
     )
     for text, ttt in wanted.items():
         found = None
-        with common.stage(text, options.limit):
+        with common.section(text, options.limit):
             found = read_once(ttt, model, documents, group, rates)
             say(f"{found.nats:.4f} nats, {found.seconds:.2f} s, {found.memory:.0f} MiB")
         if found is not None:
@@ -260,7 +260,7 @@ def read_once(
     group: Group,
     rates: tuple[float, float],
 ) -> Reading:
-    """Read all documents once; the losses' way to the host ends the time.
+    """Time one pass over all documents, including the copy of the losses to the host.
 
     Before that, a few chunks are read to compile the passes, which `startup_s` counts once.
     """
@@ -276,7 +276,7 @@ def read_once(
 
 
 def warm_up(ttt: TTTConfig, model: GPT, documents: Sequence[np.ndarray], group: Group) -> None:
-    """Compile the passes and load their kernels, by passes of every kind."""
+    """Compile and load the kernels, by running passes of every kind."""
     warm_up_kernels(model, documents, ttt)
     for alike, texts in excerpts(documents, ttt):
         ttt_losses(model, texts, alike, group)
@@ -291,7 +291,7 @@ def mean_loss(losses: Sequence[np.ndarray]) -> float:
 def read_tokens(lengths: Sequence[int], ttt: TTTConfig) -> int:
     """Tokens that must run through the blocks: every window's in mode window, each once in cached.
 
-    Zeros that windows are filled up with are not counted.
+    Padding of windows is not counted.
     """
     if ttt.mode == "cached":
         return sum(lengths)
@@ -299,7 +299,7 @@ def read_tokens(lengths: Sequence[int], ttt: TTTConfig) -> int:
 
 
 def floor_work(model: GPT, ttt: TTTConfig, lengths: Sequence[int]) -> tuple[float, float]:
-    """FLOPs and bytes of a reading, as the head of this file counts them."""
+    """FLOPs and bytes of a reading, as counted in the module's docstring."""
     adapted = values_per_document(model.params, ttt)
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
     frozen_values = sum(matrix.numel() for matrix in [*matrices, model.embedding])
@@ -326,7 +326,7 @@ def compare(
     documents: list[np.ndarray],
     group: Group,
 ) -> None:
-    """Write how much faster all processes are than one, after every reading what is known."""
+    """Write the speed-up of all processes over one, after every reading."""
     known = read_json(path) if path and path.exists() else {}
     times: dict[str, list[list[float]]] = {}
     for text, ttt in wanted.items():
@@ -359,7 +359,7 @@ def measured_times(
 
 
 def simulated(wanted: Sequence[TTTConfig], model: GPT, lengths: list[int]) -> None:
-    """Print what a queue of these documents costs several processes."""
+    """Simulate several processes sharing the queue of these documents, and print the times."""
     rows = []
     for changed in wanted:
         fitting = min(len(lengths), rows_that_fit(model, changed))
@@ -401,7 +401,7 @@ def simulated(wanted: Sequence[TTTConfig], model: GPT, lengths: list[int]) -> No
 
 
 def chunk_seconds(model: GPT, ttt: TTTConfig, rows: int, chunks: int = 16) -> float:
-    """Seconds of a chunk at full context for so many documents side by side."""
+    """Seconds of a chunk at full context for a batch of so many documents."""
     generator = np.random.default_rng(0)
     length = ttt.context + chunks * ttt.chunk
     documents = [generator.integers(4, 256, length, dtype=np.uint16) for _ in range(rows)]

@@ -144,14 +144,14 @@ def test_optimizer_work_counts_every_value_once():
 
 
 def test_a_stage_is_given_up_and_the_next_one_runs(capsys):
-    with common.stage("slow", 1):
+    with common.section("slow", 1):
         time.sleep(30)
-    with common.stage("broken", 10):
+    with common.section("broken", 10):
         raise ValueError("wrong")
-    with common.stage("good", 10):
+    with common.section("good", 10):
         pass
     said = capsys.readouterr().out
-    assert "slow: failed: OutOfTime: given up after 1 s" in said
+    assert "slow: failed: OutOfTime: aborted after 1 s" in said
     assert "broken: failed: ValueError: wrong" in said
     assert "good: 0.0 s" in said
 
