@@ -151,7 +151,7 @@ def mlp(bench: Bench) -> None:
     compare(bench, "mlp", run, [*inputs, *weights], bench.floor(flops, moved))
 
 
-def mix(bench: Bench) -> None:
+def residual_norm(bench: Bench) -> None:
     """Skip, residual mixing and norm of a block's input; measured on the sum of both results."""
     shape = (bench.tokens, bench.model.width)
     x, x0, earlier = (bench.random(*shape) for _ in range(3))
@@ -166,7 +166,7 @@ def mix(bench: Bench) -> None:
         return u + n
 
     moved = floors.BF16 * 16.0 * bench.tokens * bench.model.width
-    compare(bench, "mix", run, [x, x0, earlier, matrix, weight], bench.floor(0.0, moved))
+    compare(bench, "residual_norm", run, [x, x0, earlier, matrix, weight], bench.floor(0.0, moved))
 
 
 def compare(
@@ -249,7 +249,7 @@ def main() -> None:
             common.product_rate(device, dtype, chosen.repeats),
         )
         say(f"copy {bench.copy / 1e12:.3g} TB/s, products {bench.product / 1e12:.3g} TFLOP/s")
-        for comparison in (attention, mix, mlp, products, newton_schulz):
+        for comparison in (attention, residual_norm, mlp, products, newton_schulz):
             with section(comparison.__name__, chosen.limit):
                 comparison(bench)
 
