@@ -1,4 +1,7 @@
-"""The order of the steps and their resources: tokenize > train > quantize > ttt_eval > report.
+"""The order of the steps and their resources.
+
+tokenize > train > quantize > evaluate, ttt_eval > report; of the two evaluations neither waits for
+the other.
 
 What a step runs, reads and writes is defined in dvc.yaml alone. A rule asks DVC to bring its stage
 up to date, so a step whose inputs have the same content as before is restored instead of run.
@@ -79,6 +82,20 @@ rule quantize:
         "quantize, seed {wildcards.seed}"
     shell:
         IN_PROCESSES + "quantize@{wildcards.seed}"
+
+
+rule evaluate:
+    input:
+        deps("evaluate", SEEDS),
+    output:
+        outs("evaluate"),
+    threads: THREADS
+    resources:
+        gpu=PARAMS.processes,
+    message:
+        "evaluate, seed {wildcards.seed}"
+    shell:
+        IN_PROCESSES + "evaluate@{wildcards.seed}"
 
 
 rule ttt_eval:

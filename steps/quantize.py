@@ -20,7 +20,7 @@ from model.artifact.quantizer import CODE_BITS
 from model.data.loader import validation_documents
 from model.data.shards import BOS, MANIFEST, Manifest
 from model.data.tokenizer import Tokenizer, check_vocabulary
-from model.evaluation.losses import Score
+from model.evaluation.score import Score
 from model.kernels import dispatch
 from model.network.checkpoint import load_checkpoint, require_architecture
 from model.network.gpt import GPT

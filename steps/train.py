@@ -18,7 +18,7 @@ import torch
 from model.data.loader import TokenStream, TrainingBatches, validation_documents
 from model.data.shards import MANIFEST, Manifest
 from model.data.tokenizer import Tokenizer, check_vocabulary
-from model.evaluation.losses import Score
+from model.evaluation.score import Score
 from model.kernels import dispatch
 from model.network.checkpoint import build, save_checkpoint
 from model.network.gpt import GPT

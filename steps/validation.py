@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from model.data.tokenizer import Tokenizer
-from model.evaluation.losses import Score, plain_losses, targets_of
+from model.evaluation.losses import plain_losses, targets_of
+from model.evaluation.score import Score
 from model.network.gpt import GPT
 from model.runtime.progress import progress
 from steps.common import Step

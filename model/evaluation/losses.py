@@ -1,4 +1,4 @@
-"""Per-token losses of whole documents without adaptation, and the bits per byte they amount to.
+"""Per-token losses of whole documents without adaptation.
 
 A document of n tokens (BOS first) has n targets: its n − 1 pieces and the BOS that closes it. The
 model sees at most L = sequence_length tokens at once, so a document is covered by *windows*. Each
@@ -8,11 +8,9 @@ runs as a document of its own and scores only the targets that no earlier window
     sliding with stride s    [0, L), [s, L + s), …     the first scores L tokens, the others s
 
 Windows start at fixed positions and the last one ends with the document, so a score depends only on
-earlier tokens, and every target, the tail included, is scored exactly once. Bits per byte is
-Σ nats / ln 2 / Σ bytes of the targets.
+earlier tokens, and every target, the tail included, is scored exactly once.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,32 +27,6 @@ from model.evaluation.work_sharing import (
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.runtime.progress import ReportProgress
-
-
-@dataclass(frozen=True)
-class Score:
-    """A sum of losses: nats of `tokens` targets that stand for `bytes` bytes of text."""
-
-    nats: float
-    tokens: int
-    bytes: int
-
-    @classmethod
-    def of(cls, losses: Sequence[np.ndarray], sizes: Sequence[np.ndarray]) -> "Score":
-        """Sum arrays of losses (nats) and of target bytes, one of each per document, in fp64."""
-        nats = math.fsum(float(loss.sum(dtype=np.float64)) for loss in losses)
-        tokens = sum(loss.size for loss in losses)
-        return cls(nats, tokens, sum(int(count.sum(dtype=np.int64)) for count in sizes))
-
-    @property
-    def loss(self) -> float:
-        """Mean loss, nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte of text."""
-        return self.nats / math.log(2) / self.bytes
 
 
 @dataclass(frozen=True)

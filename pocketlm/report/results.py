@@ -1,7 +1,8 @@
 """What the steps of one seed left behind, checked, with the token losses summed by position."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
+from model.evaluation.score import TTT, WITHOUT_ADAPTATION
 from model.runtime.errors import InputError
 from model.runtime.files import read_json
 from model.runtime.run_log import read_log
 from pocketlm.report.records import Model, check
 
-STEPS = ("train", "quantize", "ttt_eval")
-SCORES = ("plain", "sliding", "ttt")
+STEPS = ("train", "quantize", "evaluate", "ttt_eval")
+# The steps that score every token, with the columns of their losses.parquet, and what is in both.
+SCORED_BY = {"evaluate": WITHOUT_ADAPTATION, "ttt_eval": (TTT,)}
+ROW = ("document", "position", "token", "bytes")
 # Sums of float32 losses and the steps' own sums may differ by rounding, never by this much.
 TOLERANCE = 1e-4  # nats per token
 
@@ -56,22 +60,22 @@ class QuantizeMetrics(Score):
     bytes: dict[str, int]
 
 
-class EvaluationSeconds(Metrics):
-    """Seconds of the evaluations."""
-
-    plain: float
-    sliding: float
-    ttt: float
-
-
-class EvaluationMetrics(Score):
-    """Evaluation of the artifact; the score itself is that with test-time training."""
+class EvaluateMetrics(Metrics):
+    """Evaluation of the artifact without adaptation; seconds by way of scoring."""
 
     tokens: int
     bytes: int
     plain: Score
     sliding: Score
-    seconds: EvaluationSeconds
+    seconds: dict[str, float]
+
+
+class TTTMetrics(Score):
+    """Evaluation of the artifact with test-time training."""
+
+    tokens: int
+    bytes: int
+    seconds: dict[str, float]
     tokens_per_second: float
     peak_memory_mib: float | None
 
@@ -80,7 +84,7 @@ class EvaluationMetrics(Score):
 class TokenLosses:
     """Losses of every scored token, summed.
 
-    sums: nats of each of SCORES; tokens, bytes: what was scored; documents: how many.
+    sums: nats of each way of scoring; tokens, bytes: what was scored; documents: how many.
     count: int64 (P,), tokens at each position inside their document; index 0 is unused.
     gain: float64 (P,), nats saved there by TTT: sliding minus ttt.
     """
@@ -103,7 +107,8 @@ class SeedResult:
     seed: int
     train: TrainMetrics
     quantize: QuantizeMetrics
-    evaluation: EvaluationMetrics
+    evaluate: EvaluateMetrics
+    ttt: TTTMetrics
     curve: pd.DataFrame
     losses: TokenLosses
     step_seconds: dict[str, float]
@@ -121,7 +126,7 @@ def result_files(root: Path, seed: int) -> list[Path]:
         ),
         *(root / "logs" / step / f"seed{seed}.jsonl" for step in STEPS),
         places["train"] / "curve.csv",
-        places["ttt_eval"] / "losses.parquet",
+        *(places[step] / "losses.parquet" for step in SCORED_BY),
     ]
 
 
@@ -134,14 +139,18 @@ def read_seed(root: Path, seed: int) -> SeedResult:
     place = {step: root / "artifacts" / step / f"seed{seed}" for step in STEPS}
     provenance = {step: read_json(place[step] / "provenance.json") for step in STEPS}
     _check_chain(provenance, seed)
-    evaluation = _metrics(EvaluationMetrics, place["ttt_eval"])
-    losses = read_losses(place["ttt_eval"] / "losses.parquet")
-    _check_sums(losses, evaluation, place["ttt_eval"])
+    evaluate = _metrics(EvaluateMetrics, place["evaluate"])
+    ttt = _metrics(TTTMetrics, place["ttt_eval"])
+    losses = read_losses(*(place[step] / "losses.parquet" for step in SCORED_BY))
+    stated = {name: getattr(evaluate, name).loss for name in WITHOUT_ADAPTATION}
+    _check_sums(losses, evaluate, stated, place["evaluate"])
+    _check_sums(losses, ttt, {TTT: ttt.loss}, place["ttt_eval"])
     return SeedResult(
         seed=seed,
         train=_metrics(TrainMetrics, place["train"]),
         quantize=_metrics(QuantizeMetrics, place["quantize"]),
-        evaluation=evaluation,
+        evaluate=evaluate,
+        ttt=ttt,
         curve=read_curve(place["train"] / "curve.csv"),
         losses=losses,
         step_seconds={
@@ -166,40 +175,61 @@ def read_curve(path: Path) -> pd.DataFrame:
     return curve
 
 
-def read_losses(path: Path) -> TokenLosses:
-    """Sum a table of token losses by position, batch by batch; raises InputError."""
+def read_losses(without: Path, adapted: Path) -> TokenLosses:
+    """Join the tables of losses of `evaluate` and `ttt_eval` and sum them by position.
+
+    Read batch by batch. Raises InputError if they did not score the same tokens.
+    """
+    sums = dict.fromkeys((*WITHOUT_ADAPTATION, TTT), 0.0)
+    tokens = text_bytes = 0
+    count, gain = np.zeros(1, dtype=np.int64), np.zeros(1)
+    batches = _batches(without, WITHOUT_ADAPTATION), _batches(adapted, (TTT,))
+    for left, right in zip_longest(*batches):
+        if not left or not right or any(_differ(left[name], right[name]) for name in ROW):
+            raise InputError(
+                f"{adapted}: its rows are not those of {without}: other tokens were scored",
+                "run evaluate and ttt_eval again, on the same tokens",
+            )
+        rows = {**left, **right}
+        for name in sums:
+            path = adapted if name == TTT else without
+            sums[name] += _finite_sum(rows[name], f"{path}: {name}")
+        tokens += rows["position"].size
+        text_bytes += int(rows["bytes"].sum(dtype=np.int64))
+        saved = rows["sliding"].astype(np.float64) - rows[TTT]
+        count = _add(count, np.bincount(rows["position"]))
+        gain = _add(gain, np.bincount(rows["position"], weights=saved))
+    if tokens == 0:
+        raise InputError(f"{adapted}: has no rows", "check the validation documents")
+    if count[0]:
+        raise InputError(f"{adapted}: position: begins at 0 instead of 1", "run ttt_eval again")
+    return TokenLosses(sums, tokens, text_bytes, int(count[1]), count, gain)
+
+
+def _batches(path: Path, scores: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    """The columns of a table of losses, some rows at a time; raises InputError."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    sums = dict.fromkeys(SCORES, 0.0)
-    tokens = text_bytes = 0
-    count, gain = np.zeros(1, dtype=np.int64), np.zeros(1)
+    step, columns = path.parent.parent.name, [*ROW, *scores]
     try:
         with parquet.ParquetFile(path) as file:
-            missing = {"position", "bytes", *SCORES} - set(file.schema_arrow.names)
+            missing = set(columns) - set(file.schema_arrow.names)
             if missing:
-                raise InputError(f"{path}: lacks the columns {sorted(missing)}", "run ttt_eval")
-            for batch in file.iter_batches(columns=["position", "bytes", *SCORES]):
-                rows = {
+                raise InputError(f"{path}: lacks the columns {sorted(missing)}", f"run {step}")
+            for batch in file.iter_batches(columns=columns):
+                yield {
                     name: batch.column(name).to_numpy(zero_copy_only=False)
                     for name in batch.schema.names
                 }
-                for name in SCORES:
-                    sums[name] += _finite_sum(rows[name], f"{path}: {name}")
-                tokens += batch.num_rows
-                text_bytes += int(rows["bytes"].sum(dtype=np.int64))
-                saved = rows["sliding"].astype(np.float64) - rows["ttt"]
-                count = _add(count, np.bincount(rows["position"]))
-                gain = _add(gain, np.bincount(rows["position"], weights=saved))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file", "run ttt_eval") from error
+        raise InputError(f"{path}: no such file", f"run {step}") from error
     except pa.ArrowException as error:
-        raise InputError(f"{path}: not a Parquet file ({error})", "run ttt_eval again") from error
-    if tokens == 0:
-        raise InputError(f"{path}: has no rows", "check the validation documents")
-    if count[0]:
-        raise InputError(f"{path}: position: begins at 0 instead of 1", "run ttt_eval again")
-    return TokenLosses(sums, tokens, text_bytes, int(count[1]), count, gain)
+        raise InputError(f"{path}: not a Parquet file ({error})", f"run {step} again") from error
+
+
+def _differ(left: np.ndarray, right: np.ndarray) -> bool:
+    return not np.array_equal(left, right)
 
 
 def _finite_sum(values: np.ndarray, name: str) -> float:
@@ -233,27 +263,32 @@ def _duration(path: Path, step: str) -> float:
     return float(ends[-1]["seconds"])
 
 
-def _check_sums(losses: TokenLosses, metrics: EvaluationMetrics, place: Path) -> None:
-    """The table and the metrics of one evaluation must tell the same story."""
-    stated = {"plain": metrics.plain.loss, "sliding": metrics.sliding.loss, "ttt": metrics.loss}
+def _check_sums(
+    losses: TokenLosses,
+    metrics: EvaluateMetrics | TTTMetrics,
+    stated: dict[str, float],
+    place: Path,
+) -> None:
+    """A step's table and its metrics, which state losses by name, must tell the same story."""
+    repair = f"run {place.parent.name} again: the two files are of different runs"
     for name, loss in stated.items():
         mean = losses.sums[name] / losses.tokens
         if abs(mean - loss) > TOLERANCE:
             raise InputError(
                 f"{place}: metrics.json says {loss} nats for {name}, losses.parquet {mean:.8f}",
-                "run ttt_eval again: the two files are of different runs",
+                repair,
             )
     if (losses.tokens, losses.bytes) != (metrics.tokens, metrics.bytes):
         raise InputError(
             f"{place}: metrics.json counts {metrics.tokens} tokens and {metrics.bytes} bytes, "
             f"losses.parquet {losses.tokens} and {losses.bytes}",
-            "run ttt_eval again: the two files are of different runs",
+            repair,
         )
 
 
 def _check_chain(provenance: dict[str, dict[str, Any]], seed: int) -> None:
     """What a step read must be what the step before it wrote, by SHA-256."""
-    for before, after in pairwise(STEPS):
+    for before, after in combinations(STEPS, 2):
         written, read = provenance[before]["outputs"], provenance[after]["inputs"]
         for file in sorted(written.keys() & read.keys()):
             if written[file] != read[file]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from model.evaluation.score import TTT, WITHOUT_ADAPTATION
 from model.runtime.errors import InputError
 from pocketlm.params.params import Params
 from pocketlm.report.config import ReportConfig
@@ -19,7 +20,7 @@ from pocketlm.report.results import SeedResult, TokenLosses
 from pocketlm.report.significance import Sample, WelchTest, welch_test
 
 # Evaluations in the order of the system; the key in the summary of each.
-SCORES = ("pre_quant", "quantized", "plain", "sliding", "ttt")
+SCORES = ("pre_quant", "quantized", *WITHOUT_ADAPTATION, TTT)
 
 
 def summarize(results: Sequence[SeedResult], params: Params) -> dict[str, Any]:
@@ -75,13 +76,12 @@ def beyond(values: np.ndarray) -> np.ndarray:
 
 def _run(result: SeedResult) -> dict[str, Any]:
     """What the tables show of one seed."""
-    train, quantize, evaluation = result.train, result.quantize, result.evaluation
+    train, quantize, evaluate, ttt = result.train, result.quantize, result.evaluate, result.ttt
     scores = {
         "pre_quant": train,
         "quantized": quantize,
-        "plain": evaluation.plain,
-        "sliding": evaluation.sliding,
-        "ttt": evaluation,
+        **{name: getattr(evaluate, name) for name in WITHOUT_ADAPTATION},
+        TTT: ttt,
     }
     return {
         "seed": result.seed,
@@ -89,9 +89,9 @@ def _run(result: SeedResult) -> dict[str, Any]:
         "steps": train.steps,
         "train_tokens": train.tokens,
         "train_tokens_per_second": train.tokens_per_second,
-        "ttt_tokens_per_second": evaluation.tokens_per_second,
+        "ttt_tokens_per_second": ttt.tokens_per_second,
         "train_peak_memory_mib": train.peak_memory_mib,
-        "ttt_peak_memory_mib": evaluation.peak_memory_mib,
+        "ttt_peak_memory_mib": ttt.peak_memory_mib,
         "bits_per_weight": quantize.bits_per_weight,
         "compressor": quantize.compressor,
         "artifact_bytes": quantize.artifact_bytes,
@@ -152,16 +152,17 @@ def _stages(results: Sequence[SeedResult], report: ReportConfig) -> list[dict[st
         for part in results[0].quantize.seconds
     ]
     stages += [
-        ("ttt_eval", name, [getattr(r.evaluation.seconds, name) for r in results])
-        for name in ("plain", "sliding", "ttt")
+        ("evaluate", name, [r.evaluate.seconds[name] for r in results])
+        for name in WITHOUT_ADAPTATION
     ]
+    stages.append(("ttt_eval", TTT, [r.ttt.seconds[TTT] for r in results]))
     stages += [
         (step, "whole step", [r.step_seconds[step] for r in results])
         for step in results[0].step_seconds
     ]
     budgets = {
         ("train", "training clock"): report.train_budget_seconds,
-        ("ttt_eval", "ttt"): report.evaluate_budget_seconds,
+        ("ttt_eval", TTT): report.evaluate_budget_seconds,
     }
     return [
         {"step": step, "stage": stage, "seconds": seconds, "budget": budgets.get((step, stage))}
@@ -228,5 +229,5 @@ def _same_text(results: Sequence[SeedResult]) -> None:
             raise InputError(
                 f"seed {other.seed} was scored on {other.losses.tokens} tokens, "
                 f"seed {first.seed} on {first.losses.tokens}",
-                "run ttt_eval of all seeds with the same validation documents",
+                "run evaluate and ttt_eval of all seeds with the same validation documents",
             )

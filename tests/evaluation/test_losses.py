@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from model.data.packing import Documents
-from model.evaluation.losses import Score, plain_losses, sliding_losses, targets_of
+from model.evaluation.losses import plain_losses, sliding_losses, targets_of
+from model.evaluation.score import Score
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError

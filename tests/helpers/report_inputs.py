@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from model.evaluation.score import TTT, WITHOUT_ADAPTATION
 from model.runtime.files import sha256, write_json
 from model.runtime.run_log import RunLog, write_provenance
+from pocketlm.report.results import ROW, STEPS
 
 PARTS = {
     "attention matrices": 5_900_000,
@@ -49,16 +51,16 @@ def token_losses(seed: int, documents: int = 200, longest: int = 12_000) -> pd.D
 def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.DataFrame:
     """Write everything the report reads of one seed below `root`; returns the token losses."""
     table = token_losses(seed) if table is None else table
-    train, quantize, ttt = (
-        root / "artifacts" / step / f"seed{seed}" for step in ("train", "quantize", "ttt_eval")
-    )
-    for place in (train, quantize, ttt):
+    train, quantize, evaluate, ttt = (root / "artifacts" / step / f"seed{seed}" for step in STEPS)
+    for place in (train, quantize, evaluate, ttt):
         place.mkdir(parents=True, exist_ok=True)
-    scores = {name: _score(table, name) for name in ("plain", "sliding", "ttt")}
+    scores = {name: _score(table, name) for name in (*WITHOUT_ADAPTATION, TTT)}
     (train / "model.safetensors").write_bytes(b"weights %d" % seed)
     (quantize / "model.pocket").write_bytes(b"codes %d" % seed)
     _curve(seed).to_csv(train / "curve.csv", index=False)
-    table.to_parquet(ttt / "losses.parquet", index=False)
+    for place, names in ((evaluate, WITHOUT_ADAPTATION), (ttt, (TTT,))):
+        table[[*ROW, *names]].to_parquet(place / "losses.parquet", index=False)
+    scored = {"tokens": len(table), "bytes": int(table["bytes"].sum())}
     artifact = sum(PARTS.values()) + 1000 * seed
     metrics = {
         train: {
@@ -88,21 +90,30 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
             },
             "bytes": {**PARTS, "small tensors": PARTS["small tensors"] + 1000 * seed},
         },
+        evaluate: {
+            **scored,
+            **{name: scores[name] for name in WITHOUT_ADAPTATION},
+            "seconds": {"plain": 9.0, "sliding": 61.0},
+        },
         ttt: {
-            **scores["ttt"],
-            "tokens": len(table),
-            "bytes": int(table["bytes"].sum()),
-            "plain": scores["plain"],
-            "sliding": scores["sliding"],
-            "seconds": {"plain": 9.0, "sliding": 61.0, "ttt": 409.5 + seed},
+            **scores[TTT],
+            **scored,
+            "seconds": {TTT: 409.5 + seed},
             "tokens_per_second": 151_000.0,
             "peak_memory_mib": 30_000.0,
         },
     }
-    inputs = {train: [], quantize: [train / "model.safetensors"], ttt: [quantize / "model.pocket"]}
+    artifact_file = quantize / "model.pocket"
+    inputs = {
+        train: [],
+        quantize: [train / "model.safetensors"],
+        evaluate: [artifact_file],
+        ttt: [artifact_file],
+    }
     outputs = {
         train: [train / "model.safetensors"],
-        quantize: [quantize / "model.pocket"],
+        quantize: [artifact_file],
+        evaluate: [evaluate / "losses.parquet"],
         ttt: [ttt / "losses.parquet"],
     }
     for place, values in metrics.items():

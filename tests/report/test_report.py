@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,9 @@ def test_published_p_in_the_report(run):
 
 
 def test_gain_by_position_is_that_of_the_table(run, monkeypatch):
-    losses = read_losses(Path("artifacts/ttt_eval/seed0/losses.parquet"))
+    losses = read_losses(
+        *(Path("artifacts", step, "seed0/losses.parquet") for step in ("evaluate", "ttt_eval"))
+    )
     table = run[0].assign(gain=run[0]["sliding"].astype("float64") - run[0]["ttt"])
     by_position = table.groupby("position")["gain"].agg(["sum", "count"])
     assert losses.count[by_position.index].tolist() == by_position["count"].tolist()
@@ -234,18 +237,25 @@ def test_missing_baseline_fails_early_and_late(run):
 
 
 TRAIN = Path("artifacts/train/seed1")
+EVALUATE = Path("artifacts/evaluate/seed1")
 TTT = Path("artifacts/ttt_eval/seed1")
 
 
-def _without(column: str) -> None:
-    table = pd.read_parquet(TTT / "losses.parquet").drop(columns=column)
-    table.to_parquet(TTT / "losses.parquet")
+def _edit_losses(place: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    table = pd.read_parquet(place / "losses.parquet")
+    change(table).to_parquet(place / "losses.parquet")
+
+
+def _without(place: Path, column: str) -> None:
+    _edit_losses(place, lambda table: table.drop(columns=column))
 
 
 def _with_nan() -> None:
-    table = pd.read_parquet(TTT / "losses.parquet")
-    table.loc[5, "ttt"] = np.nan
-    table.to_parquet(TTT / "losses.parquet")
+    _edit_losses(TTT, lambda table: table.assign(ttt=table["ttt"].where(table.index != 5)))
+
+
+def _with_other_tokens() -> None:
+    _edit_losses(EVALUATE, lambda table: table.assign(token=table["token"][::-1].to_numpy()))
 
 
 @pytest.mark.parametrize(
@@ -256,10 +266,20 @@ def _with_nan() -> None:
         (lambda: edit_json(TTT / "metrics.json", loss="low"), "ttt_eval/seed1.*loss.*number"),
         (lambda: edit_json(TTT / "metrics.json", loss=1.0), r"says 1\.0 nats for ttt"),
         (lambda: edit_json(TTT / "metrics.json", tokens=3), "counts 3 tokens"),
+        (
+            lambda: edit_json(EVALUATE / "metrics.json", plain={"loss": 1.0, "bpb": 1.0}),
+            r"evaluate/seed1: metrics\.json says 1\.0 nats for plain",
+        ),
+        (_with_other_tokens, "ttt_eval/seed1.*its rows are not those of .*evaluate/seed1"),
+        (
+            lambda: _edit_losses(TTT, lambda table: table.iloc[:-1]),
+            "ttt_eval/seed1.*its rows are not those of .*evaluate/seed1",
+        ),
         (lambda: (TTT / "metrics.json").write_text("{"), "ttt_eval/seed1.*not valid JSON"),
         (lambda: (TTT / "losses.parquet").unlink(), "losses.parquet: no such file"),
         (lambda: (TTT / "losses.parquet").write_text("x"), "losses.parquet: not a Parquet"),
-        (lambda: _without("sliding"), r"lacks the columns \['sliding'\]"),
+        (lambda: _without(EVALUATE, "sliding"), r"lacks the columns \['sliding'\]"),
+        (lambda: _without(TTT, "bytes"), r"lacks the columns \['bytes'\]"),
         (_with_nan, "losses.parquet: ttt: a loss is not finite"),
         (lambda: (TRAIN / "curve.csv").write_text("step,loss\n1,2\n"), "curve.csv: lacks"),
         (lambda: (TRAIN / "curve.csv").unlink(), "curve.csv"),

@@ -27,7 +27,9 @@ SNAKEMAKE = ["snakemake", "report", "--cores", "2", "--resources", "gpu=2"]
 ENGINES = {"snakemake": SNAKEMAKE, "dvc": ["dvc", "repro"]}
 TTT = ["ttt_eval@0", "ttt_eval@1"]
 REPORT = ["report"]
-FROM_TRAIN = ["quantize@0", "quantize@1", "report", "train@0", "train@1", *TTT]
+EVALUATE = ["evaluate@0", "evaluate@1"]
+FROM_QUANTIZE = [*EVALUATE, "quantize@0", "quantize@1", *REPORT, *TTT]
+FROM_TRAIN = sorted([*FROM_QUANTIZE, "train@0", "train@1"])
 
 # Runs in every Python process of a checkout: notes which step it is, and dies in one if told to.
 SITECUSTOMIZE = """
@@ -234,7 +236,7 @@ def test_row_3_a_train_value_and_back(checkout: Checkout, engine: list[str]) -> 
 
 def test_row_4_another_seed(checkout: Checkout, engine: list[str]) -> None:
     checkout.set("seeds", "[0, 1, 7]")
-    expected = ["quantize@7", "report", "train@7", "ttt_eval@7"]
+    expected = ["evaluate@7", "quantize@7", "report", "train@7", "ttt_eval@7"]
     assert checkout.steps_run_by(*engine) == expected
 
 

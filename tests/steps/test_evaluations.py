@@ -1,4 +1,4 @@
-"""The ttt_eval stage as it is started by the workflow, on a miniature with random weights."""
+"""The stages evaluate and ttt_eval as the workflow starts them, on a miniature, random weights."""
 
 import dataclasses
 import json
@@ -17,7 +17,8 @@ from model.artifact.format import pack, save_artifact
 from model.data.loader import validation_documents
 from model.data.shards import BOS, Manifest, ShardWriter
 from model.data.tokenizer import Tokenizer
-from model.evaluation.losses import targets_of
+from model.evaluation.losses import plain_losses, sliding_losses, targets_of
+from model.evaluation.score import TTT, WITHOUT_ADAPTATION
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.runtime.files import sha256
@@ -31,6 +32,7 @@ from tests.helpers.corpora import sentences, small_tokenizer
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 320
 OUTPUTS = ("losses.parquet", "metrics.json", "provenance.json")
+STEPS = {"evaluate": WITHOUT_ADAPTATION, "ttt_eval": (TTT,)}
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +80,9 @@ def write_artifact(path: Path, params: Params) -> GPT:
     return model
 
 
-def run_step(place: Path, processes: int) -> subprocess.CompletedProcess:
+def run_step(place: Path, processes: int, step: str = "ttt_eval") -> subprocess.CompletedProcess:
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = ["-m", *(torchrun if processes > 1 else []), "steps.ttt_eval", "--seed", "0"]
+    command = ["-m", *(torchrun if processes > 1 else []), f"steps.{step}", "--seed", "0"]
     return subprocess.run(
         [sys.executable, *command, "--threads", "1"],
         cwd=place,
@@ -90,29 +92,34 @@ def run_step(place: Path, processes: int) -> subprocess.CompletedProcess:
     )
 
 
+Results = dict[tuple[str, int], tuple[pd.DataFrame, dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def results(place: Path) -> dict[int, tuple[pd.DataFrame, dict[str, Any]]]:
-    """Losses and metrics by number of processes."""
+def results(place: Path) -> Results:
+    """Losses and metrics by step and number of processes."""
     found = {}
-    for processes in (1, 2):
-        done = run_step(place, processes)
-        assert done.returncode == 0, done.stderr
-        output = place / "artifacts/ttt_eval/seed0"
-        assert sorted(file.name for file in output.iterdir()) == sorted(OUTPUTS)
-        metrics = json.loads((output / "metrics.json").read_text())
-        found[processes] = pd.read_parquet(output / "losses.parquet"), metrics
+    for step in STEPS:
+        for processes in (1, 2):
+            done = run_step(place, processes, step)
+            assert done.returncode == 0, done.stderr
+            output = place / f"artifacts/{step}/seed0"
+            assert sorted(file.name for file in output.iterdir()) == sorted(OUTPUTS)
+            metrics = json.loads((output / "metrics.json").read_text())
+            found[step, processes] = pd.read_parquet(output / "losses.parquet"), metrics
     return found
 
 
-def test_the_log_tells_how_long_the_start_took(place: Path, results: dict) -> None:
+def test_the_log_tells_how_long_the_start_took(place: Path, results: Results) -> None:
     (warm,) = read_log(place / "logs/ttt_eval/seed0.jsonl", "warm")
     assert 0 < warm["startup_seconds"] < 600
 
 
-def test_table_has_one_row_for_each_target(place: Path, results: dict) -> None:
-    table, _ = results[1]
-    types = ["int32", "int32", "uint16", "int16", "float32", "float32", "float32"]
-    columns = ["document", "position", "token", "bytes", "plain", "sliding", "ttt"]
+@pytest.mark.parametrize("step", STEPS)
+def test_table_has_one_row_for_each_target(place: Path, results: Results, step: str) -> None:
+    table, _ = results[step, 1]
+    types = ["int32", "int32", "uint16", "int16", *["float32"] * len(STEPS[step])]
+    columns = ["document", "position", "token", "bytes", *STEPS[step]]
     assert table.dtypes.astype(str).to_dict() == dict(zip(columns, types, strict=True))
     manifest = Manifest.load(place / "artifacts/tokenize/tokens")
     tokenizer = Tokenizer(manifest.tokenizer)
@@ -126,34 +133,40 @@ def test_table_has_one_row_for_each_target(place: Path, results: dict) -> None:
         assert rows["bytes"].sum() == len(text.encode())
 
 
-def test_ttt_column_holds_the_losses_of_the_artifact(place: Path, results: dict) -> None:
+def test_columns_hold_the_losses_of_the_artifact(place: Path, results: Results) -> None:
     params = load_params(place / "params.yaml")
     documents = validation_documents(Manifest.load(place / "artifacts/tokenize/tokens"), 4)
     model = write_artifact(place / "again.pocket", params)
-    losses = ttt_losses(model, documents, params.ttt, Group(0, 1, torch.device("cpu")))
-    np.testing.assert_allclose(results[1][0]["ttt"], np.concatenate(losses), atol=1e-4)
+    group, evaluate = Group(0, 1, torch.device("cpu")), params.evaluate
+    tokens = evaluate.tokens_per_batch
+    losses = {
+        "plain": plain_losses(model, documents, tokens, group),
+        "sliding": sliding_losses(model, documents, evaluate.sliding_stride, tokens, group),
+        "ttt": ttt_losses(model, documents, params.ttt, group),
+    }
+    for step, names in STEPS.items():
+        for name in names:
+            kept = results[step, 1][0][name]
+            np.testing.assert_allclose(kept, np.concatenate(losses[name]), atol=1e-4)
 
 
-def test_metrics_are_the_sums_of_the_table(results: dict) -> None:
-    for processes, (table, metrics) in results.items():
-        losses = {
-            name: table[name].astype(np.float64).sum() for name in ("plain", "sliding", "ttt")
-        }
-        bits = {name: loss / np.log(2) / table["bytes"].sum() for name, loss in losses.items()}
+def test_metrics_are_the_sums_of_the_table(results: Results) -> None:
+    for (step, processes), (table, metrics) in results.items():
         assert metrics["tokens"] == len(table)
         assert metrics["bytes"] == table["bytes"].sum()
         assert metrics["documents"] == 4
         assert metrics["world_size"] == processes
-        for name, score in {**metrics, "ttt": metrics}.items():
-            if name in losses:
-                assert score["loss"] == pytest.approx(losses[name] / len(table), rel=1e-12)
-                assert score["bpb"] == pytest.approx(bits[name], rel=1e-12)
-        assert metrics["gain"] == metrics["sliding"]["loss"] - metrics["loss"]
-        assert set(metrics["seconds"]) == {"plain", "sliding", "ttt", "total"}
+        assert set(metrics["seconds"]) == {*STEPS[step], "total"}
+        for name in STEPS[step]:
+            score, loss = metrics.get(name, metrics), table[name].astype(np.float64).sum()
+            assert score["loss"] == pytest.approx(loss / len(table), rel=1e-12)
+            bits = loss / np.log(2) / table["bytes"].sum()
+            assert score["bpb"] == pytest.approx(bits, rel=1e-12)
 
 
-def test_number_of_processes_changes_nothing(results: dict) -> None:
-    pd.testing.assert_frame_equal(results[1][0], results[2][0], rtol=0, atol=1e-4)
+@pytest.mark.parametrize("step", STEPS)
+def test_number_of_processes_changes_nothing(results: Results, step: str) -> None:
+    pd.testing.assert_frame_equal(results[step, 1][0], results[step, 2][0], rtol=0, atol=1e-4)
 
 
 def test_losses_that_are_not_finite_fail_and_leave_no_output(place: Path) -> None:

@@ -1,0 +1,40 @@
+"""Score the quantized model on the validation documents without adaptation: plain and sliding."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.evaluation.losses import plain_losses, sliding_losses
+from model.evaluation.score import WITHOUT_ADAPTATION, Score
+from model.runtime.progress import ReportProgress
+from steps.common import Step, run
+from steps.token_losses import Evaluation, Losses
+
+SECTIONS = ("evaluate", "ops")
+
+
+def main(step: Step) -> None:
+    """Score, and publish losses and metrics."""
+    job = Evaluation(step, SECTIONS)
+    params = step.params.evaluate
+    given = (job.model, job.documents)
+
+    def plain(report: ReportProgress | None) -> Losses:
+        return plain_losses(*given, params.tokens_per_batch, step.group, report)
+
+    def sliding(report: ReportProgress | None) -> Losses:
+        return sliding_losses(
+            *given, params.sliding_stride, params.tokens_per_batch, step.group, report
+        )
+
+    for name, evaluate in zip(WITHOUT_ADAPTATION, (plain, sliding), strict=True):
+        job.score(name, evaluate)
+    job.publish(metrics)
+
+
+def metrics(scores: Mapping[str, Score]) -> dict[str, Any]:
+    """Loss and bits per byte of each way of scoring."""
+    return {name: {"loss": score.loss, "bpb": score.bpb} for name, score in scores.items()}
+
+
+if __name__ == "__main__":
+    run("evaluate", main)

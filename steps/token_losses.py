@@ -1,0 +1,123 @@
+"""What `evaluate` and `ttt_eval` share: the artifact, the documents, the table of token losses.
+
+Every token's losses are kept in `losses.parquet`, one row per scored token in the order of the
+documents; the metrics are their sums. Both steps write the same rows, each with columns of its own.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.artifact.format import load_artifact
+from model.data.loader import validation_documents
+from model.data.shards import MANIFEST, Manifest
+from model.data.tokenizer import Tokenizer, check_vocabulary
+from model.evaluation.losses import targets_of
+from model.evaluation.score import Score
+from model.kernels import dispatch
+from model.runtime.files import atomic_file
+from model.runtime.process import peak_memory_mib, use_compile_cache, use_growing_segments
+from model.runtime.progress import ReportProgress, progress
+from pocketlm.params.paths import COMPILE_CACHE, TOKENS
+from steps.common import Step
+
+DOCUMENTS_PER_ROW_GROUP = 1024
+
+Losses = list[np.ndarray]
+Evaluate = Callable[[ReportProgress | None], Losses]
+
+
+class Evaluation:
+    """The quantized model and the documents it is to score, both checked; the log is open.
+
+    sections: those of the parameters that explain the run.
+    """
+
+    def __init__(self, step: Step, sections: Sequence[str]) -> None:
+        self.step, self.sections = step, sections
+        step.open_log(sections)
+        use_compile_cache(COMPILE_CACHE)
+        use_growing_segments()
+        manifest = Manifest.load(TOKENS)
+        self.tokenizer = Tokenizer(manifest.tokenizer)
+        chosen = step.params.evaluate
+        self.documents = validation_documents(manifest, chosen.documents, chosen.offset)
+        self.artifact = step.directory("quantize") / "model.pocket"
+        self.model = load_artifact(self.artifact, step.group.device)
+        check_vocabulary(
+            self.tokenizer, self.model.params.vocabulary, "train again with these tokens"
+        )
+        choice = dispatch.configure(device=step.group.device, **dataclasses.asdict(step.params.ops))
+        step.log.event("ops", choice=str(choice))
+        self.tokens = sum(document.size for document in self.documents)
+        self.losses: dict[str, Losses] = {}
+        self.seconds: dict[str, float] = {}
+
+    def score(self, name: str, evaluate: Evaluate) -> None:
+        """Score all documents in one way, under a progress bar; the clock ends with the last."""
+        began = time.perf_counter()
+        with progress(f"{name}: tokens", self.tokens, self.step.group.is_main) as bar:
+            self.losses[name] = evaluate(bar.advance if bar else None)
+        self.seconds[name] = time.perf_counter() - began
+        self.step.log.event("scored", name=name, tokens=self.tokens, took=self.seconds[name])
+
+    def publish(self, metrics: Callable[[Mapping[str, Score]], dict[str, Any]]) -> None:
+        """Write losses and metrics; `metrics` makes of the scores what is the step's own."""
+        step = self.step
+        memory = step.group.gather_objects(peak_memory_mib(step.group.device))
+        if not step.group.is_main:
+            return
+        sizes = [self.tokenizer.sizes(targets_of(document)) for document in self.documents]
+        scores = {name: Score.of(losses, sizes) for name, losses in self.losses.items()}
+        table = step.output / "losses.parquet"
+        write_losses(table, self.documents, sizes, self.losses)
+        scored = next(iter(scores.values()))
+        common = {
+            "tokens": scored.tokens,
+            "bytes": scored.bytes,
+            "documents": len(self.documents),
+            "seconds": {**self.seconds, "total": time.perf_counter() - step.started},
+            "peak_memory_mib": max(memory),
+            "world_size": step.group.size,
+        }
+        inputs = [self.artifact, TOKENS / MANIFEST]
+        step.publish({**metrics(scores), **common}, self.sections, inputs, [table])
+
+
+def write_losses(
+    path: Path,
+    documents: Sequence[np.ndarray],
+    sizes: Sequence[np.ndarray],
+    losses: Mapping[str, Losses],
+) -> None:
+    """Write one row per target: document int32, position int32 inside it (from 1), token uint16,
+    bytes int16, and its losses in nats, float32, by the names of the ways of scoring."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {"document": pa.int32(), "position": pa.int32(), "token": pa.uint16()}
+    columns |= {"bytes": pa.int16(), **dict.fromkeys(losses, pa.float32())}
+    schema = pa.schema(list(columns.items()))
+    with atomic_file(path) as file, parquet.ParquetWriter(file, schema) as writer:
+        for part in _parts(len(documents)):
+            chosen = documents[part]
+            lengths = [document.size for document in chosen]
+            numbers = np.arange(part.start, part.start + len(chosen))
+            values = {
+                "document": np.repeat(numbers, lengths),
+                "position": np.concatenate([np.arange(1, n + 1) for n in lengths]),
+                "token": np.concatenate([targets_of(document) for document in chosen]),
+                "bytes": np.concatenate(sizes[part]),
+                **{name: np.concatenate(of_one[part]) for name, of_one in losses.items()},
+            }
+            arrays = [pa.array(values[name]).cast(kind) for name, kind in columns.items()]
+            writer.write_table(pa.table(arrays, schema=schema))
+
+
+def _parts(documents: int) -> Iterator[slice]:
+    for first in range(0, documents, DOCUMENTS_PER_ROW_GROUP):
+        yield slice(first, first + DOCUMENTS_PER_ROW_GROUP)
