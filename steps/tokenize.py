@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from model.data.config import TokenizerConfig
-from model.data.shards import BOS, MANIFEST, Manifest, Shard, ShardWriter
-from model.data.sources import SPLITS, Corpus, Document, Split, open_corpus
+from model.data.shards import BOS, MANIFEST, SPLITS, Manifest, Shard, ShardWriter, Split
+from model.data.sources import Corpus, Document, open_corpus
 from model.data.sources.docstrings import unpinned_packages
 from model.data.sources.fineweb import fetch_published, open_published
 from model.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer

@@ -12,14 +12,15 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 
-from model.data.sources import SPLITS, Split
 from model.runtime.errors import InputError
 from model.runtime.files import atomic_file, read_json, sha256, write_json
 
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, Split] = ("train", "validation")
 BOS = 1
 MAGIC, VERSION = 20240520, 1
 HEADER = np.dtype("<i4")

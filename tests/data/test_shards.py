@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.data.shards import BOS, Manifest, Shard, ShardWriter, read_shard
-from model.data.sources import Split
+from model.data.shards import BOS, Manifest, Shard, ShardWriter, Split, read_shard
 from model.runtime.errors import InputError
 from model.runtime.files import sha256, write_bytes
 

@@ -13,8 +13,7 @@ import torch
 import benchmarks.quantize
 from model.artifact.format import load_artifact, read_artifact, restore
 from model.artifact.quantizer import Quantized, round_uniform
-from model.data.shards import BOS, Manifest, Shard, ShardWriter
-from model.data.sources import SPLITS, Split
+from model.data.shards import BOS, SPLITS, Manifest, Shard, ShardWriter, Split
 from model.network.checkpoint import load_checkpoint, save_checkpoint
 from model.quantization.byte_budget import code_bytes
 from model.runtime.files import sha256, write_json

@@ -19,8 +19,7 @@ import torch
 import yaml
 
 from model.data.packing import Documents
-from model.data.shards import Manifest, ShardWriter
-from model.data.sources import SPLITS
+from model.data.shards import SPLITS, Manifest, ShardWriter
 from model.network.checkpoint import load_checkpoint
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError

@@ -10,13 +10,11 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from model.data.config import DataConfig
+from model.data.shards import Split
 from model.runtime.errors import InputError
-
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
 class TextSource(Protocol):

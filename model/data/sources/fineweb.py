@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from model.data.shards import BOS, Manifest, Shard, read_shard
-from model.data.sources import SPLITS, Split
+from model.data.shards import BOS, SPLITS, Manifest, Shard, Split, read_shard
 from model.data.tokenizer import Tokenizer, check_vocabulary
 from model.runtime.errors import InputError
 from model.runtime.files import atomic_file, read_json, sha256, write_json
