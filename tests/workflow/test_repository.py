@@ -17,7 +17,13 @@ from pocketlm.workflow.reproduce import claim_gpus
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()
+    page
+    for page in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+    if page.is_file()
 ]
 COMMANDS = vars(typer.main.get_command(app))["commands"]
 BANNED = {"brotli", "constriction", "dvc", "hydra", "matplotlib", "pandas", "pyarrow", "pydantic"}
