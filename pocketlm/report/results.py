@@ -30,14 +30,14 @@ class Metrics(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Score(Metrics):
+class ScoreMetrics(Metrics):
     """A loss in nats per token and the same in bits per byte."""
 
     loss: float
     bpb: float
 
 
-class TrainMetrics(Score):
+class TrainMetrics(ScoreMetrics):
     """Training; the score is that of the averaged weights."""
 
     steps: int
@@ -47,7 +47,7 @@ class TrainMetrics(Score):
     peak_memory_mib: float | None
 
 
-class QuantizeMetrics(Score):
+class QuantizeMetrics(ScoreMetrics):
     """Quantization; the score is that of the artifact."""
 
     artifact_bytes: int
@@ -65,12 +65,12 @@ class EvaluateMetrics(Metrics):
 
     tokens: int
     bytes: int
-    plain: Score
-    sliding: Score
+    plain: ScoreMetrics
+    sliding: ScoreMetrics
     seconds: dict[str, float]
 
 
-class TTTMetrics(Score):
+class TTTMetrics(ScoreMetrics):
     """Evaluation of the artifact with test-time training."""
 
     tokens: int

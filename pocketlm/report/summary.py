@@ -20,7 +20,7 @@ from pocketlm.report.results import SeedResult, TokenLosses
 from pocketlm.report.significance import Sample, WelchTest, welch_test
 
 # Evaluations in the order of the system; the key in the summary of each.
-SCORES = ("pre_quant", "quantized", *WITHOUT_ADAPTATION, TTT)
+EVALUATIONS = ("pre_quant", "quantized", *WITHOUT_ADAPTATION, TTT)
 
 
 def summarize(results: Sequence[SeedResult], params: Params) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def summarize(results: Sequence[SeedResult], params: Params) -> dict[str, Any]:
     runs = [_run(result) for result in results]
     first = results[0]
     return {
-        **{score: _spread(runs, score) for score in SCORES},
+        **{score: _spread(runs, score) for score in EVALUATIONS},
         "gain": {
             f"over_{score}_{unit}": _mean(runs, score, unit) - _mean(runs, "ttt", unit)
             for score in ("sliding", "plain")

@@ -74,7 +74,14 @@ def test_train_prints_tables_and_writes_the_figures(tiny, tmp_path):
 
 def test_ops_prints_every_comparison(tiny, tmp_path):
     said = run("ops", tmp_path, "--preset", str(tiny), "--repeats", "1")
-    for word in ("attention:", "flash_attn_4", "residual_norm:", "mlp:", "products:", "Newton-Schulz"):
+    for word in (
+        "attention:",
+        "flash_attn_4",
+        "residual_norm:",
+        "mlp:",
+        "products:",
+        "Newton-Schulz",
+    ):
         assert word in said, word
 
 
