@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.ttt.batching import Batch, makespan
-from model.ttt.chunking import Pass, documents_left, passes
-from model.ttt.config import TTTConfig
+from model.ttt.batching import makespan
+from model.ttt.chunking import documents_left
+from model.ttt.session_plan import SessionPlan
 
 
 @dataclass(frozen=True)
@@ -29,27 +29,20 @@ class QueueTimes:
 
 
 def simulate(
-    lengths: Sequence[int],
-    batches: Sequence[Batch],
-    ttt: TTTConfig,
+    batches: Sequence[tuple[Sequence[int], SessionPlan]],
     processes: int,
     seconds: Callable[[int, int, int], float],
-    rows_run: Callable[[Sequence[Pass], np.ndarray], Sequence[int]],
 ) -> QueueTimes:
     """Take batches from one queue with several processes.
 
-    seconds(rows, start, end): time of a chunk of so many rows; rows_run(passes, lengths): rows of
-    each pass over documents of these lengths.
+    batches: lengths of the documents, in descending order, and plan of each; seconds(rows, start,
+    end): time of a chunk of so many rows.
     """
     used = run = 0
     times = []
-    for batch in batches:
-        time = 0.0
-        members = np.array([lengths[member] for member in batch.members])
-        over = passes(int(members.max()), ttt)
-        used += sum(documents_left(over, members))
-        for (start, end, *_), rows in zip(over, rows_run(over, members), strict=True):
-            run += rows
-            time += seconds(rows, start, end)
-        times.append(time)
+    for lengths, plan in batches:
+        used += sum(documents_left(plan.passes, np.array(lengths)))
+        run += sum(plan.rows)
+        pairs = zip(plan.rows, plan.passes, strict=True)
+        times.append(sum(seconds(rows, one.start, one.end) for rows, one in pairs))
     return QueueTimes(sum(times), makespan(times, processes), max(times), 1 - used / run)

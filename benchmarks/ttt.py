@@ -51,11 +51,13 @@ from model.runtime.process import (
     use_growing_segments,
 )
 from model.runtime.run_log import environment
-from model.ttt.adapters import values_per_document
-from model.ttt.batching import document_batches, rows_that_fit, tokens_at_once
-from model.ttt.chunking import Pass, chunks
+from model.ttt.batching import document_batches, rows_that_fit
+from model.ttt.chunking import chunks
 from model.ttt.config import TTTConfig
+from model.ttt.document_adapters import values_per_document
 from model.ttt.loop import Session, ttt_losses
+from model.ttt.reader import READERS
+from model.ttt.session_plan import SessionPlan, session_plan
 from model.ttt.warmup import excerpts, warm_up_kernels
 from pocketlm.params.load import checked
 from pocketlm.params.params import Params
@@ -363,7 +365,7 @@ def simulated(wanted: Sequence[TTTConfig], model: GPT, lengths: list[int]) -> No
     rows = []
     for changed in wanted:
         fitting = min(len(lengths), rows_that_fit(model, changed))
-        read = tokens_at_once(changed.context, changed)
+        read = READERS[changed.mode].tokens_at_once(changed.context, changed)
         limit = min(fitting, max(1, changed.tokens_per_batch // read))
         one, many = chunk_seconds(model, changed, 1), chunk_seconds(model, changed, limit)
         slope = (many - one) / max(1, limit - 1)
@@ -379,17 +381,17 @@ def simulated(wanted: Sequence[TTTConfig], model: GPT, lengths: list[int]) -> No
             share = min(1.0, end / ttt.context) if ttt.mode == "window" else 1.0
             return share * (one + slope * (count - 1))
 
-        with fixed_weights(model):
-            session = Session(model, changed, 1)  # whose plan does not ask for its capacity
+        captured = changed.cuda_graphs and model.device.type == "cuda"
 
-        def rows_run(
-            over: Sequence[Pass], lengths: np.ndarray, session: Session = session
-        ) -> list[int]:
-            return session.plan(over, lengths)[1]
+        def planned(
+            members: Sequence[int], ttt: TTTConfig = changed, captured: bool = captured
+        ) -> tuple[list[int], SessionPlan]:
+            found = [lengths[member] for member in members]
+            return found, session_plan(found, ttt, model.device, captured)
 
         for processes in QUEUE_SIZES:
-            batches = document_batches(lengths, changed, fitting, processes)
-            plan = simulate(lengths, batches, changed, processes, seconds, rows_run)
+            batches = document_batches(lengths, changed, fitting, processes, model.device)
+            plan = simulate([planned(batch.members) for batch in batches], processes, seconds)
             efficiency = plan.busy / processes / plan.makespan
             cells = (1000 * one, 1000 * many, plan.makespan, plan.longest, efficiency)
             rows.append([changed.mode, processes, *cells, plan.wasted_rows])

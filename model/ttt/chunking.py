@@ -1,16 +1,15 @@
-"""How a document is cut into chunks: all alike, or growing with what has been read.
+"""Chunk boundaries: chunks of constant size, or growing with the position in the document.
 
-A chunk is one optimizer step, and the steps of a document follow one another, so that a long
-document takes its number of chunks in steps, however little work each of them is. The first tokens
-of a document teach the most, the later ones refine: with `largest_chunk` above `chunk`, a chunk
-doubles whenever the doubled one is still at most a 64th of the tokens before it,
+A chunk is one optimizer step, and the steps of a document are sequential, so a long document takes
+as many dependent steps as it has chunks, however little work each one is. Early tokens teach the
+most, later ones refine. With `largest_chunk` above `chunk` the size is therefore
 
     size(t) = chunk·2^k,  the largest with size(t) ≤ max(chunk, min(largest_chunk, t / 64)),
 
-beyond its first 64 chunks a document takes 64 more each time its length doubles, until chunks are
-the largest. The rate stays as it is, so that a token moves the adapters the less the more there are
-in its chunk. Where a chunk begins depends on the position alone: never on the text, so that scores
-come first as before, and documents read side by side stay side by side.
+so that, until the largest size is reached, each doubling of the length costs 64 more chunks. The
+learning rate is independent of the size: a token of a large chunk moves the adapters less.
+Boundaries depend on the position alone, never on the text: scores stay causal, and documents of a
+batch share their boundaries.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 
 from model.ttt.config import TTTConfig
 
-TOKENS_BEFORE = 64  # for each token of a chunk that has grown
+TOKENS_BEFORE = 64  # per token of a chunk larger than `chunk`
 
 
 def chunk_size(start: int, ttt: TTTConfig) -> int:
@@ -33,7 +32,7 @@ def chunk_size(start: int, ttt: TTTConfig) -> int:
 
 
 def chunks(length: int, ttt: TTTConfig) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of every chunk of a document; the last may end beyond it."""
+    """Yield start and end of each chunk of a document; the last may end beyond it."""
     start = 0
     while start < length:
         end = start + chunk_size(start, ttt)
@@ -42,23 +41,24 @@ def chunks(length: int, ttt: TTTConfig) -> Iterator[tuple[int, int]]:
 
 
 class Pass(NamedTuple):
-    """A chunk [start, end), and what mode `cached` runs with it: all tokens from `first` on.
+    """A chunk [start, end), and the token range that mode `cached` runs for it.
 
-    leaving: how many of these, from the first on, the next pass does not run; their keys and values
-    are kept. The last pass of a document is like those before it, as if another followed.
+    first: mode `cached` runs the tokens [first, end); the gradient flows through all of them.
+    to_cache: how many of these, counted from `first`, the next pass does not run again: their keys
+    and values enter the cache. The last pass of a document is like any other, as if one followed.
     """
 
     start: int
     end: int
     first: int
-    leaving: int
+    to_cache: int
 
 
 def passes(length: int, ttt: TTTConfig) -> list[Pass]:
-    """The chunks of a document with `ttt.bptt_chunks` chunks of their size before them.
+    """One pass per chunk, each over its chunk and `ttt.bptt_chunks` chunks of that size before it.
 
-    A token that a pass has left behind is not run again, also where chunks have grown. Those of a
-    shorter document are the first of a longer one's.
+    A token that has entered the cache is not run again, also where chunks have grown. The passes of
+    a shorter document are a prefix of those of a longer one.
     """
     spans, firsts = list(chunks(length, ttt)), [0]
     beyond = spans[-1][1]
@@ -72,19 +72,19 @@ def passes(length: int, ttt: TTTConfig) -> list[Pass]:
 
 
 def documents_left(over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
-    """How many of the documents, the longest first, have a token in each of the passes."""
+    """How many documents have a token in each pass; lengths: in descending order."""
     starts = [one.start for one in over]
     return (lengths.size - np.searchsorted(lengths[::-1], starts, side="right")).tolist()
 
 
 class Shape(NamedTuple):
-    """What determines, with the rows, all shapes of a pass.
+    """Together with the number of rows, all that the tensor shapes of a pass depend on.
 
-    tokens: that a row runs; size: of the chunk; leaving: see `Pass`; slots: of the ring that are
-    looked at (mode `cached`).
+    tokens: run per row; size: of the chunk; to_cache: see `Pass`; slots: cache slots that attention
+    reads (mode `cached`).
     """
 
     tokens: int
     size: int
-    leaving: int = 0
+    to_cache: int = 0
     slots: int = 0

@@ -1,4 +1,4 @@
-"""Batches of equal lengths, described once, so that captured work finds what it reads in place."""
+"""Batches of rows of equal length, each described once, at a fixed address for CUDA graphs."""
 
 import torch
 
@@ -7,14 +7,14 @@ from model.kernels import dispatch
 
 
 class Layouts:
-    """`Documents` of (rows, length) batches on a device, with all that a pass derives from them."""
+    """Cache of `Documents` for (rows, length) batches, with everything a pass derives from them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._known: dict[tuple[int, int], Documents] = {}
 
     def of(self, rows: int, length: int) -> Documents:
-        """The same object for the same shape."""
+        """The description of `rows` documents of `length` tokens: one object per shape."""
         if (rows, length) not in self._known:
             packed = Documents.from_rows(rows, length, self._device)
             _ = packed.index, packed.positions

@@ -1,8 +1,7 @@
-"""The kernels of test-time training compiled all at once, before the first document is read.
+"""Compiles the Triton kernels of test-time training in parallel, before the first document.
 
-The beginnings of the documents are read with nothing launched (`model.kernels.precompile`), by
-sessions that are then forgotten: what the kernels did not write is not a number that anybody sees,
-and what torch computed meanwhile is its own.
+Throwaway sessions read excerpts of the documents while `model.kernels.precompile` collects the
+kernels instead of launching them. Their outputs are undefined and are discarded.
 """
 
 import dataclasses
@@ -21,13 +20,13 @@ from model.ttt.chunking import chunks
 from model.ttt.config import TTTConfig
 from model.ttt.loop import Session, packed_losses
 
-FEW = 2  # documents, for which some kernels are others than for many
+FEW = 2  # documents of a small batch, for which some kernels are specialized differently
 
 
 def warm_up_kernels(model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig) -> None:
-    """Compile what reading the documents, with and without adapters, will launch.
+    """Compile the kernels that scoring the documents, with and without adapters, will launch.
 
-    Where no kernels of ours run, on a CPU, nothing is done.
+    Does nothing on a CPU, where no Triton kernels run.
     """
     if model.device.type == "cuda" and documents:
         with fixed_weights(model), precompile():
@@ -35,35 +34,35 @@ def warm_up_kernels(model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig)
 
 
 def read_excerpts(model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig) -> None:
-    """Make passes of all kinds that reading the documents makes."""
+    """Run passes of every kind that reading the documents involves."""
     packed_losses(model, [document[: ttt.chunk] for document in documents[:FEW]])
     rows = rows_that_fit(model, ttt)
-    for alike, texts in excerpts(documents, ttt):
+    for constant, texts in excerpts(documents, ttt):
         fitting = texts[:rows]
-        session = Session(model, alike, len(fitting), AsItIs(ttt.cuda_graphs))
+        session = Session(model, constant, len(fitting), UncapturedRunner(ttt.cuda_graphs))
         session.losses(fitting, SharedProgress(None))
-        del session  # before the next one takes as much memory
+        del session  # frees its memory before the next one allocates as much
 
 
-class AsItIs(GraphRunner):
-    """Work of the shapes that are captured, run as it is; no work, and no session, is kept."""
+class UncapturedRunner(GraphRunner):
+    """Reports `captured`, so that shapes are those of captured work, but runs it directly."""
 
     def run(self, key: Hashable, work: Callable[[], Tensor]) -> Tensor:
-        """Do the work."""
+        """Do the work; keeps no reference to it, nor to its session."""
         return work()
 
 
 def excerpts(
     documents: Sequence[np.ndarray], ttt: TTTConfig
 ) -> Iterator[tuple[TTTConfig, list[np.ndarray]]]:
-    """Yield texts, the longest first, and the parameters by which to read them.
+    """Yield parameters and texts, the longest first, whose passes are of all kinds that occur.
 
-    For every size of a chunk, of few documents and of all: as many chunks of that size alone as it
-    takes until a pass has as many chunks before it as it can have.
+    For each chunk size, with few documents and with all: chunks of this size alone, as many as it
+    takes for a pass to include all of its `bptt_chunks` earlier chunks.
     """
     ordered = sorted(documents, key=len, reverse=True)
     for size in sorted({end - start for start, end in chunks(ordered[0].size, ttt)}):
-        alike = dataclasses.replace(ttt, chunk=size)
+        constant = dataclasses.replace(ttt, chunk=size)
         texts = [document[: (ttt.bptt_chunks + 2) * size] for document in ordered]
         for some in (texts[:FEW], texts):
-            yield alike, some
+            yield constant, some

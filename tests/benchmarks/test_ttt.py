@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.ttt import Reading, compare, floor_work, read_tokens, summary
 from model.network.linear import Linear
-from model.ttt.adapters import initial_parameters
+from model.ttt.document_adapters import initial_parameters
 from pocketlm.params.presets import compose, render
 from tests.helpers.models import random_documents, small_model, ttt_params
 from tests.helpers.processes import Group, run_processes

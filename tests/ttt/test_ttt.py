@@ -23,29 +23,32 @@ from model.evaluation.losses import plain_losses
 from model.evaluation.work_sharing import SharedProgress
 from model.kernels import dispatch
 from model.kernels.reference import exclude_own_value
-from model.network.adapters import READERS, BlockAdapters, low_rank, side_by_side, site_name
+from model.network import adapters as network_adapters
+from model.network.adapters import BlockAdapters, low_rank, side_by_side, site_name
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT, Adapters
 from model.runtime.cuda_graphs import GraphRunner
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
 from model.ttt import window_mode
-from model.ttt.adapters import (
+from model.ttt.batching import bytes_per_document, document_batches
+from model.ttt.cached_mode import CachedReader
+from model.ttt.chunking import Pass, chunks, documents_left, passes
+from model.ttt.document_adapters import (
     HASH_TABLE,
     DocumentAdapters,
     initial_parameters,
     values_per_document,
 )
-from model.ttt.batching import Batch, bytes_per_document, document_batches, tokens_at_once
-from model.ttt.cached_mode import CachedReader
-from model.ttt.chunking import Pass, chunks, documents_left, passes
-from model.ttt.graph_rows import PASS, STEP
 from model.ttt.loop import Session, ttt_losses
-from model.ttt.window_mode import WindowReader, window_shape, window_step
+from model.ttt.reader import READERS
+from model.ttt.session_plan import PASS, STEP, SessionPlan, session_plan
+from model.ttt.window_mode import WindowReader
 from tests.helpers.models import random_documents, small_model, ttt_params
 from tests.helpers.processes import run_processes
 
-ALONE = Group(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+ALONE = Group(0, 1, CPU)
 LENGTHS = [1, 2, 7, 8, 9, 30, 55, 64]
 
 
@@ -82,7 +85,9 @@ class NaiveSites(Added):
 
     def __init__(self, weights: Weights, sites: Sequence[str], layer: int) -> None:
         self.weights = weights
-        ordered = [site for group in READERS.values() for site in group if site in sites]
+        ordered = [
+            site for group in network_adapters.READERS.values() for site in group if site in sites
+        ]
         self.sites = tuple(ordered)
         self.names = {site: site_name(site, layer) for site in ordered}
 
@@ -232,7 +237,7 @@ class NaiveCached(Naive):
             past = min(self.first, self.kept)
             self.begin, self.renewed = self.first - past, self.first
             self.pieces, self.oldest = [(past, frozen)] if past else [], [0] * past
-        leaving = self.passes[number].leaving
+        leaving = self.passes[number].to_cache
         self.leaving = [(leaving, frozen)] if leaving else []
 
     def attention(
@@ -319,7 +324,7 @@ def test_passes_reach_back_by_chunks_of_their_size_and_run_nothing_that_was_left
     found = passes(45, ttt)
     assert [(one.start, one.end) for one in found] == list(chunks(45, ttt))
     assert [one.first for one in found] == [0, 0, 0, 4, 4, 8, 16, 24]
-    assert [one.leaving for one in found] == [0, 0, 4, 0, 4, 8, 8, 8]
+    assert [one.to_cache for one in found] == [0, 0, 4, 0, 4, 8, 8, 8]
     for length in range(1, 45):
         assert passes(length, ttt) == [one for one in found if one.start < length]
 
@@ -430,7 +435,7 @@ def test_batches_hold_each_document_once_longest_first_within_both_bounds(
 ) -> None:
     lengths = [9, 90, 10, 40, 11, 5, 1, 33, 64]
     ttt = ttt_params(mode=mode, tokens_per_batch=70)
-    batches = document_batches(lengths, ttt, 3, 1)
+    batches = document_batches(lengths, ttt, 3, 1, CPU)
     flat = [number for batch in batches for number in batch.members]
     assert sorted(flat) == list(range(len(lengths)))
     ordered = [lengths[number] for number in flat]
@@ -448,7 +453,7 @@ def test_what_is_read_at_once_is_bounded_pass_by_pass(
     lengths: list[int], processes: int, limit: int
 ) -> None:
     ttt = ttt_params(chunk=32, context=2048, tokens_per_batch=limit)
-    batches = document_batches(lengths, ttt, 40, processes)
+    batches = document_batches(lengths, ttt, 40, processes, CPU)
     assert sorted(n for batch in batches for n in batch.members) == list(range(len(lengths)))
     for batch in (batch for batch in batches if batch.adapts):
         members = np.array([lengths[number] for number in batch.members])
@@ -462,6 +467,7 @@ def test_what_is_read_at_once_is_bounded_pass_by_pass(
 
 def test_chunks_that_run_again_count_as_read() -> None:
     ttt = ttt_params(mode="cached", chunk=8, context=64, tokens_per_batch=70)
+    tokens_at_once = READERS["cached"].tokens_at_once
     assert tokens_at_once(90, ttt) == 8
     assert tokens_at_once(90, dataclasses.replace(ttt, bptt_chunks=2)) == 24
     alone, reaching = (
@@ -480,8 +486,8 @@ def test_values_of_a_document_are_those_it_starts_from(changes: dict[str, Any]) 
     assert values_per_document(model, ttt) == sum(x.numel() for x in initial.values())
 
 
-def always_two(over: Sequence[Pass], lengths: np.ndarray) -> list[int]:
-    return [2 for _ in over]
+def planned(lengths: Sequence[int], ttt: Any) -> tuple[Sequence[int], SessionPlan]:
+    return lengths, session_plan(lengths, ttt, CPU, captured=False)
 
 
 def test_several_processes_get_pieces_small_enough_to_keep_all_busy() -> None:
@@ -493,19 +499,24 @@ def test_several_processes_get_pieces_small_enough_to_keep_all_busy() -> None:
         return PASS + rows * (end - start + STEP)
 
     def makespan(processes: int, known: int) -> float:
-        batches = document_batches(lengths, ttt, 256, known)
+        batches = document_batches(lengths, ttt, 256, known, CPU)
         assert sorted(n for batch in batches for n in batch.members) == list(range(400))
-        return simulate(lengths, batches, ttt, processes, seconds, documents_left).makespan
+        plans = [planned([lengths[n] for n in batch.members], ttt) for batch in batches]
+        return simulate(plans, processes, seconds).makespan
 
     assert makespan(4, 4) < 0.5 * makespan(1, 1)
     assert makespan(4, 4) < 0.6 * makespan(4, 1)
 
 
-def test_only_the_first_batches_are_smaller_for_several_processes() -> None:
+def test_only_the_first_batches_are_smaller_for_several_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "reads_filled_slots", lambda device: True)  # as on a GPU
     lengths = [5000, 4000, 1000, *[300] * 40]
     ttt = ttt_params(mode="cached", chunk=32, context=2048, tokens_per_batch=65536)
     for processes in (2, 3):
-        sizes = [len(batch.members) for batch in document_batches(lengths, ttt, 16, processes)]
+        batches = document_batches(lengths, ttt, 16, processes, CPU)
+        sizes = [len(batch.members) for batch in batches]
         assert 1 < len(sizes) <= processes + 3
         assert all(size == 16 for size in sizes[processes - 1 : -1])
         assert sizes[0] < 3
@@ -516,23 +527,26 @@ def test_windows_of_few_documents_grow_by_more(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(window_mode, "GROWTH", 2048)
     ttt = ttt_params(chunk=32, context=2048)
     over, counts = passes(4096, ttt), (1, 2, 7, 16, 500)
-    found = {n: {window_shape(one, window_step(n), ttt).tokens for one in over} for n in counts}
+
+    def tokens(one: Pass, documents: int) -> int:
+        return WindowReader.shapes([one], documents, ttt, CPU, captured=True)[0].tokens
+
+    found = {n: {tokens(one, n) for one in over} for n in counts}
     assert [min(found[n]) for n in counts] == [2048, 1024, 512, 128, 128]
     for number, lengths in found.items():
         step = min(lengths)
         assert lengths == set(range(step, 2049, step))
         for one in over:
-            assert window_shape(one, window_step(number), ttt).tokens >= min(one.end, 2048)
+            assert tokens(one, number) >= min(one.end, 2048)
 
 
 def test_simulation_of_a_queue_worked_out_by_hand() -> None:
-    """Batches of 3 and 2, 1 and 2 chunks; a chunk of n rows takes n."""
-    batches = [Batch([0, 1], True), Batch([2, 3], True), Batch([4], False)]
-    lengths = [24, 10, 9, 7, 5]
-    ttt = ttt_params()
-    alone = simulate(lengths, batches, ttt, 1, lambda rows, start, end: rows, documents_left)
+    """Batches of 3, 2 and 1 chunks of 8 tokens; a chunk of n rows takes n."""
+    plans = [planned(lengths, ttt_params()) for lengths in ([24, 10], [9, 7], [5])]
+    alone = simulate(plans, 1, lambda rows, start, end: rows)
     assert (alone.busy, alone.makespan, alone.longest, alone.wasted_rows) == (9, 9, 5, 0)
-    two = simulate(lengths, batches, ttt, 2, lambda rows, start, end: rows, always_two)
+    padded = [(n, dataclasses.replace(p, rows=(2,) * len(p.passes))) for n, p in plans]
+    two = simulate(padded, 2, lambda rows, start, end: rows)
     assert (two.busy, two.makespan, two.longest) == (12, 6, 6)
     assert two.wasted_rows == pytest.approx(3 / 12)
 
@@ -557,10 +571,13 @@ class Operations(TorchDispatchMode):
     @torch.no_grad()
     def repeat(self) -> None:
         for func, args, kwargs, result in self.noted:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old is not new:
-                    old.copy_(new)
+            written = tuple(x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor))
+            # Autograd does not notice what a CUDA graph writes.
+            with torch.autograd._unsafe_preserve_version_counter(written):
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    if isinstance(old, Tensor) and old is not new:
+                        old.copy_(new)
 
 
 class NotedOperations(GraphRunner):
@@ -605,7 +622,8 @@ def test_replayed_chunks_equal_those_run_as_they_are(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.ttt.chunking.TOKENS_BEFORE", 8)
-    monkeypatch.setattr("model.ttt.loop.CAPTURE_COST", 500)
+    for reader in READERS.values():
+        monkeypatch.setattr(reader, "ROWS_PER_OCTAVE", 1)  # rows above the documents left
     model = small_model()
     ttt = ttt_params(context=40, **changes)
     documents = random_documents([150, 140, 120, 61, 60, 59, 20])
@@ -633,15 +651,16 @@ def test_windows_filled_up_equal_those_that_end_with_the_chunk(
         monkeypatch.setattr(window_mode, "STEP", step)
         torch.manual_seed(0)
         adapters = DocumentAdapters(model, ttt, 3)
+        for group in adapters._groups:
+            group._compute_weights += 0.05 * torch.randn_like(group._compute_weights)
+        adapters.keep_first(3)
         leaves = [group.leaf for group in adapters._groups]
-        for leaf in leaves:
-            leaf.data += 0.05 * torch.randn_like(leaf)
         reader = WindowReader(model, adapters, ttt, 3, captured=True)
         reader.begin(tokens, tokens.roll(-1, 1))
         results = []
         for one in passes(64, ttt):
             reader._window_tokens.fill_(5)  # left by others
-            reader.seek(one, reader.shape(one, 3))
+            reader.seek(one, *reader.shapes([one], 3, ttt, CPU, captured=True))
             assert not reader._window.view(3, -1)[:, one.end :].any()
             losses = reader.losses(first=True)
             gradients = torch.autograd.grad(losses.sum(), leaves)
@@ -658,21 +677,10 @@ def test_windows_filled_up_equal_those_that_end_with_the_chunk(
             torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("captured", "lengths"), [(True, [16, 16, 32, 32]), (False, [8, 16, 24, 30])]
-)
-def test_only_recorded_windows_are_filled_up(captured: bool, lengths: list[int]) -> None:
-    ttt = ttt_params(context=30)
-    with fixed_weights(small_model()):
-        session = Session(small_model(), ttt, 3, GraphRunner(captured))
-        found = [session._reader.shape(one, 3).tokens for one in passes(32, ttt)]
-    assert found == [min(length, 30) for length in lengths]
-
-
 @MODES
 def test_the_memory_of_a_session_is_free_when_it_ends(mode: str) -> None:
     model, documents = small_model(), random_documents([30, 20])
-    gc.disable()  # memory of a GPU does not wait for Python to look for circles
+    gc.disable()  # memory of a GPU does not wait for Python to collect cycles
     try:
         with fixed_weights(model):
             session = Session(model, ttt_params(mode=mode), 2)
@@ -724,7 +732,6 @@ def test_work_for_some_tokens_alone_equals_that_for_all(position: int) -> None:
 def test_cuda_graphs_equal_the_eager_loop(
     mode: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.ttt.loop.CAPTURE_COST", 500)
     monkeypatch.setattr(dispatch, "_bound", {})
     device = torch.device("cuda")
     dispatch.configure("auto", device)

@@ -17,8 +17,8 @@ from tests.helpers.models import random_documents, small_model, ttt_params
 
 
 @pytest.mark.parametrize("bptt_chunks", [0, 3])
-def test_excerpts_make_passes_of_every_number_of_chunks(reach):
-    ttt = ttt_params(mode="cached", chunk=2, largest_chunk=8, context=64, bptt_chunks=reach)
+def test_excerpts_make_passes_of_every_number_of_chunks(bptt_chunks):
+    ttt = ttt_params(mode="cached", chunk=2, largest_chunk=8, context=64, bptt_chunks=bptt_chunks)
     documents = random_documents([5, 700, 300])
     found = list(excerpts(documents, ttt))
     assert [len(texts) for _, texts in found] == [2, 3] * 3
@@ -26,7 +26,7 @@ def test_excerpts_make_passes_of_every_number_of_chunks(reach):
         lengths = [text.size for text in texts]
         assert lengths == sorted(lengths, reverse=True)
         made = {(p.end - p.start, p.end - p.first) for p in passes(lengths[0], alike)}
-        assert made == {(alike.chunk, alike.chunk * n) for n in range(1, reach + 2)}
+        assert made == {(alike.chunk, alike.chunk * n) for n in range(1, bptt_chunks + 2)}
     assert {alike.chunk for alike, _ in found} == {p.end - p.start for p in passes(700, ttt)}
 
 
