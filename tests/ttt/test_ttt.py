@@ -216,29 +216,29 @@ def spliced_adapters(
 
 
 class NaiveCached(Naive):
-    """Keeps nothing: reads all the text for every chunk, each piece with its captured adapters."""
+    """Keeps nothing: reads all the text for every chunk, each piece with the adapters of its time."""
 
     def __init__(self, model: GPT, document: np.ndarray, ttt: Any) -> None:
         super().__init__(model, document, ttt)
         self.passes = passes(len(self.tokens), ttt)
         self.kept = ttt.context - ttt.longest_pass  # tokens
         self.begin = self.renewed = 0  # where the text begins; what lies before was read at once
-        self.pieces: list[tuple[int, Weights]] = []  # that were left behind
+        self.pieces: list[tuple[int, Weights]] = []  # whose keys and values are cached
         self.oldest: list[int] = []  # token that each of theirs saw
-        self.leaving: list[tuple[int, Weights]] = []
+        self.entering: list[tuple[int, Weights]] = []
         self.first = 0
 
     def enter(self, number: int, start: int, end: int) -> None:
         frozen = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self.pieces += self.leaving
-        self.oldest += [self.first - self.kept for size, _ in self.leaving for _ in range(size)]
+        self.pieces += self.entering
+        self.oldest += [self.first - self.kept for size, _ in self.entering for _ in range(size)]
         self.first = self.passes[number].first
         if number and self.ttt.refresh and number % self.ttt.refresh == 0:
             past = min(self.first, self.kept)
             self.begin, self.renewed = self.first - past, self.first
             self.pieces, self.oldest = [(past, frozen)] if past else [], [0] * past
-        leaving = self.passes[number].to_cache
-        self.leaving = [(leaving, frozen)] if leaving else []
+        entering = self.passes[number].to_cache
+        self.entering = [(entering, frozen)] if entering else []
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, exclusive: bool
@@ -316,7 +316,7 @@ def test_batched_loop_equals_the_naive_one(
         np.testing.assert_allclose(loss, naive(model, document, ttt).run(), atol=3e-5)
 
 
-def test_passes_reach_back_by_chunks_of_their_size_and_run_nothing_that_was_left(
+def test_passes_include_chunks_of_their_size_and_run_no_cached_token_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("model.ttt.chunking.TOKENS_BEFORE", 2)
@@ -470,11 +470,11 @@ def test_chunks_that_run_again_count_as_read() -> None:
     tokens_at_once = READERS["cached"].tokens_at_once
     assert tokens_at_once(90, ttt) == 8
     assert tokens_at_once(90, dataclasses.replace(ttt, bptt_chunks=2)) == 24
-    alone, reaching = (
-        bytes_per_document(small_model(), dataclasses.replace(ttt, bptt_chunks=reach))
-        for reach in (0, 2)
+    alone, longer = (
+        bytes_per_document(small_model(), dataclasses.replace(ttt, bptt_chunks=count))
+        for count in (0, 2)
     )
-    assert reaching > alone
+    assert longer > alone
     hashing = bytes_per_document(small_model(), dataclasses.replace(ttt, hash_buckets=64))
     assert hashing - alone == 64 * 32 * 16  # values, second moments, gradients twice; fp32
 
@@ -490,7 +490,7 @@ def planned(lengths: Sequence[int], ttt: Any) -> tuple[Sequence[int], SessionPla
     return lengths, session_plan(lengths, ttt, CPU, captured=False)
 
 
-def test_several_processes_get_pieces_small_enough_to_keep_all_busy() -> None:
+def test_several_processes_get_batches_small_enough_to_keep_all_busy() -> None:
     generator = np.random.default_rng(0)
     lengths = np.exp(generator.normal(7, 1, 400)).astype(int).tolist()
     ttt = ttt_params(mode="cached", chunk=32, context=2048, tokens_per_batch=65536)
@@ -598,7 +598,7 @@ class NotedOperations(GraphRunner):
 
         def play() -> Tensor:
             nonlocal fresh
-            if not fresh:  # noting has done the work once, unlike recording on a GPU
+            if not fresh:  # noting has done the work once, unlike capturing on a GPU
                 operations.repeat()
                 self.played[self.present] += 1
             fresh = False
@@ -641,7 +641,7 @@ def test_replayed_chunks_equal_those_run_as_they_are(
         assert {shape.tokens for rows, shape in runner.played} == {16, 32, 40}
 
 
-def test_windows_filled_up_equal_those_that_end_with_the_chunk(
+def test_padded_windows_equal_those_that_end_with_the_chunk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, ttt = small_model(), ttt_params(context=40, hash_buckets=16)
