@@ -216,7 +216,7 @@ def spliced_adapters(
 
 
 class NaiveCached(Naive):
-    """Keeps nothing: reads all the text for every chunk, each piece with the adapters of its time."""
+    """Caches nothing: reads all the text for every chunk, each piece with its own adapters."""
 
     def __init__(self, model: GPT, document: np.ndarray, ttt: Any) -> None:
         super().__init__(model, document, ttt)
