@@ -26,11 +26,11 @@ except InputError as error:
 shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 SEEDS = PARAMS.seeds
 REPRODUCE = "python -m pocketlm.workflow.reproduce " + ("--force " if config.get("force") else "")
-IN_PROCESSES = REPRODUCE + f"--processes {PARAMS.processes} "
+IN_PROCESSES = REPRODUCE + f"--processes {PARAMS.execution.processes} "
 # Slots of this machine (GPUs, or 1); a step takes one per process, and its share of the cores.
 GPUS = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 1
 CORES = workflow.resource_settings.cores or os.cpu_count()
-THREADS = max(1, CORES * min(PARAMS.processes, GPUS) // GPUS)
+THREADS = max(1, CORES * min(PARAMS.execution.processes, GPUS) // GPUS)
 
 
 def embedded(path):
@@ -63,7 +63,7 @@ rule train:
         outs("train"),
     threads: THREADS
     resources:
-        gpu=PARAMS.processes,
+        gpu=PARAMS.execution.processes,
     message:
         "train, seed {wildcards.seed}"
     shell:
@@ -77,7 +77,7 @@ rule quantize:
         outs("quantize"),
     threads: THREADS
     resources:
-        gpu=PARAMS.processes,
+        gpu=PARAMS.execution.processes,
     message:
         "quantize, seed {wildcards.seed}"
     shell:
@@ -105,7 +105,7 @@ rule ttt_eval:
         outs("ttt_eval"),
     threads: THREADS
     resources:
-        gpu=PARAMS.processes,
+        gpu=PARAMS.execution.processes,
     message:
         "ttt_eval, seed {wildcards.seed}"
     shell:

@@ -81,7 +81,7 @@ def measure(directory: Path, compressors: list[str]) -> tuple[list[list[Any]], d
         "decode_s": decode_s,
         "gap_nats": metrics["gap"],
         "predicted_gap_nats": metrics["predicted_gap"],
-        "total_bytes": metrics["total_bytes"],
+        "total_bytes": metrics["artifact_bytes"] + metrics["code_reserve_bytes"],
         "codes": total[1],
         "seconds": metrics["seconds"],
     }

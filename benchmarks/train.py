@@ -75,7 +75,7 @@ class Run:
         choice = dispatch.configure(device=group.device, **dataclasses.asdict(params.ops))
         torch.manual_seed(0)
         model = GPT(params.model).to(group.device)
-        trainer = Trainer(model, params.train, group)
+        trainer = Trainer(model, params.train, group, params.execution.compile)
         data, batches = training_batches(params, group)
         trainer.warm_up(batches)
         return cls(params, group, trainer, batches, data, choice.attention)

@@ -146,7 +146,7 @@ def measure(
         return
     warm_up(wanted[named[0]], model, documents, alone)
     start_up = seconds_since_start(group.device)
-    plain = mean_loss(plain_losses(model, documents, params.evaluate.tokens_per_batch, alone))
+    plain = mean_loss(plain_losses(model, documents, params.execution.evaluation_tokens, alone))
     lengths = [document.size for document in documents]
     tokens, readings, rows, here = sum(lengths), [], [], environment()
     for reading in read_all(wanted, options, model, documents, alone):

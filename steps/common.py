@@ -60,11 +60,15 @@ class Step:
         """
         self.log = RunLog(self.work / "log.jsonl" if self.group.is_main else None, keep_lines)
         if not keep_lines:
-            self.log.start(self.name, self.section_values(sections), seed=self.seed)
+            self.log.start(self.name, self._recorded(sections), seed=self.seed)
 
     def section_values(self, sections: Sequence[str]) -> dict[str, Any]:
         """Plain values of some sections of the parameters."""
         return {name: dataclasses.asdict(self.params)[name] for name in sections}
+
+    def _recorded(self, sections: Sequence[str]) -> dict[str, Any]:
+        """What the log and the provenance name: also how the run was executed."""
+        return self.section_values([*sections, "execution"])
 
     def publish(
         self,
@@ -85,7 +89,7 @@ class Step:
         write_provenance(
             self.output / "provenance.json",
             self.name,
-            self.section_values(sections),
+            self._recorded(sections),
             inputs,
             [*outputs, self.output / "metrics.json", log_path],
         )

@@ -25,7 +25,7 @@ from model.kernels import dispatch
 from model.network.checkpoint import load_checkpoint, require_architecture
 from model.network.gpt import GPT
 from model.quantization.bit_allocation import Allocation, StepSizes, rate_distortion
-from model.quantization.byte_budget import Attempt, code_bytes, fit_budget, require_room
+from model.quantization.byte_budget import Attempt, fit_budget
 from model.quantization.calibration_text import generate, sampling_noise
 from model.quantization.hessian import collect_hessians
 from model.quantization.quantize_model import (
@@ -49,8 +49,7 @@ from steps.validation import validate
 
 Made = tuple[Packed, Mapping[str, Stored]]  # an artifact and what it holds
 
-SECTIONS = ("quantize", "evaluate", "ops")
-ROOT = Path(__file__).parents[1]
+SECTIONS = ("quantize", "ops")
 
 
 class Quantization:
@@ -68,11 +67,8 @@ class Quantization:
         manifest = Manifest.load(TOKENS)
         self.tokenizer = Tokenizer(manifest.tokenizer)
         check_vocabulary(self.tokenizer, step.params.model.vocabulary, "tokenize again")
-        chosen = step.params.evaluate
-        self.documents = validation_documents(manifest, chosen.documents, chosen.offset)
+        self.documents = validation_documents(manifest, self.params.validation_documents)
 
-        self.code_bytes = code_bytes(ROOT)
-        require_room(self.code_bytes, self.params.budget_bytes)
         for name in self.params.compressors:
             compressor(name)  # refuses one that is not installed
         self.seconds: dict[str, float] = {}
@@ -102,13 +98,13 @@ class Quantization:
         with progress("calibration: tokens of each sequence", total, is_main) as bar:
             advance = bar.advance if bar else None
             noise, temperature = self.noise(total), params.calibration_temperature
-            captured = params.cuda_graphs and self.model.device.type == "cuda"
+            captured = self.step.params.execution.cuda_graphs and self.model.device.type == "cuda"
             runner = CUDAGraphRunner(self.model.device) if captured else None
             return generate(self.model, noise, temperature, BOS, forbidden, advance, runner)
 
     def hessians(self, text: Tensor) -> dict[str, Tensor]:
         """Second moments of the inputs of all that GPTQ solves, over the text of all processes."""
-        tokens = self.step.params.evaluate.tokens_per_batch
+        tokens = self.step.params.execution.evaluation_tokens
         return collect_hessians(
             self.model, solved_modules(self.model), text, tokens, self.step.group
         )
@@ -162,8 +158,7 @@ class Quantization:
             allocation,
             lambda step_sizes: self.attempt(step_sizes, hessians),
             (finest, guess),
-            self.code_bytes,
-            self.params.budget_bytes,
+            self.params.budget_bytes - self.params.code_reserve_bytes,
         )
 
 
@@ -228,8 +223,7 @@ def publish(job: Quantization, packed: Packed, predicted_gap: float, score: Scor
         "gap": score.loss - job.trained_loss,
         "predicted_gap": predicted_gap,
         "artifact_bytes": size,
-        "code_bytes": job.code_bytes,
-        "total_bytes": size + job.code_bytes,
+        "code_reserve_bytes": params.code_reserve_bytes,
         "budget_bytes": params.budget_bytes,
         "bits_per_weight": 8 * size / parameters,
         "compressor": "+".join(sorted(set(packed.compressors.values()))),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from model.artifact.code_size import code_bytes
 from model.runtime.files import write_bytes
 from pocketlm.report.blocks import to_html, to_markdown
 from pocketlm.report.document import TITLE, headline, report
@@ -10,6 +11,7 @@ from pocketlm.report.results import read_seed, result_files
 from pocketlm.report.summary import summarize
 from steps.common import Step, run
 
+PROJECT = Path(__file__).parents[1]
 SECTIONS = ("model", "quantize", "evaluate", "report")
 
 
@@ -18,7 +20,7 @@ def main(step: Step) -> None:
     step.open_log(SECTIONS)
     root, seeds = Path("."), step.params.seeds
     results = [read_seed(root, seed) for seed in seeds]
-    summary = summarize(results, step.params)
+    summary = summarize(results, step.params, code_bytes(PROJECT))
     output = step.output
     drawings, blocks = draw(results, summary), report(summary)
     texts = {

@@ -39,7 +39,7 @@ from pocketlm.params.paths import COMPILE_CACHE, TOKENS
 from steps.common import Step, run
 from steps.validation import validate
 
-SECTIONS = ("model", "train", "evaluate", "ops")
+SECTIONS = ("model", "train", "ops")
 CURVE = ("step", "seconds", "tokens", "loss", "lr")
 
 
@@ -50,8 +50,7 @@ def main(step: Step) -> None:
     check_batches(step, manifest, stream)
     tokenizer = Tokenizer(manifest.tokenizer)
     check_vocabulary(tokenizer, step.params.model.vocabulary, "tokenize again")
-    chosen = step.params.evaluate
-    documents = validation_documents(manifest, chosen.documents, chosen.offset)
+    documents = validation_documents(manifest, step.params.train.validation_documents)
 
     use_compile_cache(COMPILE_CACHE)
     training = Training(step, stream)
@@ -72,7 +71,8 @@ def check_batches(step: Step, manifest: Manifest, stream: TokenStream) -> None:
         raise InputError(
             f"train: started with {step.group.size} processes, whose micro-batches ({per_round} "
             f"tokens) do not divide train.tokens_per_step ({params.train.tokens_per_step})",
-            f"start it with the {params.processes} of params.yaml, or change train.tokens_per_step",
+            f"start it with the {params.execution.processes} of params.yaml, or change "
+            "train.tokens_per_step",
         )
     if stream.total < params.train.tokens_per_microbatch:
         raise InputError(
@@ -92,7 +92,7 @@ class Training:
         # The seed decides the initial weights; the order of the data is the same for all seeds.
         torch.manual_seed(step.seed or 0)
         model = GPT(params.model).to(group.device)
-        self.trainer = Trainer(model, self.params, group)
+        self.trainer = Trainer(model, self.params, group, params.execution.compile)
         self.data = TrainingBatches(
             stream,
             params.train.tokens_per_microbatch,
@@ -154,7 +154,7 @@ class Training:
     def train(self, batches: Batches) -> None:
         """Take steps until the schedule says stop."""
         trainer, schedule = self.trainer, Schedule(self.params)
-        budget = self.params.budget_seconds
+        budget, execution = self.params.budget_seconds, self.step.params.execution
         with progress("train", budget or self.params.steps, self.step.group.is_main) as bar:
             line = LossLog(self, bar)
             clock = Clock(self.step.group.device, self.seconds)
@@ -165,10 +165,10 @@ class Training:
                 if not multiplier:
                     break
                 line.add(trainer.step(batches, multiplier), multiplier)
-                if trainer.steps % self.params.log_every:
+                if trainer.steps % execution.log_every:
                     continue
                 line.write(clock)
-                due = clock.seconds - saved >= self.params.save_every_seconds
+                due = clock.seconds - saved >= execution.save_every_seconds
                 if self.hosts.broadcast_from_main(due):
                     with clock.paused() as saved:
                         self.save(saved)

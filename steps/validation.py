@@ -20,7 +20,7 @@ def validate(
     documents: token ids, each (n,) with BOS first. Returns None in all but the main process.
     Raises InputError as `plain_losses` does.
     """
-    group, tokens = step.group, step.params.evaluate.tokens_per_batch
+    group, tokens = step.group, step.params.execution.evaluation_tokens
     total = sum(document.size for document in documents)
     with progress("validate: tokens", total, group.is_main) as bar:
         losses = plain_losses(model, documents, tokens, group, bar.advance if bar else None)

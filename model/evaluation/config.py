@@ -16,4 +16,3 @@ class EvaluateConfig(Settings):
         ge=0,
     )
     sliding_stride: int = setting("new tokens scored per window of sequence_length", "tokens", ge=1)
-    tokens_per_batch: int = setting("packed tokens evaluated at once", "tokens", ge=1)

@@ -17,7 +17,6 @@ class TrainConfig(Settings):
         "batch of one optimizer step, all processes together", "tokens", ge=1
     )
     tokens_per_microbatch: int = setting("flat span one process takes at once", "tokens", ge=1)
-    compile: bool = setting("compile the model on CUDA, before the clock; CPUs always run eagerly")
     cooldown_steps: int = setting(
         "lr falls linearly to 0 over the last so many steps", "steps", ge=0
     )
@@ -43,8 +42,9 @@ class TrainConfig(Settings):
         ge=2,
         le=8,
     )
-    log_every: int = setting("steps between lines of the log", "steps", ge=1)
-    save_every_seconds: float = setting("between saves of the state for resuming", "s", gt=0)
+    validation_documents: int | None = setting(
+        "validation documents scored after training, evenly spaced; null = all", ge=1
+    )
 
     def __post_init__(self) -> None:
         require(

@@ -26,11 +26,14 @@ Batches = Iterator[tuple[Tensor, Tensor, Documents]]
 
 
 class Trainer:
-    """Trains `model`, which is on the device of `group`, by the `train` section `params`."""
+    """Trains `model`, which is on the device of `group`, by the `train` section `params`.
 
-    def __init__(self, model: GPT, params: TrainConfig, group: Group) -> None:
+    compiled: whether its parts are compiled; on CUDA only.
+    """
+
+    def __init__(self, model: GPT, params: TrainConfig, group: Group, compiled: bool) -> None:
         self.model, self.params, self.group = model, params, group
-        self.compiled = params.compile and group.device.type == "cuda"
+        self.compiled = compiled and group.device.type == "cuda"
         if self.compiled:
             model.compile_parts()
         self.optimizer = Optimizer(model, params, group)

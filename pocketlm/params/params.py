@@ -20,6 +20,7 @@ from model.evaluation.config import EvaluateConfig
 from model.kernels.config import OpsConfig
 from model.network.config import ModelConfig
 from model.quantization.config import QuantizeConfig
+from model.runtime.config import ExecutionConfig
 from model.runtime.settings import Settings, require, setting
 from model.training.config import TrainConfig
 from model.ttt.config import TTTConfig
@@ -33,7 +34,7 @@ class Params(Settings):
     """The whole of params.yaml."""
 
     seeds: list[Seed] = setting("one model each; a p-value needs at least two")
-    processes: int = setting("per step; one GPU each if there are GPUs", ge=1)
+    execution: ExecutionConfig
     data: DataConfig
     tokenizer: TokenizerConfig
     model: ModelConfig
@@ -80,13 +81,13 @@ class Params(Settings):
             f"of the matrices: {least} bytes even at two bits each",
             "raise budget_bytes, or make the model smaller",
         )
-        per_round = self.processes * self.train.tokens_per_microbatch
+        per_round = self.execution.processes * self.train.tokens_per_microbatch
         require(
             self.train.tokens_per_step % per_round == 0,
-            "processes",
-            f"{self.processes} processes x {self.train.tokens_per_microbatch} tokens do not "
-            f"divide train.tokens_per_step ({self.train.tokens_per_step})",
-            "change processes, train.tokens_per_microbatch or train.tokens_per_step",
+            "execution.processes",
+            f"{self.execution.processes} processes x {self.train.tokens_per_microbatch} tokens do "
+            f"not divide train.tokens_per_step ({self.train.tokens_per_step})",
+            "change execution.processes, train.tokens_per_microbatch or train.tokens_per_step",
         )
         require(
             self.train.tokens_per_microbatch >= self.model.sequence_length,

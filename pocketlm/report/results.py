@@ -51,8 +51,7 @@ class QuantizeMetrics(ScoreMetrics):
     """Quantization; the score is that of the artifact."""
 
     artifact_bytes: int
-    code_bytes: int
-    total_bytes: int
+    code_reserve_bytes: int
     budget_bytes: int
     bits_per_weight: float
     compressor: str

@@ -23,14 +23,14 @@ from pocketlm.report.significance import Sample, WelchTest, welch_test
 EVALUATIONS = ("pre_quant", "quantized", *WITHOUT_ADAPTATION, TTT)
 
 
-def summarize(results: Sequence[SeedResult], params: Params) -> dict[str, Any]:
+def summarize(results: Sequence[SeedResult], params: Params, code: int) -> dict[str, Any]:
     """Summarize the results of all seeds as plain JSON values.
 
-    Raises InputError if the seeds were scored on different text, or if a significance test is
-    asked for that cannot be made.
+    code: bytes of the code that is shipped beside the artifact. Raises InputError if the seeds
+    were scored on different text, or if a significance test is asked for that cannot be made.
     """
     _same_text(results)
-    runs = [_run(result) for result in results]
+    runs = [_run(result, code) for result in results]
     first = results[0]
     return {
         **{score: _spread(runs, score) for score in EVALUATIONS},
@@ -52,7 +52,7 @@ def summarize(results: Sequence[SeedResult], params: Params) -> dict[str, Any]:
         "context": [params.model.sequence_length, params.evaluate.sliding_stride],
         "runs": runs,
         "stages": _stages(results, params.report),
-        "parts": _parts(results),
+        "parts": _parts(results, code),
         "tail": _tail(pool([result.losses for result in results])),
         "origins": _origins(results),
     }
@@ -74,7 +74,7 @@ def beyond(values: np.ndarray) -> np.ndarray:
     return 1 - sums / sums[-1]
 
 
-def _run(result: SeedResult) -> dict[str, Any]:
+def _run(result: SeedResult, code: int) -> dict[str, Any]:
     """What the tables show of one seed."""
     train, quantize, evaluate, ttt = result.train, result.quantize, result.evaluate, result.ttt
     scores = {
@@ -95,8 +95,8 @@ def _run(result: SeedResult) -> dict[str, Any]:
         "bits_per_weight": quantize.bits_per_weight,
         "compressor": quantize.compressor,
         "artifact_bytes": quantize.artifact_bytes,
-        "code_bytes": quantize.code_bytes,
-        "total_bytes": quantize.total_bytes,
+        "code_bytes": code,
+        "total_bytes": quantize.artifact_bytes + code,
     }
 
 
@@ -170,16 +170,14 @@ def _stages(results: Sequence[SeedResult], report: ReportConfig) -> list[dict[st
     ]
 
 
-def _parts(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
+def _parts(results: Sequence[SeedResult], code: int) -> list[dict[str, Any]]:
     """Mean bytes of each part of the submission over the seeds, largest first."""
     names = sorted({name for result in results for name in result.quantize.bytes})
     parts = [
         {"part": name, "bytes": statistics.fmean(r.quantize.bytes.get(name, 0) for r in results)}
         for name in names
     ]
-    if "code" not in names:
-        code = statistics.fmean(result.quantize.code_bytes for result in results)
-        parts.append({"part": "code", "bytes": code})
+    parts.append({"part": "code", "bytes": code})
     return sorted(parts, key=lambda part: -part["bytes"])
 
 

@@ -93,7 +93,7 @@ def test_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf/record.yaml").write_text((ROOT / "conf/record.yaml").read_text())
     (tmp_path / "conf/miniature.yaml").write_text((ROOT / "tests/miniature.yaml").read_text())
-    params = compose("miniature", ["processes=1"], tmp_path / "conf")
+    params = compose("miniature", ["execution.processes=1"], tmp_path / "conf")
     (tmp_path / "params.yaml").write_text(render(params))
     sizes = ["--tokens", "2000", "--repeats", "1", "--queue", "--json", "ttt.json"]
     for text in ("mode=window,chunk=16", "mode=cached,chunk=16,lr=4e-4", "mode=cached,chunk=8"):

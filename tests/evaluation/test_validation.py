@@ -25,7 +25,9 @@ def test_the_score_is_that_of_the_plain_losses_over_the_bytes_of_the_text(tmp_pa
     texts = list(sentences(3, seed=2))
     documents = [np.array([BOS, *pieces], np.uint16) for pieces in tokenizer.encode(texts)]
     model, group = small_model(vocabulary=320), Group(0, 1, torch.device("cpu"))
-    step = Step("train", 0, compose("demo", ["evaluate.tokens_per_batch=64"], ROOT / "conf"), group)
+    step = Step(
+        "train", 0, compose("demo", ["execution.evaluation_tokens=64"], ROOT / "conf"), group
+    )
     score = validate(step, model, documents, tokenizer)
     assert score is not None
     assert score.tokens == sum(document.size for document in documents)

@@ -21,7 +21,6 @@ PARTS = {
     "scales": 60_000,
     "header": 4_000,
 }
-CODE = 90_000
 
 
 def token_losses(seed: int, documents: int = 200, longest: int = 12_000) -> pd.DataFrame:
@@ -76,8 +75,7 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
             **scores["plain"],
             "gap": 0.0066,
             "artifact_bytes": artifact,
-            "code_bytes": CODE,
-            "total_bytes": artifact + CODE,
+            "code_reserve_bytes": 200_000,
             "budget_bytes": 16_000_000,
             "bits_per_weight": 4.5,
             "compressor": "lzma",

@@ -15,7 +15,6 @@ from model.artifact.format import load_artifact, read_artifact, restore
 from model.artifact.quantizer import Quantized, round_uniform
 from model.data.shards import BOS, SPLITS, Manifest, Shard, ShardWriter, Split
 from model.network.checkpoint import load_checkpoint, save_checkpoint
-from model.quantization.byte_budget import code_bytes
 from model.runtime.files import sha256, write_json
 from model.runtime.run_log import read_log
 from pocketlm.params.presets import compose, render
@@ -32,8 +31,8 @@ SMALL_EXPERIMENT = [
     "quantize.calibration_tokens=32",
     "quantize.block_columns=16",
     "quantize.compressors=[lzma, zstd]",
-    "evaluate.documents=4",
-    "evaluate.tokens_per_batch=128",
+    "quantize.validation_documents=4",
+    "execution.evaluation_tokens=128",
     "evaluate.sliding_stride=16",
 ]
 ROOT = Path(__file__).parents[2]
@@ -88,8 +87,8 @@ def test_the_step_quantizes_packs_and_scores(workspace, monkeypatch):
     metrics = quantize(monkeypatch)
     artifact = workspace / OUTPUT / "model.pocket"
     assert metrics["artifact_bytes"] == artifact.stat().st_size == sum(metrics["bytes"].values())
-    assert metrics["total_bytes"] == metrics["artifact_bytes"] + metrics["code_bytes"]
-    assert metrics["total_bytes"] <= metrics["budget_bytes"] == 16_000_000
+    assert metrics["code_reserve_bytes"] == 200_000
+    assert metrics["artifact_bytes"] + 200_000 <= metrics["budget_bytes"] == 16_000_000
     assert metrics["gap"] == pytest.approx(metrics["loss"] - 5.0)
     assert "range" in metrics["compressor"]
     stages = {"calibration", "hessians", "sensitivity", "gptq", "compress", "verify", "evaluate"}
@@ -122,7 +121,7 @@ def test_the_benchmark_measures_what_the_step_left(workspace, monkeypatch, capsy
     assert keys < recorded.keys()
     assert recorded["quantize_s"] == metrics["seconds"]["total"]
     assert recorded["gap_nats"] == metrics["gap"]
-    assert recorded["total_bytes"] == metrics["total_bytes"]
+    assert recorded["total_bytes"] == metrics["artifact_bytes"] + 200_000
     # Small streams cost a little more than their entropy, the header and what is learned.
     assert 0.9 < recorded["coded_over_entropy"] < 1.3
 
@@ -138,16 +137,16 @@ def test_gptq_beats_rounding_on_the_models_own_text(workspace, monkeypatch):
 
 def test_a_small_budget_is_met_by_coarser_steps(workspace, monkeypatch):
     whole = quantize(monkeypatch)
-    budget = whole["code_bytes"] + whole["artifact_bytes"] // 2
+    budget = 200_000 + whole["artifact_bytes"] // 2
     write_params(workspace, f"quantize.budget_bytes={budget}")
     small = quantize(monkeypatch)
-    assert 0.999 * budget <= small["total_bytes"] <= budget
+    assert 0.999 * (budget - 200_000) <= small["artifact_bytes"] <= budget - 200_000
     assert small["predicted_gap"] > 10 * whole["predicted_gap"] > 0
     load_artifact(Path(OUTPUT, "model.pocket"))
 
 
 def test_an_impossible_budget_fails_and_publishes_nothing(workspace, monkeypatch, capsys):
-    write_params(workspace, f"quantize.budget_bytes={code_bytes(ROOT) + 3000}")
+    write_params(workspace, "quantize.budget_bytes=203000")
     with pytest.raises(SystemExit) as failure:
         quantize(monkeypatch)
     assert failure.value.code == 2

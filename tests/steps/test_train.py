@@ -50,8 +50,7 @@ TRAIN: dict[str, Any] = {
     "muon_momentum_steps": 10,
     "ema_decay": 0.9,
     "qat_threshold": 0.5,
-    "log_every": 2,
-    "save_every_seconds": 1e-3,
+    "validation_documents": 3,
 }
 
 
@@ -77,15 +76,16 @@ def tokens(tmp_path_factory) -> Path:
     return directory
 
 
-def workplace(path: Path, tokens: Path, **train: Any) -> Path:
+def workplace(path: Path, tokens: Path, save_every_seconds: float = 1e-3, **train: Any) -> Path:
     """A directory to run the step in."""
     values = dataclasses.asdict(compose("demo", directory=ROOT / "conf"))
     values["model"] |= SMALL | {"vocabulary": VOCABULARY}
     values["tokenizer"]["vocabulary"] = VOCABULARY
-    values["evaluate"] |= {"documents": 3, "sliding_stride": 16}
+    values["evaluate"]["sliding_stride"] = 16
     values["quantize"]["calibration_tokens"] = 32
     values["ttt"]["context"] = 32
     values["train"] |= TRAIN | train
+    values["execution"] |= {"log_every": 2, "save_every_seconds": save_every_seconds}
     (path / "artifacts/tokenize").mkdir(parents=True)
     (path / "artifacts/tokenize/tokens").symlink_to(tokens)
     (path / "params.yaml").write_text(yaml.safe_dump(values))
@@ -243,7 +243,7 @@ def batches():
 
 def trainer(seed: int = 0, **changes: Any) -> Trainer:
     params = train_params(**{**TRAIN, "tokens_per_step": 128, **changes})
-    return Trainer(small_model(seed), params, Group(0, 1, torch.device("cpu")))
+    return Trainer(small_model(seed), params, Group(0, 1, torch.device("cpu")), compiled=False)
 
 
 def test_warm_up_leaves_no_trace_and_draws_no_random_numbers():

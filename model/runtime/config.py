@@ -1,0 +1,25 @@
+"""The `execution` section of params.yaml: how a run is executed, not what it computes.
+
+Nothing here changes a result beyond rounding, so no stage becomes stale when a value changes:
+dvc.yaml names none of these keys. Each run records them in its log and its provenance.
+"""
+
+from dataclasses import dataclass
+
+from model.runtime.settings import Settings, setting
+
+
+@dataclass(frozen=True)
+class ExecutionConfig(Settings):
+    """How a run is executed: no result depends on it, no stage becomes stale."""
+
+    processes: int = setting("per stage; one GPU each if there are GPUs", ge=1)
+    log_every: int = setting("training steps between lines of the log", "steps", ge=1)
+    save_every_seconds: float = setting(
+        "between saves of the training state for resuming", "s", gt=0
+    )
+    compile: bool = setting("compile the model on CUDA, before the clock; CPUs always run eagerly")
+    cuda_graphs: bool = setting("capture and replay chunks of TTT and calibration tokens (CUDA)")
+    evaluation_tokens: int = setting(
+        "packed tokens run at once where nothing is trained", "tokens", ge=1
+    )
