@@ -19,6 +19,7 @@ from model.runtime.errors import InputError
 from model.runtime.settings import ImpossibleValue, Settings
 from pocketlm.params.params import Params
 from pocketlm.params.paths import BASELINES, TOKENIZERS
+from pocketlm.params.renamed import RENAMED
 
 Section = TypeVar("Section", bound=Settings)
 
@@ -86,7 +87,7 @@ def _explain(section: type[Settings], error: ValidationError, name: str) -> tupl
             key = ".".join([*path, cause.key])
             reason, repair = cause.reason, cause.repair
         elif item["type"] == "unexpected_keyword_argument":
-            reason, repair = "unknown key", _instead(section, path)
+            reason, repair = _unknown(section, path)
         elif item["type"] == "missing":
             reason = "missing"
             repair = f"add {key} (see conf/record.yaml for a value)"
@@ -98,11 +99,24 @@ def _explain(section: type[Settings], error: ValidationError, name: str) -> tupl
     return "\n".join(problems), "; ".join(repairs)
 
 
-def _instead(section: type[Settings], path: list[str]) -> str:
-    """What to write instead of the unknown key at `path`."""
-    for part in path[:-1]:
+def _unknown(section: type[Settings], path: list[str]) -> tuple[str, str]:
+    """Reason and repair of the unknown key at `path`: its new name, the nearest, or all there are.
+
+    A misspelt old name leads to the new one, too.
+    """
+    *parents, name = path
+    renamed = RENAMED if section is Params else {}
+    if new := renamed.get(".".join(path)):
+        return f"was renamed to {new}", f"write {new} instead"
+    for part in parents:
         section = get_type_hints(section)[part]
     known = [field.name for field in dataclasses.fields(section)]
-    if near := difflib.get_close_matches(path[-1], known, n=1):
-        return f"did you mean {'.'.join([*path[:-1], near[0]])}?"
-    return f"remove it; known keys: {', '.join(known)}"
+    keys = {old.split(".")[-1]: new for old, new in renamed.items() if _parents(old) == parents}
+    keys |= {one: ".".join([*parents, one]) for one in known}
+    if near := difflib.get_close_matches(name, keys, n=1):
+        return "unknown key", f"did you mean {keys[near[0]]}?"
+    return "unknown key", f"remove it; known keys: {', '.join(known)}"
+
+
+def _parents(key: str) -> list[str]:
+    return key.split(".")[:-1]

@@ -75,10 +75,11 @@ class Params(Settings):
         )
         least = self.model.matrix_values // 4
         require(
-            least <= self.quantize.budget_bytes,
+            least <= self.quantize.budget_bytes - self.quantize.code_reserve_bytes,
             "quantize.budget_bytes",
-            f"{self.quantize.budget_bytes} bytes cannot hold the {self.model.matrix_values} values "
-            f"of the matrices: {least} bytes even at two bits each",
+            f"{self.quantize.budget_bytes} bytes less quantize.code_reserve_bytes cannot hold the "
+            f"{self.model.matrix_values} values of the matrices: {least} bytes even at two bits "
+            "each",
             "raise budget_bytes, or make the model smaller",
         )
         per_round = self.execution.processes * self.train.tokens_per_microbatch

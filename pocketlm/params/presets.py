@@ -1,8 +1,9 @@
 """Write params.yaml from a preset: `pocketlm preset NAME [KEY=VALUE ...]`.
 
 A preset is a Hydra config in conf/; the others inherit from `record`. Overrides use Hydra's syntax.
-Every value is written with its unit and reason, taken from the schema. A params.yaml that differs
-from every preset has been edited by hand and is replaced only with --force.
+Every value is written with its unit and reason, taken from the settings (model/*/config.py). A
+params.yaml that differs from every preset has been edited by hand and is replaced only with
+--force.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any
 from model.runtime.errors import InputError
 from model.runtime.files import write_bytes
 from model.runtime.settings import Settings
+from pocketlm.params.json_schema import MODELINE
 from pocketlm.params.load import check_params
 from pocketlm.params.params import Params
 
@@ -49,8 +51,9 @@ def compose(name: str, overrides: list[str] | None = None, directory: Path = CON
 def render(params: Params) -> str:
     """Text of a params.yaml with these values, each with its unit and reason."""
     lines = [
+        MODELINE,
         "# The experiment in force: edit by hand, or write another with",
-        "# `pocketlm preset NAME` (docs/workflow.md); schema: pocketlm/params.",
+        "# `pocketlm preset NAME` (docs/workflow.md); settings: model/*/config.py.",
         *_lines(params, ""),
     ]
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from pocketlm.params.load import check_params, load_params
 from pocketlm.params.params import Params
 from pocketlm.params.paths import BASELINES, TOKENIZERS
 from pocketlm.params.presets import compose, presets, render
+from pocketlm.params.renamed import RENAMED
 
 ROOT = Path(__file__).parents[2]
 SECTIONS: dict[str, type[Settings]] = {
@@ -88,6 +89,23 @@ def test_misspelt_key_names_the_nearest(values: dict[str, Any], key: str, neares
     assert f"did you mean {nearest}?" in text
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_key_names_the_new_one(values: dict[str, Any], old: str, new: str) -> None:
+    text = problem(changed(values, old, 1))
+    assert f"params.yaml: {old}: was renamed to {new}" in text
+    assert f"write {new} instead" in text
+
+
+def test_renamed_keys_are_gone_and_the_new_ones_exist() -> None:
+    keys = {f"{section}.{key}" for section, kind in SECTIONS.items() for key in fields(kind)}
+    assert set(RENAMED.values()) <= keys
+    assert not set(RENAMED) & (keys | set(fields(Params)))
+
+
+def test_a_misspelt_old_name_leads_to_the_new_one(values: dict[str, Any]) -> None:
+    assert "did you mean execution.log_every?" in problem(changed(values, "train.log_evry", 1))
+
+
 def test_unknown_key_lists_the_known(values: dict[str, Any]) -> None:
     assert "known keys: attention" in problem(changed(values, "ops.zzzzzz", 1))
 
@@ -129,7 +147,7 @@ def test_missing_key(values: dict[str, Any]) -> None:
             "tokenizer.vocabulary",
             "2 bytes per token",
         ),
-        ({"quantize.budget_bytes": 100_000}, "quantize.budget_bytes", "cannot hold"),
+        ({"quantize.budget_bytes": 300_000}, "quantize.budget_bytes", "cannot hold"),
         ({"quantize.code_reserve_bytes": 16_000_000}, "quantize.code_reserve_bytes", "no room"),
         ({"quantize.compressors": []}, "quantize.compressors", "is empty"),
         ({"execution.processes": 3}, "execution.processes", "do not divide train.tokens_per_step"),

@@ -1,0 +1,16 @@
+"""Keys of params.yaml that were renamed: the old full key and the new one.
+
+Whoever renames a key adds a row: an old file is then told the new name.
+"""
+
+RENAMED = {
+    "evaluate.tokens_per_batch": "execution.evaluation_tokens",
+    "ops.mix": "ops.residual_norm",
+    "ops.ring": "ops.cached_attention",
+    "processes": "execution.processes",
+    "quantize.cuda_graphs": "execution.cuda_graphs",
+    "train.compile": "execution.compile",
+    "train.log_every": "execution.log_every",
+    "train.save_every_seconds": "execution.save_every_seconds",
+    "ttt.reach": "ttt.bptt_chunks",
+}
