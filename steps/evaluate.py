@@ -15,16 +15,14 @@ SECTIONS = ("evaluate", "ops")
 def main(step: Step) -> None:
     """Score, and publish losses and metrics."""
     job = Evaluation(step, SECTIONS)
-    params = step.params.evaluate
+    stride, tokens = step.params.evaluate.sliding_stride, step.params.execution.evaluation_tokens
     given = (job.model, job.documents)
 
     def plain(report: ReportProgress | None) -> Losses:
-        return plain_losses(*given, params.tokens_per_batch, step.group, report)
+        return plain_losses(*given, tokens, step.group, report)
 
     def sliding(report: ReportProgress | None) -> Losses:
-        return sliding_losses(
-            *given, params.sliding_stride, params.tokens_per_batch, step.group, report
-        )
+        return sliding_losses(*given, stride, tokens, step.group, report)
 
     for name, evaluate in zip(WITHOUT_ADAPTATION, (plain, sliding), strict=True):
         job.score(name, evaluate)

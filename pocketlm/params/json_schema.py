@@ -1,8 +1,8 @@
 """conf/params.schema.json, by which an editor checks and completes params.yaml.
 
 It is written from the settings: types, bounds and what every key is for. Only the checks that look
-at several keys are left to `pocketlm.params.load`. A test says when the file is out of date;
-`python -m pocketlm.params.json_schema` writes it anew.
+at several keys are left to `pocketlm.params.load`. `pocketlm preset` writes it with
+params.yaml; a test says when it is out of date.
 """
 
 import json
@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from model.runtime.files import write_bytes
 from pocketlm.params.params import Params
 
 PATH = Path("conf/params.schema.json")
@@ -34,7 +33,3 @@ def _without_titles(schema: Any) -> Any:
             if not (key == "title" and isinstance(value, str))
         }
     return [_without_titles(item) for item in schema] if isinstance(schema, list) else schema
-
-
-if __name__ == "__main__":
-    write_bytes(PATH, schema_text().encode())

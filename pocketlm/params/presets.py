@@ -15,7 +15,7 @@ from typing import Any
 from model.runtime.errors import InputError
 from model.runtime.files import write_bytes
 from model.runtime.settings import Settings
-from pocketlm.params.json_schema import MODELINE
+from pocketlm.params.json_schema import MODELINE, PATH, schema_text
 from pocketlm.params.load import check_params
 from pocketlm.params.params import Params
 
@@ -91,7 +91,10 @@ def is_preset(path: Path) -> bool:
 
 
 def write_preset(name: str, overrides: list[str], output: Path, force: bool = False) -> None:
-    """Write a preset to `output`; raises InputError if that was edited, unless `force`."""
+    """Write a preset to `output`, and the schema it names.
+
+    Raises InputError if the file was edited, unless `force`.
+    """
     text = render(compose(name, overrides))
     if output.exists() and not force and not is_preset(output):
         raise InputError(
@@ -99,3 +102,4 @@ def write_preset(name: str, overrides: list[str], output: Path, force: bool = Fa
             "keep it (git commit), or replace it with --force",
         )
     write_bytes(output, text.encode())
+    write_bytes(PATH, schema_text().encode())

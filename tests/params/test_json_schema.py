@@ -27,7 +27,7 @@ def schema() -> dict[str, Any]:
 
 def test_the_schema_is_current() -> None:
     assert (ROOT / PATH).read_text() == schema_text(), (
-        f"{PATH} is out of date: python -m pocketlm.params.json_schema"
+        f"{PATH} is out of date: pocketlm preset demo --force"
     )
 
 

@@ -138,7 +138,7 @@ def test_columns_hold_the_losses_of_the_artifact(place: Path, results: Results) 
     documents = validation_documents(Manifest.load(place / "artifacts/tokenize/tokens"), 4)
     model = write_artifact(place / "again.pocket", params)
     group, evaluate = Group(0, 1, torch.device("cpu")), params.evaluate
-    tokens = evaluate.tokens_per_batch
+    tokens = params.execution.evaluation_tokens
     losses = {
         "plain": plain_losses(model, documents, tokens, group),
         "sliding": sliding_losses(model, documents, evaluate.sliding_stride, tokens, group),

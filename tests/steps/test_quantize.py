@@ -146,7 +146,7 @@ def test_a_small_budget_is_met_by_coarser_steps(workspace, monkeypatch):
 
 
 def test_an_impossible_budget_fails_and_publishes_nothing(workspace, monkeypatch, capsys):
-    write_params(workspace, "quantize.budget_bytes=203000")
+    write_params(workspace, "quantize.budget_bytes=207000")
     with pytest.raises(SystemExit) as failure:
         quantize(monkeypatch)
     assert failure.value.code == 2
