@@ -31,7 +31,7 @@ from model.kernels import dispatch
 from model.network.gpt import GPT
 from model.quantization.calibration_text import generate, sampling_noise
 from model.runtime.cuda_graphs import CUDAGraphRunner
-from model.runtime.errors import step_errors
+from model.runtime.errors import user_errors
 from model.runtime.files import read_json, write_json
 from model.runtime.run_log import environment
 from pocketlm.params.params import Params
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = time_text(params, device)
         table("Calibration text", ["", "tokens", "s", "ms/token"], rows)
         return
-    with step_errors():
+    with user_errors():
         directory = Path(f"artifacts/quantize/seed{options.seed}")
         rows, figures = measure(directory, options.compressors)
         show(rows, figures, options.compressors)

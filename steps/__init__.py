@@ -1,4 +1,4 @@
-"""The steps of the workflow, each a program started as a module (`python -m steps.train`).
+"""The stages of the workflow, each a program started as a module (`python -m steps.train`).
 
 tokenize   text             -> artifacts/tokenize/tokens: tokenizer.model, *.bin, manifest.json
 train      tokens           -> artifacts/train/seed<n>: model.safetensors, curve.csv

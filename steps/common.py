@@ -1,8 +1,8 @@
-"""What every step does around its own work: arguments, parameters, processes, log, sidecar.
+"""What every stage's program shares: arguments, parameters, processes, log, sidecar.
 
-A step is a function of one `Step`; `run` calls it. Its working files and its running log lie under
-`.work/`, which no other step reads; its outputs appear under `artifacts/` and `logs/` only when it
-has succeeded, the sidecar last.
+The program of a stage is a function of one `StageRun`; `run` calls it. Its working files and its
+running log lie under `.work/`, which no other stage reads; its outputs appear under `artifacts/`
+and `logs/` only when it has succeeded, the sidecar last.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from model.runtime.distributed import Group, process_group
-from model.runtime.errors import step_errors
+from model.runtime.errors import user_errors
 from model.runtime.files import write_bytes, write_json
 from model.runtime.process import end_with_launcher, only_writer
 from model.runtime.run_log import RunLog, write_provenance
@@ -25,10 +25,10 @@ from pocketlm.params.paths import ARTIFACTS, LOGS, WORK
 
 
 @dataclass
-class Step:
-    """One run of a step, as seen from one of its processes.
+class StageRun:
+    """One run of a stage, as seen from one of its processes.
 
-    name: `train`, `quantize`, …; seed: None for a step that is run once.
+    name: `train`, `quantize`, …; seed: None for a stage that runs once.
     """
 
     name: str
@@ -39,13 +39,13 @@ class Step:
     log: RunLog = field(default_factory=lambda: RunLog(None))
 
     def directory(self, name: str | None = None, root: Path = ARTIFACTS) -> Path:
-        """Directory of step `name` (default: this one) for this seed below `root`."""
+        """Directory of stage `name` (default: this one) for this seed below `root`."""
         place = root / (name or self.name)
         return place if self.seed is None else place / f"seed{self.seed}"
 
     @property
     def output(self) -> Path:
-        """Where this step's outputs appear."""
+        """Directory of this stage's outputs."""
         return self.directory()
 
     @property
@@ -54,9 +54,9 @@ class Step:
         return self.directory(root=WORK)
 
     def open_log(self, sections: Sequence[str], keep_lines: int = 0) -> None:
-        """Start the running log; `sections` of the parameters explain the run.
+        """Start the running log; its first line holds `sections` of the parameters.
 
-        keep_lines: lines of an interrupted run's log that are still true (0: begin anew).
+        keep_lines: valid lines of an interrupted run's log to keep (0: start a new log).
         """
         self.log = RunLog(self.work / "log.jsonl" if self.group.is_main else None, keep_lines)
         if not keep_lines:
@@ -77,7 +77,7 @@ class Step:
         inputs: Sequence[Path],
         outputs: Sequence[Path],
     ) -> None:
-        """Write metrics, log and sidecar; the step's other `outputs` are already in place."""
+        """Write metrics, log and sidecar; the stage's other `outputs` must be in place."""
         if not self.group.is_main:
             return
         self.log.event("end", metrics=metrics)
@@ -95,8 +95,8 @@ class Step:
         )
 
 
-def run(name: str, main: Callable[[Step], None], seeded: bool = True) -> None:
-    """Run a step from the command line: `python -m steps.<name> [--seed N] [--threads N]`."""
+def run(name: str, main: Callable[[StageRun], None], seeded: bool = True) -> None:
+    """Run a stage from the command line: `python -m steps.<name> [--seed N] [--threads N]`."""
     parser = argparse.ArgumentParser(prog=f"python -m steps.{name}")
     if seeded:
         parser.add_argument("--seed", type=int, required=True, help="which of the seeds")
@@ -104,17 +104,17 @@ def run(name: str, main: Callable[[Step], None], seeded: bool = True) -> None:
     arguments = parser.parse_args()
     end_with_launcher()
     with (
-        step_errors(),
+        user_errors(),
         process_group(arguments.threads) as group,
-        step_errors(lambda: _is_first_to_fail(group)),
+        user_errors(lambda: _is_first_to_fail(group)),
     ):
-        step = Step(name, getattr(arguments, "seed", None), load_params(), group)
+        stage = StageRun(name, getattr(arguments, "seed", None), load_params(), group)
         try:
-            with only_writer(step.work) if group.is_main else nullcontext():
-                main(step)
+            with only_writer(stage.work) if group.is_main else nullcontext():
+                main(stage)
         except Exception as error:
             problem, repair = getattr(error, "problem", str(error)), getattr(error, "repair", None)
-            step.log.event("error", kind=type(error).__name__, problem=problem, repair=repair)
+            stage.log.event("error", kind=type(error).__name__, problem=problem, repair=repair)
             raise
 
 
@@ -122,5 +122,5 @@ def _is_first_to_fail(group: Group) -> bool:
     """Whether no other process of the group has failed yet, so that an error is shown once."""
     try:
         return next(group.work_queue("failure", 1), None) is not None
-    except RuntimeError:  # the process that kept the group's store has ended: better twice than not
+    except RuntimeError:  # the process that held the group's store has ended
         return True

@@ -6,23 +6,23 @@ from typing import Any
 from model.evaluation.losses import plain_losses, sliding_losses
 from model.evaluation.score import WITHOUT_ADAPTATION, Score
 from model.runtime.progress import ReportProgress
-from steps.common import Step, run
+from steps.common import StageRun, run
 from steps.token_losses import Evaluation, Losses
 
 SECTIONS = ("evaluate", "ops")
 
 
-def main(step: Step) -> None:
+def main(stage: StageRun) -> None:
     """Score, and publish losses and metrics."""
-    job = Evaluation(step, SECTIONS)
-    stride, tokens = step.params.evaluate.sliding_stride, step.params.execution.evaluation_tokens
+    job = Evaluation(stage, SECTIONS)
+    stride, tokens = stage.params.evaluate.sliding_stride, stage.params.execution.evaluation_tokens
     given = (job.model, job.documents)
 
     def plain(report: ReportProgress | None) -> Losses:
-        return plain_losses(*given, tokens, step.group, report)
+        return plain_losses(*given, tokens, stage.group, report)
 
     def sliding(report: ReportProgress | None) -> Losses:
-        return sliding_losses(*given, stride, tokens, step.group, report)
+        return sliding_losses(*given, stride, tokens, stage.group, report)
 
     for name, evaluate in zip(WITHOUT_ADAPTATION, (plain, sliding), strict=True):
         job.score(name, evaluate)

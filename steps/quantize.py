@@ -1,7 +1,8 @@
-"""Quantize the trained model with text it writes itself, and pack it into the byte budget.
+"""Quantize the trained model with calibration text sampled from it, and fit the byte budget.
 
-Calibration, Hessians, sensitivities and GPTQ are shared by all processes; the main one compresses.
-The artifact is read back, compared with what was packed, and scored before the step publishes it.
+Calibration, Hessians, sensitivities and GPTQ are distributed over all processes; the main one
+compresses. The artifact is read back, compared with what was packed, and scored before the stage
+publishes it.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ from model.runtime.files import read_json
 from model.runtime.process import use_compile_cache
 from model.runtime.progress import progress
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
-from steps.common import Step, run
+from steps.common import StageRun, run
 from steps.validation import validate
 
 Made = tuple[Packed, Mapping[str, Stored]]  # an artifact and what it holds
@@ -53,72 +54,72 @@ SECTIONS = ("quantize", "ops")
 
 
 class Quantization:
-    """One run: inputs, all checked, and the seconds of each stage."""
+    """One run: validated inputs, and the seconds of each part."""
 
-    def __init__(self, step: Step) -> None:
-        self.step, self.params = step, step.params.quantize
-        trained = step.directory("train")
+    def __init__(self, stage: StageRun) -> None:
+        self.stage, self.params = stage, stage.params.quantize
+        trained = stage.directory("train")
         self.checkpoint, train_metrics = trained / "model.safetensors", trained / "metrics.json"
-        self.model = load_checkpoint(self.checkpoint, step.group.device)
-        require_architecture(self.model, step.params.model, self.checkpoint)
+        self.model = load_checkpoint(self.checkpoint, stage.group.device)
+        require_architecture(self.model, stage.params.model, self.checkpoint)
         require_finite(self.model, self.checkpoint)
         self.trained_loss: float = read_json(train_metrics)["loss"]
 
         manifest = Manifest.load(TOKENS)
         self.tokenizer = Tokenizer(manifest.tokenizer)
-        check_vocabulary(self.tokenizer, step.params.model.vocabulary, "tokenize again")
+        check_vocabulary(self.tokenizer, stage.params.model.vocabulary, "tokenize again")
         self.documents = validation_documents(manifest, self.params.validation_documents)
 
         for name in self.params.compressors:
-            compressor(name)  # refuses one that is not installed
+            compressor(name)  # raises InputError if it is not installed
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, or one more part of it; its seconds go to the log and the metrics."""
+    def timed(self, name: str) -> Iterator[None]:
+        """Time a part of the run; repeated parts add up. Seconds go to the log and the metrics."""
         started = time.perf_counter()
         yield
-        if self.step.group.device.type == "cuda":
+        if self.stage.group.device.type == "cuda":
             torch.cuda.synchronize()
         took = time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + took
-        self.step.log.event("stage", name=name, took=round(took, 3))
+        self.stage.log.event("stage", name=name, took=round(took, 3))
 
     def noise(self, length: int) -> Tensor:
-        """What decides this process's share of the random draws, fp64 (sequences, length)."""
-        group, params = self.step.group, self.params
+        """Random numbers of this process's share of the sequences, fp64 (sequences, length)."""
+        group, params = self.stage.group, self.params
         share = range(group.rank, params.calibration_sequences, group.size)
         return sampling_noise(params.calibration_seed, share, length + 1)
 
     def calibration_text(self) -> Tensor:
-        """This process's share of the text the model writes, int64 (sequences, tokens)."""
-        params, is_main = self.params, self.step.group.is_main
+        """This process's share of the calibration text, int64 (sequences, tokens)."""
+        params, is_main = self.params, self.stage.group.is_main
         total = params.calibration_tokens - 1
         forbidden = torch.from_numpy(self.tokenizer.control)
         with progress("calibration: tokens of each sequence", total, is_main) as bar:
             advance = bar.advance if bar else None
             noise, temperature = self.noise(total), params.calibration_temperature
-            captured = self.step.params.execution.cuda_graphs and self.model.device.type == "cuda"
+            captured = self.stage.params.execution.cuda_graphs and self.model.device.type == "cuda"
             runner = CUDAGraphRunner(self.model.device) if captured else None
             return generate(self.model, noise, temperature, BOS, forbidden, advance, runner)
 
     def hessians(self, text: Tensor) -> dict[str, Tensor]:
-        """Second moments of the inputs of all that GPTQ solves, over the text of all processes."""
-        tokens = self.step.params.execution.evaluation_tokens
+        """Hessians of all matrices that GPTQ quantizes, over the text of all processes."""
+        tokens = self.stage.params.execution.evaluation_tokens
         return collect_hessians(
-            self.model, solved_modules(self.model), text, tokens, self.step.group
+            self.model, solved_modules(self.model), text, tokens, self.stage.group
         )
 
     def allocation(self, text: Tensor, hessians: Mapping[str, Tensor]) -> Allocation:
-        """What rounding each tensor costs, measured at the probe step sizes."""
-        group, weights = self.step.group, rounded_weights(self.model)
+        """Rate and distortion of each tensor, measured at the probe step sizes."""
+        group, weights = self.stage.group, rounded_weights(self.model)
         step_sizes = probe_step_sizes(weights)
         rounded = quantize_weights(self.model, step_sizes, hessians, self.params, group)
         errors = rounding_errors(self.model, rounded, group)
-        # The text is written by the noise of the positions before the one that is redrawn here.
+        # Other random numbers than those that sampled the text.
         noise = self.noise(2 * text.shape[1])[:, text.shape[1] :]
         losses = sensitivities(self.model, errors, text, noise, group)
-        self.step.log.event("sensitivities", nats={k: round(v, 9) for k, v in losses.items()})
+        self.stage.log.event("sensitivities", nats={k: round(v, 9) for k, v in losses.items()})
         return Allocation(
             {
                 name: rate_distortion(w, losses[name] / step_sizes[name] ** 2)
@@ -130,24 +131,26 @@ class Quantization:
         self, step_sizes: StepSizes, hessians: Mapping[str, Tensor]
     ) -> tuple[int, Made | None]:
         """Quantize and pack; bytes in every process, the artifact in the main process."""
-        group = self.step.group
+        group = self.stage.group
         with progress("gptq: tensors", len(step_sizes), group.is_main) as bar:
             advance = bar.advance if bar else None
-            with self.stage("gptq"):
+            with self.timed("gptq"):
                 rounded = quantize_weights(
                     self.model, step_sizes, hessians, self.params, group, advance
                 )
         made: Made | None = None
-        with self.stage("compress"):
+        with self.timed("compress"):
             if group.is_main:
                 tensors = store_model(self.model, rounded)
                 architecture = self.model.architecture()
                 made = pack(architecture, tensors, self.params.compressors), tensors
         size = group.broadcast_object(len(made[0].content) if made else 0)
-        self.step.log.event("attempt", artifact_bytes=size, steps=step_sizes)
+        self.stage.log.event("attempt", artifact_bytes=size, steps=step_sizes)
         if group.is_main:
             errors = relative_errors(self.model, hessians, rounded)
-            self.step.log.event("gptq", relative_errors={k: round(v, 9) for k, v in errors.items()})
+            self.stage.log.event(
+                "gptq", relative_errors={k: round(v, 9) for k, v in errors.items()}
+            )
         return size, made
 
     def fit(self, allocation: Allocation, hessians: Mapping[str, Tensor]) -> Attempt[Made | None]:
@@ -162,32 +165,32 @@ class Quantization:
         )
 
 
-def main(step: Step) -> None:
+def main(stage: StageRun) -> None:
     """Calibrate, quantize, pack, read back, score, publish."""
     use_compile_cache(COMPILE_CACHE)
-    job = Quantization(step)
-    choice = dispatch.configure(device=step.group.device, **dataclasses.asdict(step.params.ops))
-    step.open_log(SECTIONS)
-    step.log.event("ops", choice=str(choice))
+    job = Quantization(stage)
+    choice = dispatch.configure(device=stage.group.device, **dataclasses.asdict(stage.params.ops))
+    stage.open_log(SECTIONS)
+    stage.log.event("ops", choice=str(choice))
     started = time.perf_counter()
-    with job.stage("calibration"):
+    with job.timed("calibration"):
         text = job.calibration_text()
-    with job.stage("hessians"):
+    with job.timed("hessians"):
         hessians = job.hessians(text)
-    with job.stage("sensitivity"):
+    with job.timed("sensitivity"):
         allocation = job.allocation(text, hessians)
     fit = job.fit(allocation, hessians)
 
-    draft = step.work / "model.pocket"
-    with job.stage("verify"):
+    draft = stage.work / "model.pocket"
+    with job.timed("verify"):
         if fit.result is not None:
             packed, tensors = fit.result
             save_artifact(draft, packed)
             require_equal(load_artifact(draft), tensors, draft)
-        step.group.barrier()
-    with job.stage("evaluate"):
+        stage.group.barrier()
+    with job.timed("evaluate"):
         score = validate(
-            step, load_artifact(draft, step.group.device), job.documents, job.tokenizer
+            stage, load_artifact(draft, stage.group.device), job.documents, job.tokenizer
         )
     job.seconds["total"] = time.perf_counter() - started
     if fit.result is not None and score is not None:
@@ -196,7 +199,7 @@ def main(step: Step) -> None:
 
 
 def require_finite(model: GPT, path: Path) -> None:
-    """Refuse weights that are NaN or infinite."""
+    """Raise InputError if weights are NaN or infinite."""
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise InputError(
@@ -206,7 +209,7 @@ def require_finite(model: GPT, path: Path) -> None:
 
 
 def require_equal(loaded: GPT, tensors: Mapping[str, Stored], path: Path) -> None:
-    """Refuse an artifact whose weights are not, to the bit, those that were packed."""
+    """Raise an error unless the artifact's weights equal, to the bit, those that were packed."""
     for name, tensor in loaded.state_dict().items():
         if not torch.equal(tensor, restore(tensors[name])):
             raise RuntimeError(f"{path}: {name} reads back differently from what was packed")
@@ -229,11 +232,11 @@ def publish(job: Quantization, packed: Packed, predicted_gap: float, score: Scor
         "compressor": "+".join(sorted(set(packed.compressors.values()))),
         "seconds": {name: round(seconds, 3) for name, seconds in job.seconds.items()},
         "bytes": packed.parts,
-        "world_size": job.step.group.size,
+        "world_size": job.stage.group.size,
     }
-    artifact = job.step.output / "model.pocket"
+    artifact = job.stage.output / "model.pocket"
     save_artifact(artifact, packed)
-    job.step.publish(metrics, SECTIONS, [job.checkpoint, TOKENS / MANIFEST], [artifact])
+    job.stage.publish(metrics, SECTIONS, [job.checkpoint, TOKENS / MANIFEST], [artifact])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Report: tables, significance test and figures of all seeds, from the files of the other steps."""
+"""Report: tables, significance test and figures of all seeds, from the other stages' files."""
 
 from pathlib import Path
 
@@ -9,19 +9,19 @@ from pocketlm.report.document import TITLE, headline, report
 from pocketlm.report.figures import draw
 from pocketlm.report.results import read_seed, result_files
 from pocketlm.report.summary import summarize
-from steps.common import Step, run
+from steps.common import StageRun, run
 
 PROJECT = Path(__file__).parents[1]
 SECTIONS = ("model", "quantize", "evaluate", "report")
 
 
-def main(step: Step) -> None:
+def main(stage: StageRun) -> None:
     """Read the results of every seed; write report, metrics, headline and figures."""
-    step.open_log(SECTIONS)
-    root, seeds = Path("."), step.params.seeds
+    stage.open_log(SECTIONS)
+    root, seeds = Path("."), stage.params.seeds
     results = [read_seed(root, seed) for seed in seeds]
-    summary = summarize(results, step.params, code_bytes(PROJECT))
-    output = step.output
+    summary = summarize(results, stage.params, code_bytes(PROJECT))
+    output = stage.output
     drawings, blocks = draw(results, summary), report(summary)
     texts = {
         **drawings,
@@ -32,7 +32,7 @@ def main(step: Step) -> None:
     for name, text in texts.items():
         write_bytes(output / name, text.encode())
     inputs = [file for seed in seeds for file in result_files(root, seed)]
-    step.publish(summary, SECTIONS, inputs, [output / name for name in texts])
+    stage.publish(summary, SECTIONS, inputs, [output / name for name in texts])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What `evaluate` and `ttt_eval` share: the artifact, the documents, the table of token losses.
+"""Shared by the stages evaluate and ttt_eval: artifact, documents, table of token losses.
 
 Every token's losses are kept in `losses.parquet`, one row per scored token in the order of the
-documents; the metrics are their sums. Both steps write the same rows, each with columns of its own.
+documents; the metrics are their sums. Both stages write the same rows, each with its own columns.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from model.runtime.files import atomic_file
 from model.runtime.process import peak_memory_mib, use_compile_cache, use_growing_segments
 from model.runtime.progress import ReportProgress, progress
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
-from steps.common import Step
+from steps.common import StageRun
 
 DOCUMENTS_PER_ROW_GROUP = 1024
 
@@ -32,60 +32,62 @@ Evaluate = Callable[[ReportProgress | None], Losses]
 
 
 class Evaluation:
-    """The quantized model and the documents it is to score, both checked; the log is open.
+    """The quantized model and the documents to score, both validated; opens the log.
 
-    sections: those of the parameters that explain the run.
+    sections: sections of the parameters for log and sidecar.
     """
 
-    def __init__(self, step: Step, sections: Sequence[str]) -> None:
-        self.step, self.sections = step, sections
-        step.open_log(sections)
+    def __init__(self, stage: StageRun, sections: Sequence[str]) -> None:
+        self.stage, self.sections = stage, sections
+        stage.open_log(sections)
         use_compile_cache(COMPILE_CACHE)
         use_growing_segments()
         manifest = Manifest.load(TOKENS)
         self.tokenizer = Tokenizer(manifest.tokenizer)
-        chosen = step.params.evaluate
+        chosen = stage.params.evaluate
         self.documents = validation_documents(manifest, chosen.documents, chosen.offset)
-        self.artifact = step.directory("quantize") / "model.pocket"
-        self.model = load_artifact(self.artifact, step.group.device)
+        self.artifact = stage.directory("quantize") / "model.pocket"
+        self.model = load_artifact(self.artifact, stage.group.device)
         check_vocabulary(
             self.tokenizer, self.model.params.vocabulary, "train again with these tokens"
         )
-        choice = dispatch.configure(device=step.group.device, **dataclasses.asdict(step.params.ops))
-        step.log.event("ops", choice=str(choice))
+        choice = dispatch.configure(
+            device=stage.group.device, **dataclasses.asdict(stage.params.ops)
+        )
+        stage.log.event("ops", choice=str(choice))
         self.tokens = sum(document.size for document in self.documents)
         self.losses: dict[str, Losses] = {}
         self.seconds: dict[str, float] = {}
 
     def score(self, name: str, evaluate: Evaluate) -> None:
-        """Score all documents in one way, under a progress bar; the clock ends with the last."""
+        """Score and time all documents in one way, with a progress bar."""
         began = time.perf_counter()
-        with progress(f"{name}: tokens", self.tokens, self.step.group.is_main) as bar:
+        with progress(f"{name}: tokens", self.tokens, self.stage.group.is_main) as bar:
             self.losses[name] = evaluate(bar.advance if bar else None)
         self.seconds[name] = time.perf_counter() - began
-        self.step.log.event("scored", name=name, tokens=self.tokens, took=self.seconds[name])
+        self.stage.log.event("scored", name=name, tokens=self.tokens, took=self.seconds[name])
 
     def publish(self, metrics: Callable[[Mapping[str, Score]], dict[str, Any]]) -> None:
-        """Write losses and metrics; `metrics` makes of the scores what is the step's own."""
-        step = self.step
-        memory = step.group.gather_objects(peak_memory_mib(step.group.device))
-        if not step.group.is_main:
+        """Write losses and metrics; `metrics` derives those of the stage from the scores."""
+        stage = self.stage
+        memory = stage.group.gather_objects(peak_memory_mib(stage.group.device))
+        if not stage.group.is_main:
             return
         sizes = [self.tokenizer.sizes(targets_of(document)) for document in self.documents]
         scores = {name: Score.of(losses, sizes) for name, losses in self.losses.items()}
-        table = step.output / "losses.parquet"
+        table = stage.output / "losses.parquet"
         write_losses(table, self.documents, sizes, self.losses)
         scored = next(iter(scores.values()))
         common = {
             "tokens": scored.tokens,
             "bytes": scored.bytes,
             "documents": len(self.documents),
-            "seconds": {**self.seconds, "total": time.perf_counter() - step.started},
+            "seconds": {**self.seconds, "total": time.perf_counter() - stage.started},
             "peak_memory_mib": max(memory),
-            "world_size": step.group.size,
+            "world_size": stage.group.size,
         }
         inputs = [self.artifact, TOKENS / MANIFEST]
-        step.publish({**metrics(scores), **common}, self.sections, inputs, [table])
+        stage.publish({**metrics(scores), **common}, self.sections, inputs, [table])
 
 
 def write_losses(

@@ -1,8 +1,8 @@
 """Text to tokens: train the tokenizer, or take a given one, and encode every document.
 
 Two passes over the text, one for the tokenizer's sample and one for the shards, neither of which
-holds more than a batch of documents. The published FineWeb shards come ready-made. Files are made
-under `.work/` and moved when all are complete, the manifest last.
+holds more than a batch of documents. The published FineWeb shards come ready-made. Files are
+written under `.work/` and moved when all are complete, the manifest last.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from model.runtime.errors import InputError
 from model.runtime.files import sha256, write_bytes
 from model.runtime.progress import progress
 from pocketlm.params.paths import TOKENS
-from steps.common import Step, run
+from steps.common import StageRun, run
 
 SECTIONS = ("data", "tokenizer")
 TOKENIZER = "tokenizer.model"
@@ -34,26 +34,26 @@ CONSTRAINTS = Path("constraints.txt")
 BATCH = 1 << 22  # characters encoded at once
 
 
-def main(step: Step) -> None:
+def main(stage: StageRun) -> None:
     """Make tokenizer, shards and manifest of the text that the `data` section names."""
-    step.open_log(SECTIONS)
-    unpinned = warn_of_other_text(step) if step.params.data.source == "docstrings" else []
-    if step.params.data.source == "fineweb":
-        manifest, inputs = published(step)
+    stage.open_log(SECTIONS)
+    unpinned = warn_of_other_text(stage) if stage.params.data.source == "docstrings" else []
+    if stage.params.data.source == "fineweb":
+        manifest, inputs = published(stage)
     else:
-        manifest, inputs = tokenized(step)
+        manifest, inputs = tokenized(stage)
     require_documents(manifest)
     publish(manifest, TOKENS)
     metrics: dict[str, Any] = {split: manifest.totals(split) for split in SPLITS}
     metrics["unpinned_packages"] = len(unpinned)
-    metrics["seconds"] = round(time.perf_counter() - step.started, 2)
-    step.publish(metrics, SECTIONS, inputs, [TOKENS / MANIFEST, TOKENS / TOKENIZER])
+    metrics["seconds"] = round(time.perf_counter() - stage.started, 2)
+    stage.publish(metrics, SECTIONS, inputs, [TOKENS / MANIFEST, TOKENS / TOKENIZER])
 
 
-def warn_of_other_text(step: Step) -> list[str]:
+def warn_of_other_text(stage: StageRun) -> list[str]:
     """Say and log which packages the documentation comes from in other than the pinned versions."""
     unpinned = unpinned_packages(CONSTRAINTS)
-    step.log.event("packages", unpinned=unpinned)
+    stage.log.event("packages", unpinned=unpinned)
     if unpinned:
         print(
             f"warning: data: not the text that README's numbers belong to ({'; '.join(unpinned)})\n"
@@ -63,13 +63,13 @@ def warn_of_other_text(step: Step) -> list[str]:
     return unpinned
 
 
-def published(step: Step) -> tuple[Manifest, list[Path]]:
+def published(stage: StageRun) -> tuple[Manifest, list[Path]]:
     """Fetch ready-made shards, or the rest of them, into the work directory."""
     from huggingface_hub import hf_hub_download
 
-    params, vocabulary = step.params, step.params.tokenizer.vocabulary
+    params, vocabulary = stage.params, stage.params.tokenizer.vocabulary
     source = open_published(vocabulary, params.data.fineweb_shards, hf_hub_download)
-    directory = step.work / f"fineweb_sp{vocabulary}"
+    directory = stage.work / f"fineweb_sp{vocabulary}"
     with progress("download", sum(source.counts.values()) + 1) as bar:
         manifest = fetch_published(
             source, vocabulary, directory, lambda: bar.advance() if bar else None
@@ -77,17 +77,17 @@ def published(step: Step) -> tuple[Manifest, list[Path]]:
     return manifest, []
 
 
-def tokenized(step: Step) -> tuple[Manifest, list[Path]]:
+def tokenized(stage: StageRun) -> tuple[Manifest, list[Path]]:
     """Tokenize a corpus of texts into the work directory."""
-    params = step.params
-    directory = step.work / "tokens"
+    params = stage.params
+    directory = stage.work / "tokens"
     shutil.rmtree(directory, ignore_errors=True)
     corpus = open_corpus(params.data)
     inputs = list(corpus.files)
     if params.tokenizer.model:
         inputs.append(Path(params.tokenizer.model))
     tokenizer = make_tokenizer(params.tokenizer, corpus, directory / TOKENIZER)
-    step.log.event("tokenizer", vocabulary=tokenizer.vocabulary)
+    stage.log.event("tokenizer", vocabulary=tokenizer.vocabulary)
     shards = encode(
         corpus, tokenizer, directory, params.tokenizer.shard_tokens, torch.get_num_threads()
     )

@@ -1,7 +1,7 @@
-"""Train the model of params.yaml on the token shards; keep its averaged weights.
+"""Train the model of params.yaml on the token shards; the result is its averaged weights.
 
-Nothing counts against the budget but training itself: compilation, saving the state and the final
-validation stand outside the clock. A run that was interrupted continues from its last state.
+Only optimizer steps count against the time budget: compilation, saving the state and the final
+validation are outside the clock. An interrupted run resumes from its last state.
 """
 
 import csv
@@ -36,40 +36,40 @@ from model.training.resume import State, load_state, run_key, save_state
 from model.training.schedule import Clock, HostBroadcast, Schedule
 from model.training.trainer import Batches, Trainer
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
-from steps.common import Step, run
+from steps.common import StageRun, run
 from steps.validation import validate
 
 SECTIONS = ("model", "train", "ops")
 CURVE = ("step", "seconds", "tokens", "loss", "lr")
 
 
-def main(step: Step) -> None:
+def main(stage: StageRun) -> None:
     """Train, validate, and publish checkpoint, loss curve and metrics."""
     manifest = Manifest.load(TOKENS)
     stream = TokenStream(manifest.train)
-    check_batches(step, manifest, stream)
+    check_batches(stage, manifest, stream)
     tokenizer = Tokenizer(manifest.tokenizer)
-    check_vocabulary(tokenizer, step.params.model.vocabulary, "tokenize again")
-    documents = validation_documents(manifest, step.params.train.validation_documents)
+    check_vocabulary(tokenizer, stage.params.model.vocabulary, "tokenize again")
+    documents = validation_documents(manifest, stage.params.train.validation_documents)
 
     use_compile_cache(COMPILE_CACHE)
-    training = Training(step, stream)
+    training = Training(stage, stream)
     training.resume()
     training.warm_up()
     with training.batches() as batches:
         training.train(batches)
 
-    score = validate(step, training.averaged_model(), documents, tokenizer)
-    publish(step, training, score)
+    score = validate(stage, training.averaged_model(), documents, tokenizer)
+    publish(stage, training, score)
 
 
-def check_batches(step: Step, manifest: Manifest, stream: TokenStream) -> None:
-    """Refuse tokens and processes that do not make up a step, before any time is spent."""
-    params = step.params
-    per_round = step.group.size * params.train.tokens_per_microbatch
+def check_batches(stage: StageRun, manifest: Manifest, stream: TokenStream) -> None:
+    """Raise InputError unless tokens and processes fit the batch of an optimizer step."""
+    params = stage.params
+    per_round = stage.group.size * params.train.tokens_per_microbatch
     if params.train.tokens_per_step % per_round:
         raise InputError(
-            f"train: started with {step.group.size} processes, whose micro-batches ({per_round} "
+            f"train: started with {stage.group.size} processes, whose microbatches ({per_round} "
             f"tokens) do not divide train.tokens_per_step ({params.train.tokens_per_step})",
             f"start it with the {params.execution.processes} of params.yaml, or change "
             "train.tokens_per_step",
@@ -85,12 +85,12 @@ def check_batches(step: Step, manifest: Manifest, stream: TokenStream) -> None:
 class Training:
     """One run: the trainer, its data, its clock and its state on disk."""
 
-    def __init__(self, step: Step, stream: TokenStream) -> None:
-        params, group = step.params, step.group
-        self.step, self.params = step, params.train
+    def __init__(self, stage: StageRun, stream: TokenStream) -> None:
+        params, group = stage.params, stage.group
+        self.stage, self.params = stage, params.train
         choice = dispatch.configure(device=group.device, **dataclasses.asdict(params.ops))
         # The seed decides the initial weights; the order of the data is the same for all seeds.
-        torch.manual_seed(step.seed or 0)
+        torch.manual_seed(stage.seed or 0)
         model = GPT(params.model).to(group.device)
         self.trainer = Trainer(model, self.params, group, params.execution.compile)
         self.data = TrainingBatches(
@@ -103,84 +103,84 @@ class Training:
         )
         self.hosts = HostBroadcast(group)
         self.seconds, self.startup_seconds, self.peak_memory = 0.0, 0.0, 0.0
-        self.state_file = step.work / "state.safetensors"
+        self.state_file = stage.work / "state.safetensors"
         self.key = run_key(
-            seed=step.seed,
+            seed=stage.seed,
             data=sha256(TOKENS / MANIFEST),
-            **step.section_values(("model", "train")),
+            **stage.section_values(("model", "train")),
         )
         self.choice = str(choice)
 
     @contextmanager
     def batches(self) -> Iterator[Batches]:
-        """The micro-batches of this process from the present step on."""
+        """The microbatches of this process from the present optimizer step on."""
         stream = cast("Generator[Any, None, None]", self.data.from_step(self.trainer.steps))
         with closing(stream) as batches:
             yield batches
 
     def resume(self) -> None:
-        """Take up an interrupted run if there is one, and open the log."""
+        """Resume an interrupted run if there is one, and open the log."""
         state, found = None, ""
-        if self.step.group.is_main:
+        if self.stage.group.is_main:
             state, found = load_state(self.state_file, self.key)
-            if state and _lines(self.step.work / "log.jsonl") < state.facts["log_lines"]:
+            if state and _lines(self.stage.work / "log.jsonl") < state.facts["log_lines"]:
                 state, found = None, f"{self.state_file}: ignored, its log is incomplete"
-        facts = self.step.group.broadcast_object(state.facts if state else None)
+        facts = self.stage.group.broadcast_object(state.facts if state else None)
         if facts is not None:
             self.trainer.load(state.tensors if state else {}, facts["steps"])
             self.seconds = facts["seconds"]
-        self.step.open_log(SECTIONS, keep_lines=facts["log_lines"] if facts else 0)
-        self.step.log.event("state", found=found, steps=self.trainer.steps)
-        self.step.log.event("ops", choice=self.choice, compiled=self.trainer.compiled)
+        self.stage.open_log(SECTIONS, keep_lines=facts["log_lines"] if facts else 0)
+        self.stage.log.event("state", found=found, steps=self.trainer.steps)
+        self.stage.log.event("ops", choice=self.choice, compiled=self.trainer.compiled)
 
     def warm_up(self) -> None:
-        """Do all that must be done only once, and log how long the start took."""
+        """Compile, load kernels, connect processes; log the duration of the start."""
         with self.batches() as batches:
             self.trainer.warm_up(batches)
-        self.startup_seconds = round(seconds_since_start(self.step.group.device), 3)
-        self.step.log.event("warm", startup_seconds=self.startup_seconds, **compile_statistics())
+        self.startup_seconds = round(seconds_since_start(self.stage.group.device), 3)
+        self.stage.log.event("warm", startup_seconds=self.startup_seconds, **compile_statistics())
 
     def save(self, seconds: float) -> None:
-        """Write the state, so that a later run continues from here."""
+        """Save the state for resuming."""
         tensors = self.trainer.state()
-        if self.step.group.is_main:
+        if self.stage.group.is_main:
             facts = {
                 "steps": self.trainer.steps,
                 "seconds": seconds,
-                "log_lines": self.step.log.lines,
+                "log_lines": self.stage.log.lines,
             }
             save_state(self.state_file, self.key, State(tensors, facts))
 
     def train(self, batches: Batches) -> None:
-        """Take steps until the schedule says stop."""
+        """Take optimizer steps until the schedule stops."""
         trainer, schedule = self.trainer, Schedule(self.params)
-        budget, execution = self.params.budget_seconds, self.step.params.execution
-        with progress("train", budget or self.params.steps, self.step.group.is_main) as bar:
-            line = LossLog(self, bar)
-            clock = Clock(self.step.group.device, self.seconds)
+        budget, execution = self.params.budget_seconds, self.stage.params.execution
+        with progress("train", budget or self.params.steps, self.stage.group.is_main) as bar:
+            loss_log = LossLog(self, bar)
+            clock = Clock(self.stage.group.device, self.seconds)
             saved = clock.seconds
             while True:
                 multiplier = schedule.multiplier(trainer.steps, clock.seconds)
                 multiplier = self.hosts.broadcast_from_main(multiplier)
                 if not multiplier:
                     break
-                line.add(trainer.step(batches, multiplier), multiplier)
+                loss_log.add(trainer.step(batches, multiplier), multiplier)
                 if trainer.steps % execution.log_every:
                     continue
-                line.write(clock)
+                loss_log.write(clock)
                 due = clock.seconds - saved >= execution.save_every_seconds
                 if self.hosts.broadcast_from_main(due):
                     with clock.paused() as saved:
                         self.save(saved)
             with clock.paused() as self.seconds:
-                line.write(clock)
-        self.peak_memory = peak_memory_mib(self.step.group.device)
+                loss_log.write(clock)
+        self.peak_memory = peak_memory_mib(self.stage.group.device)
 
     def averaged_model(self) -> GPT:
-        """A model of its own with the averaged weights, the result of training."""
+        """A separate model with the averaged weights, the result of training."""
         weights = self.trainer.average.tensors
         model = build(self.trainer.model.params, weights, "the average")
-        return model.to(self.step.group.device)
+        return model.to(self.stage.group.device)
 
 
 def _lines(path: Path) -> int:
@@ -188,7 +188,7 @@ def _lines(path: Path) -> int:
 
 
 class LossLog:
-    """The line of the log that is being collected: the mean loss since the last one."""
+    """Averages the loss of the steps since the last line of the log, and writes the next line."""
 
     def __init__(self, training: Training, bar: Bar | None) -> None:
         self._training, self._bar = training, bar
@@ -198,7 +198,7 @@ class LossLog:
         self._advance(training.seconds, "")
 
     def add(self, loss: torch.Tensor, multiplier: float) -> None:
-        """Take in one step's loss, which stays on the device."""
+        """Add one step's loss, which stays on the device."""
         self._losses.append(loss)
         self._multiplier = multiplier
 
@@ -208,7 +208,7 @@ class LossLog:
             return
         training = self._training
         mean = torch.stack(self._losses).mean()
-        loss = training.step.group.all_reduce(mean).item()
+        loss = training.stage.group.all_reduce(mean).item()
         self._losses.clear()
         steps, lr = training.trainer.steps, training.params.matrix_lr * self._multiplier
         if not math.isfinite(loss):
@@ -222,7 +222,7 @@ class LossLog:
         seconds = round(clock.seconds, 3)
         tokens = steps * training.params.tokens_per_step
         # `seconds` is the log's own; the training clock stands beside it.
-        training.step.log.event("loss", step=steps, clock=seconds, tokens=tokens, loss=loss, lr=lr)
+        training.stage.log.event("loss", step=steps, clock=seconds, tokens=tokens, loss=loss, lr=lr)
         self._advance(seconds, f"loss {loss:.3f}")
 
     def _advance(self, seconds: float, note: str) -> None:
@@ -232,13 +232,13 @@ class LossLog:
         self._shown = done
 
 
-def publish(step: Step, training: Training, score: Score | None) -> None:
-    """Write checkpoint, curve and metrics; then the state has served its purpose."""
+def publish(stage: StageRun, training: Training, score: Score | None) -> None:
+    """Write checkpoint, curve and metrics; delete the state."""
     if score is None:
         return
-    checkpoint, curve = step.output / "model.safetensors", step.output / "curve.csv"
+    checkpoint, curve = stage.output / "model.safetensors", stage.output / "curve.csv"
     save_checkpoint(checkpoint, training.trainer.model, training.trainer.average.tensors)
-    write_curve(curve, read_log(step.work / "log.jsonl", "loss"))
+    write_curve(curve, read_log(stage.work / "log.jsonl", "loss"))
     tokens = training.trainer.steps * training.params.tokens_per_step
     metrics = {
         "loss": score.loss,
@@ -249,9 +249,9 @@ def publish(step: Step, training: Training, score: Score | None) -> None:
         "startup_seconds": training.startup_seconds,
         "tokens_per_second": tokens / training.seconds,
         "peak_memory_mib": training.peak_memory,
-        "world_size": step.group.size,
+        "world_size": stage.group.size,
     }
-    step.publish(metrics, SECTIONS, [TOKENS / MANIFEST], [checkpoint, curve])
+    stage.publish(metrics, SECTIONS, [TOKENS / MANIFEST], [checkpoint, curve])
     training.state_file.unlink(missing_ok=True)
 
 

@@ -8,18 +8,18 @@ from model.evaluation.score import TTT, Score
 from model.runtime.process import seconds_since_start
 from model.ttt.loop import ttt_losses
 from model.ttt.warmup import warm_up_kernels
-from steps.common import Step, run
+from steps.common import StageRun, run
 from steps.token_losses import Evaluation
 
 SECTIONS = ("evaluate", "ttt", "ops")
 
 
-def main(step: Step) -> None:
+def main(stage: StageRun) -> None:
     """Score, and publish losses and metrics."""
-    job = Evaluation(step, SECTIONS)
-    params, group = step.params.ttt, step.group
+    job = Evaluation(stage, SECTIONS)
+    params, group = stage.params.ttt, stage.group
     warm_up_kernels(job.model, job.documents, params)
-    step.log.event("warm", startup_seconds=seconds_since_start(group.device))
+    stage.log.event("warm", startup_seconds=seconds_since_start(group.device))
     job.score(TTT, partial(ttt_losses, job.model, job.documents, params, group))
 
     def metrics(scores: Mapping[str, Score]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ class InputError(Exception):
     """An error the user can repair: a parameter, a file, a machine that lacks what was requested.
 
     `problem` names the file or key and what is wrong with it; `repair` says what to do.
-    Programs print both without a traceback; see `step_errors`.
+    Programs print both without a traceback; see `user_errors`.
     """
 
     def __init__(self, problem: str, repair: str) -> None:
@@ -22,7 +22,7 @@ class InputError(Exception):
 
 
 @contextmanager
-def step_errors(speaks: Callable[[], bool] = lambda: True, status: int = 2) -> Iterator[None]:
+def user_errors(speaks: Callable[[], bool] = lambda: True, status: int = 2) -> Iterator[None]:
     """Show an InputError as two lines and exit with `status`, Ctrl-C as one and with 130.
 
     speaks: asked once there is an error; whether it is this process that shows it. Other

@@ -52,7 +52,7 @@ class TrainConfig(Settings):
             "tokens_per_step",
             f"{self.tokens_per_step} is not a multiple of tokens_per_microbatch "
             f"({self.tokens_per_microbatch})",
-            "make it a whole number of micro-batches",
+            "make it a whole number of microbatches",
         )
         require(
             self.qat_threshold == 0 or self.cooldown_steps > 0,

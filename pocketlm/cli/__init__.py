@@ -7,7 +7,7 @@ InputError is shown as `error: problem` and `repair: what to do`, and ends with 
 
 import typer
 
-from model.runtime.errors import step_errors
+from model.runtime.errors import user_errors
 from pocketlm.cli import preset, readme, sweep
 
 app = typer.Typer(
@@ -18,4 +18,4 @@ app = typer.Typer(
 )
 for command in (preset, sweep, readme):
     name = command.__name__.rpartition(".")[2]
-    app.command(name)(step_errors(status=1)(command.main))
+    app.command(name)(user_errors(status=1)(command.main))

@@ -18,9 +18,9 @@ def launch(processes: int, module: str, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from model.runtime.distributed import require_gpus
-    from model.runtime.errors import step_errors
+    from model.runtime.errors import user_errors
 
-    with step_errors():
+    with user_errors():
         require_gpus(processes)
     quiet = logging.getLogger("torch.distributed.elastic")  # its children log through it
     quiet.addHandler(logging.NullHandler())

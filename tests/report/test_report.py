@@ -30,7 +30,7 @@ from pocketlm.report.blocks import Block, Heading, Paragraph, Table, to_html, to
 from pocketlm.report.records import load_record
 from pocketlm.report.results import read_losses
 from pocketlm.report.summary import beyond
-from steps.common import Step
+from steps.common import StageRun
 from steps.report import main
 from tests.helpers.report_inputs import PARTS, change_weights, edit_json, token_losses, write_seed
 
@@ -61,7 +61,7 @@ def parameters(**report: Any) -> Params:
 
 def make(params: Params) -> dict:
     """Run the step in the current directory; returns its metrics."""
-    main(Step("report", None, params, Group(0, 1, torch.device("cpu"))))
+    main(StageRun("report", None, params, Group(0, 1, torch.device("cpu"))))
     return json.loads(Path("artifacts/report/metrics.json").read_text())
 
 

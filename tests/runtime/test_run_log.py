@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from model.runtime.errors import InputError, step_errors
+from model.runtime.errors import InputError, user_errors
 from model.runtime.files import read_json, sha256
 from model.runtime.run_log import RunLog, read_log, write_provenance
 from steps.common import run
@@ -54,7 +54,7 @@ def test_the_sidecar_names_the_hashes_of_inputs_and_outputs(tmp_path):
 
 
 def test_an_input_error_is_shown_as_two_lines_and_ends_with_status_2(capsys):
-    with pytest.raises(SystemExit) as exit_, step_errors():
+    with pytest.raises(SystemExit) as exit_, user_errors():
         raise InputError("shard.bin: truncated", "fetch it again")
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "error: shard.bin: truncated\n  repair: fetch it again\n"

@@ -22,7 +22,7 @@ from model.runtime.errors import InputError
 from model.runtime.files import read_json, sha256
 from model.runtime.run_log import read_log
 from pocketlm.params.presets import compose, render
-from steps.common import Step
+from steps.common import StageRun
 from steps.tokenize import main
 from tests.helpers.corpora import sentences, small_tokenizer, write_json_lines
 
@@ -54,7 +54,7 @@ def demo(*overrides):
 
 
 def run_step(*overrides):
-    main(Step("tokenize", None, demo(*overrides), one_process()))
+    main(StageRun("tokenize", None, demo(*overrides), one_process()))
     return Manifest.load(OUTPUT)
 
 
