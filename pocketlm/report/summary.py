@@ -23,14 +23,16 @@ from pocketlm.report.significance import Sample, WelchTest, welch_test
 EVALUATIONS = ("pre_quant", "quantized", *WITHOUT_ADAPTATION, TTT)
 
 
-def summarize(results: Sequence[SeedResult], params: Params, code: int) -> dict[str, Any]:
+def summarize(results: Sequence[SeedResult], params: Params, code_bytes: int) -> dict[str, Any]:
     """Summarize the results of all seeds as plain JSON values.
 
-    code: bytes of the code that is shipped beside the artifact. Raises InputError if the seeds
-    were scored on different text, or if a significance test is asked for that cannot be made.
+    code_bytes: of the code that is shipped. Raises InputError if the seeds were scored on different
+    text, if an artifact and the code exceed the budget, or if a significance test is asked for that
+    cannot be made.
     """
     _same_text(results)
-    runs = [_run(result, code) for result in results]
+    size = _size(results, code_bytes)
+    runs = [_run(result, code_bytes) for result in results]
     first = results[0]
     return {
         **{score: _spread(runs, score) for score in EVALUATIONS},
@@ -44,15 +46,12 @@ def summarize(results: Sequence[SeedResult], params: Params, code: int) -> dict[
             "tokens": first.losses.tokens,
             "bytes": first.losses.bytes,
         },
-        "size": {
-            "total_bytes": max(run["total_bytes"] for run in runs),
-            "budget_bytes": first.quantize.budget_bytes,
-        },
+        "size": size,
         "test": _test(params.report, runs),
         "context": [params.model.sequence_length, params.evaluate.sliding_stride],
         "runs": runs,
         "stages": _stages(results, params.report),
-        "parts": _parts(results, code),
+        "parts": _parts(results, code_bytes),
         "tail": _tail(pool([result.losses for result in results])),
         "origins": _origins(results),
     }
@@ -74,7 +73,7 @@ def beyond(values: np.ndarray) -> np.ndarray:
     return 1 - sums / sums[-1]
 
 
-def _run(result: SeedResult, code: int) -> dict[str, Any]:
+def _run(result: SeedResult, code_bytes: int) -> dict[str, Any]:
     """What the tables show of one seed."""
     train, quantize, evaluate, ttt = result.train, result.quantize, result.evaluate, result.ttt
     scores = {
@@ -95,8 +94,7 @@ def _run(result: SeedResult, code: int) -> dict[str, Any]:
         "bits_per_weight": quantize.bits_per_weight,
         "compressor": quantize.compressor,
         "artifact_bytes": quantize.artifact_bytes,
-        "code_bytes": code,
-        "total_bytes": quantize.artifact_bytes + code,
+        "total_bytes": quantize.artifact_bytes + code_bytes,
     }
 
 
@@ -170,14 +168,36 @@ def _stages(results: Sequence[SeedResult], report: ReportConfig) -> list[dict[st
     ]
 
 
-def _parts(results: Sequence[SeedResult], code: int) -> list[dict[str, Any]]:
+def _size(results: Sequence[SeedResult], code: int) -> dict[str, int]:
+    """Bytes of the largest artifact and of the code, in sum at most the budget; or InputError."""
+    largest = max(results, key=lambda result: result.quantize.artifact_bytes)
+    artifact, budget = largest.quantize.artifact_bytes, largest.quantize.budget_bytes
+    reserve = largest.quantize.code_reserve_bytes
+    if artifact + code > budget:
+        raise InputError(
+            f"seed {largest.seed}: {artifact:,} bytes of the artifact and {code:,} of code are "
+            f"{artifact + code - budget:,} more than quantize.budget_bytes ({budget:,}); "
+            f"{reserve:,} were reserved for code",
+            f"raise quantize.code_reserve_bytes to {code:,} or more and quantize again, or ship "
+            "less code",
+        )
+    return {
+        "artifact_bytes": artifact,
+        "code_bytes": code,
+        "code_reserve_bytes": reserve,
+        "total_bytes": artifact + code,
+        "budget_bytes": budget,
+    }
+
+
+def _parts(results: Sequence[SeedResult], code_bytes: int) -> list[dict[str, Any]]:
     """Mean bytes of each part of the submission over the seeds, largest first."""
     names = sorted({name for result in results for name in result.quantize.bytes})
     parts = [
         {"part": name, "bytes": statistics.fmean(r.quantize.bytes.get(name, 0) for r in results)}
         for name in names
     ]
-    parts.append({"part": "code", "bytes": code})
+    parts.append({"part": "code", "bytes": code_bytes})
     return sorted(parts, key=lambda part: -part["bytes"])
 
 

@@ -181,12 +181,31 @@ def test_one_seed_without_a_test(run):
     assert "One seed would allow none" in Path("artifacts/report/report.md").read_text()
 
 
-def test_over_budget_is_said_aloud(run):
-    edit_json(Path("artifacts/quantize/seed1/metrics.json"), artifact_bytes=16_000_100 - CODE)
+def test_code_that_outgrew_its_reserve_fails(run):
+    params, reserve, budget = parameters(), 200_000, 16_000_000
+    room = budget - CODE
+    edit_json(Path("artifacts/quantize/seed1/metrics.json"), artifact_bytes=room)
+    assert make(params)["size"] == {
+        "artifact_bytes": room,
+        "code_bytes": CODE,
+        "code_reserve_bytes": reserve,
+        "total_bytes": budget,
+        "budget_bytes": budget,
+    }
+    page = Path("artifacts/report/report.md").read_text()
+    for count in (CODE, reserve, room):
+        assert f"{count:,}" in page
+    edit_json(Path("artifacts/quantize/seed1/metrics.json"), artifact_bytes=room + 100)
+    with pytest.raises(InputError, match=f"seed 1: {room + 100:,} bytes") as error:
+        make(params)
+    assert f"{CODE:,} of code are 100 more than quantize.budget_bytes" in error.value.problem
+    assert f"quantize.code_reserve_bytes to {CODE:,}" in error.value.repair
+
+
+def test_over_budget_of_time_is_said_aloud(run):
     make(parameters(train_budget_seconds=500.0))
     for name in ("report.md", "headline.txt"):
         text = Path("artifacts/report", name).read_text()
-        assert "OVER BUDGET: 16,000,100 bytes, 100 more than allowed." in text
         assert "OVER BUDGET: train (training clock) took up to 599.9 s; 500 s" in text
     assert "Every budget" not in Path("artifacts/report/report.md").read_text()
 

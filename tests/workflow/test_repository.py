@@ -120,7 +120,7 @@ def test_commands_that_files_and_messages_name_exist() -> None:
     assert len(quoted) > 5
     for command in quoted:
         assert command.split()[0] in COMMANDS, command
-    assert "python -m pocketlm." + "params" not in texts
+    assert "python -m pocketlm.params." + "presets" not in texts
     assert "python -m pocketlm." + "report" not in texts
     assert "python -m pocketlm.workflow." + "sweep" not in texts
 
