@@ -221,7 +221,7 @@ class LossLog:
             )
         seconds = round(clock.seconds, 3)
         tokens = steps * training.params.tokens_per_step
-        # `seconds` is the log's own; the training clock stands beside it.
+        # `seconds` is the log's own key; the training clock is logged as `clock`.
         training.stage.log.event("loss", step=steps, clock=seconds, tokens=tokens, loss=loss, lr=lr)
         self._advance(seconds, f"loss {loss:.3f}")
 

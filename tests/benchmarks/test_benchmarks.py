@@ -150,7 +150,7 @@ def test_optimizer_work_counts_every_value_once():
     assert flops > 4 * min(SMALL["width"], SMALL["mlp_width"]) * matrices
 
 
-def test_a_stage_is_given_up_and_the_next_one_runs(capsys):
+def test_a_section_is_aborted_and_the_next_one_runs(capsys):
     with common.section("slow", 1):
         time.sleep(30)
     with common.section("broken", 10):

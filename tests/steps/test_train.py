@@ -222,7 +222,7 @@ def test_a_run_that_diverged_is_told_to_clip_only_if_it_does_not(clip):
                 params=train_params(gradient_clip=clip),
                 seconds=0.0,
                 trainer=SimpleNamespace(steps=7),
-                step=SimpleNamespace(group=Group(0, 1, torch.device("cpu"))),
+                stage=SimpleNamespace(group=Group(0, 1, torch.device("cpu"))),
             ),
         ),
         None,
@@ -235,7 +235,7 @@ def test_a_run_that_diverged_is_told_to_clip_only_if_it_does_not(clip):
 
 
 def batches():
-    """The same micro-batch for ever."""
+    """The same microbatch, without end."""
     tokens = torch.randint(0, 64, (65,), generator=torch.Generator().manual_seed(0))
     while True:
         yield tokens[:-1], tokens[1:], Documents.from_lengths([20, 32, 12])
