@@ -91,7 +91,7 @@ rule evaluate:
         outs("evaluate"),
     threads: THREADS
     resources:
-        gpu=PARAMS.processes,
+        gpu=PARAMS.execution.processes,
     message:
         "evaluate, seed {wildcards.seed}"
     shell:
