@@ -1,6 +1,9 @@
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,29 +11,61 @@ from torch.distributed.elastic.utils.logging import get_logger
 
 from model.runtime.distributed import require_gpus
 from model.runtime.errors import InputError
-from pocketlm.workflow.launch import launch
+from pocketlm.params.presets import compose, render
+from pocketlm.workflow.launch import launch, main
+
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_failing_step_says_why_and_nothing_else_does(tmp_path, processes):
-    command = [
-        "-m",
-        "pocketlm.workflow.launch",
-        "--processes",
-        processes,
-        "-m",
-        "steps.train",
-        "--seed",
-        "0",
-    ]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=300
+def started(directory: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pocketlm.workflow.launch", "-m", "steps.train", "--seed=0"]
+    return subprocess.run(
+        command,
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_failing_stage_says_why_and_nothing_else_does(tmp_path: Path, processes: int) -> None:
+    settings = [f"execution.processes={processes}", "train.tokens_per_microbatch=512"]
+    (tmp_path / "params.yaml").write_text(render(compose("demo", settings, ROOT / "conf")))
+    done = started(tmp_path)
     assert done.returncode == 2
-    assert done.stderr.count("params.yaml: no such file") == 1
-    assert done.stderr.count("repair: write it from a preset") == 1
+    assert done.stderr.count("manifest.json: no such file") == 1
+    assert done.stderr.count("repair: ") == 1
     assert "Traceback" not in done.stderr
     assert "elastic" not in done.stderr
+
+
+def test_without_parameters_nothing_is_started(tmp_path: Path) -> None:
+    done = started(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: params.yaml: no such file\n  repair: write it from a preset"
+    )
+
+
+def test_the_number_of_processes_is_that_of_the_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def launched(*call: Any) -> int:
+        calls.append(call)
+        return 0
+
+    monkeypatch.setattr("pocketlm.workflow.launch.launch", launched)
+    settings = ["execution.processes=4", "train.tokens_per_microbatch=256"]
+    (tmp_path / "params.yaml").write_text(render(compose("demo", settings, ROOT / "conf")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["launch", "-m", "steps.train", "--seed", "7"])
+    with pytest.raises(SystemExit):
+        main()
+    assert calls == [(4, "steps.train", ["--seed", "7"])]
 
 
 def test_the_launcher_keeps_quiet_whatever_level_its_loggers_have(monkeypatch):

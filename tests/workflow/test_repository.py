@@ -55,6 +55,13 @@ def test_every_step_is_a_module_that_is_started_as_one() -> None:
     assert not [file.name for file in files if started.search(file.read_text())]
 
 
+def test_how_a_run_is_executed_is_no_cache_key() -> None:
+    """Else what eight processes have trained could not be evaluated by one."""
+    for name, stage in stages().items():
+        assert set(re.findall(r"\$\{(.*?)\}", stage["cmd"])) <= {"item.seed"}, name
+        assert not [key for key in stage["params"] if key.split(".")[0] == "execution"], name
+
+
 def test_a_folder_of_results_means_every_seed() -> None:
     found = deps("report", [0, 7])
     assert "artifacts/ttt_eval/seed7/metrics.json" in found
