@@ -53,27 +53,40 @@ class StageRun:
         """Scratch directory, kept for resuming."""
         return self.directory(root=WORK)
 
-    def open_log(self, sections: Sequence[str], keep_lines: int = 0) -> None:
-        """Start the running log; its first line holds `sections` of the parameters.
+    def open_log(self, keys: Sequence[str], keep_lines: int = 0) -> None:
+        """Start the running log; its first line holds the parameters named by `keys`.
 
         keep_lines: valid lines of an interrupted run's log to keep (0: start a new log).
         """
         self.log = RunLog(self.work / "log.jsonl" if self.group.is_main else None, keep_lines)
         if not keep_lines:
-            self.log.start(self.name, self._recorded(sections), seed=self.seed)
+            self.log.start(self.name, self._recorded(keys), seed=self.seed)
 
-    def section_values(self, sections: Sequence[str]) -> dict[str, Any]:
-        """Plain values of some sections of the parameters."""
-        return {name: dataclasses.asdict(self.params)[name] for name in sections}
+    def values(self, keys: Sequence[str]) -> dict[str, Any]:
+        """Plain values of some sections (`train`) and single keys (`ops.mlp`) of the parameters."""
+        everything, chosen = dataclasses.asdict(self.params), dict[str, Any]()
+        for section, name in (key.split(".") if "." in key else (key, "") for key in keys):
+            values = everything[section]
+            chosen[section] = {**chosen.get(section, {}), name: values[name]} if name else values
+        return chosen
 
-    def _recorded(self, sections: Sequence[str]) -> dict[str, Any]:
+    def implementations(self, keys: Sequence[str]) -> dict[str, str]:
+        """Values of `ops` for `dispatch.configure`, reference where `keys` do not name them.
+
+        So the stage runs no kernel whose files dvc.yaml does not list among its deps.
+        """
+        chosen = self.values([key for key in keys if key.startswith("ops")]).get("ops", {})
+        every = dataclasses.asdict(self.params.ops)
+        return {**dict.fromkeys(every, "reference"), **chosen}
+
+    def _recorded(self, keys: Sequence[str]) -> dict[str, Any]:
         """What the log and the provenance name: also how the run was executed."""
-        return self.section_values([*sections, "execution"])
+        return self.values([*keys, "execution"])
 
     def publish(
         self,
         metrics: dict[str, Any],
-        sections: Sequence[str],
+        keys: Sequence[str],
         inputs: Sequence[Path],
         outputs: Sequence[Path],
     ) -> None:
@@ -89,7 +102,7 @@ class StageRun:
         write_provenance(
             self.output / "provenance.json",
             self.name,
-            self._recorded(sections),
+            self._recorded(keys),
             inputs,
             [*outputs, self.output / "metrics.json", log_path],
         )

@@ -9,12 +9,12 @@ from model.runtime.progress import ReportProgress
 from steps.common import StageRun, run
 from steps.token_losses import Evaluation, Losses
 
-SECTIONS = ("evaluate", "ops")
+KEYS = ("evaluate", "ops.attention", "ops.residual_norm")
 
 
 def main(stage: StageRun) -> None:
     """Score, and publish losses and metrics."""
-    job = Evaluation(stage, SECTIONS)
+    job = Evaluation(stage, KEYS)
     stride, tokens = stage.params.evaluate.sliding_stride, stage.params.execution.evaluation_tokens
     given = (job.model, job.documents)
 

@@ -5,7 +5,6 @@ compresses. The artifact is read back, compared with what was packed, and scored
 publishes it.
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +49,8 @@ from steps.validation import validate
 
 Made = tuple[Packed, Mapping[str, Stored]]  # an artifact and what it holds
 
-SECTIONS = ("quantize", "ops")
+OPS = ("ops.attention", "ops.cached_attention", "ops.residual_norm", "ops.mlp")
+KEYS = ("model", "quantize", *OPS)
 
 
 class Quantization:
@@ -169,8 +169,8 @@ def main(stage: StageRun) -> None:
     """Calibrate, quantize, pack, read back, score, publish."""
     use_compile_cache(COMPILE_CACHE)
     job = Quantization(stage)
-    choice = dispatch.configure(device=stage.group.device, **dataclasses.asdict(stage.params.ops))
-    stage.open_log(SECTIONS)
+    choice = dispatch.configure(device=stage.group.device, **stage.implementations(KEYS))
+    stage.open_log(KEYS)
     stage.log.event("ops", choice=str(choice))
     started = time.perf_counter()
     with job.timed("calibration"):
@@ -236,7 +236,7 @@ def publish(job: Quantization, packed: Packed, predicted_gap: float, score: Scor
     }
     artifact = job.stage.output / "model.pocket"
     save_artifact(artifact, packed)
-    job.stage.publish(metrics, SECTIONS, [job.checkpoint, TOKENS / MANIFEST], [artifact])
+    job.stage.publish(metrics, KEYS, [job.checkpoint, TOKENS / MANIFEST], [artifact])
 
 
 if __name__ == "__main__":

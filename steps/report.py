@@ -15,12 +15,12 @@ from pocketlm.report.summary import summarize
 from steps.common import StageRun, run
 
 PROJECT = Path(__file__).parents[1]
-SECTIONS = ("model", "quantize", "evaluate", "report")
+KEYS = ("seeds", "model.sequence_length", "evaluate.sliding_stride", "report")
 
 
 def main(stage: StageRun) -> None:
     """Read the results of every seed; write report, metrics, headline and figures."""
-    stage.open_log(SECTIONS)
+    stage.open_log(KEYS)
     root, seeds = Path("."), stage.params.seeds
     results = [read_seed(root, seed) for seed in seeds]
     summary = summarize(results, stage.params, code_bytes(PROJECT))
@@ -35,7 +35,7 @@ def main(stage: StageRun) -> None:
     for name, text in texts.items():
         write_bytes(output / name, text.encode())
     inputs = [file for seed in seeds for file in result_files(root, seed)]
-    stage.publish(summary, SECTIONS, inputs, [output / name for name in texts])
+    stage.publish(summary, KEYS, inputs, [output / name for name in texts])
 
 
 if __name__ == "__main__":

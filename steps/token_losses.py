@@ -4,7 +4,6 @@ Every token's losses are kept in `losses.parquet`, one row per scored token in t
 documents; the metrics are their sums. Both stages write the same rows, each with its own columns.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,26 +33,25 @@ Evaluate = Callable[[ReportProgress | None], Losses]
 class Evaluation:
     """The quantized model and the documents to score, both validated; opens the log.
 
-    sections: sections of the parameters for log and sidecar.
+    keys: the parameters that the stage reads.
     """
 
-    def __init__(self, stage: StageRun, sections: Sequence[str]) -> None:
-        self.stage, self.sections = stage, sections
-        stage.open_log(sections)
+    def __init__(self, stage: StageRun, keys: Sequence[str]) -> None:
+        self.stage, self.keys = stage, keys
+        stage.open_log(keys)
         use_compile_cache(COMPILE_CACHE)
         use_growing_segments()
         manifest = Manifest.load(TOKENS)
         self.tokenizer = Tokenizer(manifest.tokenizer)
-        chosen = stage.params.evaluate
-        self.documents = validation_documents(manifest, chosen.documents, chosen.offset)
+        self.documents = validation_documents(
+            manifest, stage.params.evaluate.documents, stage.params.evaluate.offset
+        )
         self.artifact = stage.directory("quantize") / "model.pocket"
         self.model = load_artifact(self.artifact, stage.group.device)
         check_vocabulary(
             self.tokenizer, self.model.params.vocabulary, "train again with these tokens"
         )
-        choice = dispatch.configure(
-            device=stage.group.device, **dataclasses.asdict(stage.params.ops)
-        )
+        choice = dispatch.configure(device=stage.group.device, **stage.implementations(keys))
         stage.log.event("ops", choice=str(choice))
         self.tokens = sum(document.size for document in self.documents)
         self.losses: dict[str, Losses] = {}
@@ -87,7 +85,7 @@ class Evaluation:
             "world_size": stage.group.size,
         }
         inputs = [self.artifact, TOKENS / MANIFEST]
-        stage.publish({**metrics(scores), **common}, self.sections, inputs, [table])
+        stage.publish({**metrics(scores), **common}, self.keys, inputs, [table])
 
 
 def write_losses(

@@ -28,7 +28,7 @@ from model.runtime.progress import progress
 from pocketlm.params.paths import TOKENS
 from steps.common import StageRun, run
 
-SECTIONS = ("data", "tokenizer")
+KEYS = ("data", "tokenizer")
 TOKENIZER = "tokenizer.model"
 CONSTRAINTS = Path("constraints.txt")
 BATCH = 1 << 22  # characters encoded at once
@@ -36,7 +36,7 @@ BATCH = 1 << 22  # characters encoded at once
 
 def main(stage: StageRun) -> None:
     """Make tokenizer, shards and manifest of the text that the `data` section names."""
-    stage.open_log(SECTIONS)
+    stage.open_log(KEYS)
     unpinned = warn_of_other_text(stage) if stage.params.data.source == "docstrings" else []
     if stage.params.data.source == "fineweb":
         manifest, inputs = published(stage)
@@ -47,7 +47,7 @@ def main(stage: StageRun) -> None:
     metrics: dict[str, Any] = {split: manifest.totals(split) for split in SPLITS}
     metrics["unpinned_packages"] = len(unpinned)
     metrics["seconds"] = round(time.perf_counter() - stage.started, 2)
-    stage.publish(metrics, SECTIONS, inputs, [TOKENS / MANIFEST, TOKENS / TOKENIZER])
+    stage.publish(metrics, KEYS, inputs, [TOKENS / MANIFEST, TOKENS / TOKENIZER])
 
 
 def warn_of_other_text(stage: StageRun) -> list[str]:

@@ -5,7 +5,6 @@ validation are outside the clock. An interrupted run resumes from its last state
 """
 
 import csv
-import dataclasses
 import io
 import math
 from collections.abc import Generator, Iterator
@@ -39,7 +38,7 @@ from pocketlm.params.paths import COMPILE_CACHE, TOKENS
 from steps.common import StageRun, run
 from steps.validation import validate
 
-SECTIONS = ("model", "train", "ops")
+KEYS = ("model", "train", "ops.attention", "ops.residual_norm", "ops.mlp")
 CURVE = ("step", "seconds", "tokens", "loss", "lr")
 
 
@@ -88,7 +87,7 @@ class Training:
     def __init__(self, stage: StageRun, stream: TokenStream) -> None:
         params, group = stage.params, stage.group
         self.stage, self.params = stage, params.train
-        choice = dispatch.configure(device=group.device, **dataclasses.asdict(params.ops))
+        choice = dispatch.configure(device=group.device, **stage.implementations(KEYS))
         # The seed decides the initial weights; the order of the data is the same for all seeds.
         torch.manual_seed(stage.seed or 0)
         model = GPT(params.model).to(group.device)
@@ -107,7 +106,7 @@ class Training:
         self.key = run_key(
             seed=stage.seed,
             data=sha256(TOKENS / MANIFEST),
-            **stage.section_values(("model", "train")),
+            **stage.values(("model", "train")),
         )
         self.choice = str(choice)
 
@@ -129,7 +128,7 @@ class Training:
         if facts is not None:
             self.trainer.load(state.tensors if state else {}, facts["steps"])
             self.seconds = facts["seconds"]
-        self.stage.open_log(SECTIONS, keep_lines=facts["log_lines"] if facts else 0)
+        self.stage.open_log(KEYS, keep_lines=facts["log_lines"] if facts else 0)
         self.stage.log.event("state", found=found, steps=self.trainer.steps)
         self.stage.log.event("ops", choice=self.choice, compiled=self.trainer.compiled)
 
@@ -251,7 +250,7 @@ def publish(stage: StageRun, training: Training, score: Score | None) -> None:
         "peak_memory_mib": training.peak_memory,
         "world_size": stage.group.size,
     }
-    stage.publish(metrics, SECTIONS, [TOKENS / MANIFEST], [checkpoint, curve])
+    stage.publish(metrics, KEYS, [TOKENS / MANIFEST], [checkpoint, curve])
     training.state_file.unlink(missing_ok=True)
 
 

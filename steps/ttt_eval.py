@@ -11,12 +11,12 @@ from model.ttt.warmup import warm_up_kernels
 from steps.common import StageRun, run
 from steps.token_losses import Evaluation
 
-SECTIONS = ("evaluate", "ttt", "ops")
+KEYS = ("evaluate.documents", "evaluate.offset", "ttt", "ops")
 
 
 def main(stage: StageRun) -> None:
     """Score, and publish losses and metrics."""
-    job = Evaluation(stage, SECTIONS)
+    job = Evaluation(stage, KEYS)
     params, group = stage.params.ttt, stage.group
     warm_up_kernels(job.model, job.documents, params)
     stage.log.event("warm", startup_seconds=seconds_since_start(group.device))

@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -24,6 +26,8 @@ SECTIONS: dict[str, type[Settings]] = {
     for name, kind in get_type_hints(Params).items()
     if isinstance(kind, type) and issubclass(kind, Settings)
 }
+
+STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 @pytest.fixture
@@ -331,6 +335,8 @@ def keys_read(file: Path) -> set[str]:
 
 def test_every_parameter_is_read() -> None:
     read = set().union(*map(keys_read, program_files()))
+    named = set().union(*(each_key(stage["params"]) for stage in STAGES.values()))
+    read |= {key for key in named if key.startswith("ops.")}  # StageRun.implementations
     text = (ROOT / "dvc.yaml").read_text() + (ROOT / "Snakefile").read_text()
     declared = {f"{section}.{key}" for section, model in SECTIONS.items() for key in fields(model)}
     declared |= {key for key in fields(Params) if key not in SECTIONS}
@@ -386,20 +392,36 @@ def imported_files(file: Path) -> set[Path]:
     return found
 
 
-@pytest.mark.parametrize("stage", ["tokenize", "train", "quantize", "ttt_eval", "report"])
-def test_dvc_knows_what_a_step_reads(stage: str) -> None:
-    """A stage's `params` in dvc.yaml cover the sections and keys its program takes from params."""
-    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["params"]
-    used = set().union(*map(keys_taken, imported_files(ROOT / f"steps/{stage}.py")))
-    missing = {key for key in used if key.split(".")[0] not in declared and key not in declared}
-    missing = {key for key in missing if key.split(".")[0] != "execution"}  # changes no result
-    assert not missing, f"dvc.yaml: {stage}: params lacks {', '.join(missing)}"
+def each_key(keys: Iterable[str]) -> set[str]:
+    """Sections as their keys, single keys as they are."""
+    return {
+        f"{key}.{name}" if key in SECTIONS else key
+        for key in keys
+        for name in (fields(SECTIONS[key]) if key in SECTIONS else [""])
+    }
 
 
-@pytest.mark.parametrize("stage", ["tokenize", "train", "quantize", "ttt_eval", "report"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_knows_what_a_stage_reads(stage: str) -> None:
+    """`KEYS` of a stage, and its `params` in dvc.yaml, are the parameters that its program takes.
+
+    How a run is executed counts for nothing; of `ops`, the program can only take what `KEYS` names.
+    """
+    keys = import_module(f"steps.{stage}").KEYS
+    assert list(keys) == STAGES[stage]["params"]
+    files = imported_files(ROOT / f"steps/{stage}.py")
+    used = set().union(*map(keys_taken, files))
+    used = {key for key in each_key(used) if key.split(".")[0] not in ("execution", "ops")}
+    declared = each_key(keys)
+    assert used == {key for key in declared if not key.startswith("ops.")}
+    computes = any(file.name == "dispatch.py" for file in files)
+    assert ("ops.attention" in declared) == computes
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_dvc_knows_the_code_of_a_step(stage: str) -> None:
     """A stage's `deps` in dvc.yaml cover the program and what it imports to compute its result."""
-    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    deps = STAGES[stage]["deps"]
     plumbing = {
         "model/runtime/errors.py",
         "model/runtime/files.py",
@@ -417,4 +439,4 @@ def test_dvc_knows_the_code_of_a_step(stage: str) -> None:
 @pytest.mark.parametrize(("stage", "folder"), [("tokenize", TOKENIZERS), ("report", BASELINES)])
 def test_dvc_watches_the_files_that_parameters_may_name(stage: str, folder: Path) -> None:
     assert (ROOT / folder).is_dir()
-    assert str(folder) in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
+    assert str(folder) in STAGES[stage]["deps"]

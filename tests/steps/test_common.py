@@ -1,0 +1,38 @@
+"""What every stage's program shares."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.runtime.distributed import Group
+from pocketlm.params.presets import compose
+from steps.common import StageRun
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def stage() -> StageRun:
+    settings = ["ops.mlp=triton", "ops.adapters=triton", "ops.attention=padded"]
+    params = compose("demo", settings, ROOT / "conf")
+    return StageRun("train", 0, params, Group(0, 1, torch.device("cpu")))
+
+
+def test_values_of_sections_and_of_single_keys(stage: StageRun) -> None:
+    values = stage.values(["seeds", "quantize", "ops.mlp", "evaluate.offset", "ops.attention"])
+    assert values["seeds"] == [0, 1, 2]
+    assert values["quantize"]["calibration_seed"] == 42
+    assert values["ops"] == {"mlp": "triton", "attention": "padded"}
+    assert values["evaluate"] == {"offset": 0}
+
+
+def test_kernels_that_a_stage_does_not_name_are_not_run(stage: StageRun) -> None:
+    assert stage.implementations(["ops"])["adapters"] == "triton"
+    assert stage.implementations(["train", "ops.attention", "ops.mlp"]) == {
+        "attention": "padded",
+        "mlp": "triton",
+        "cached_attention": "reference",
+        "residual_norm": "reference",
+        "adapters": "reference",
+    }
