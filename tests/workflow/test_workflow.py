@@ -279,7 +279,7 @@ def test_row_8_edit_a_step(checkout: Checkout, engine: list[str]) -> None:
 
 
 def test_row_8_edit_the_model(checkout: Checkout, engine: list[str]) -> None:
-    checkout.append("model/runtime/files.py", "# edited\n")
+    checkout.append("model/network/gpt.py", "# edited\n")
     assert checkout.steps_run_by(*engine) == FROM_TRAIN
 
 

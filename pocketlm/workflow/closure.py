@@ -1,0 +1,166 @@
+"""The code that a stage depends on, written into dvc.yaml by `python -m pocketlm.workflow.closure`.
+
+It is what the stage's program imports, directly or not: at the top of a file or inside a function,
+with the `__init__` of each package on the way, without what only type checkers see. Two things that
+are no imports count besides: a module whose full name stands in the source as a text, and the
+kernels of `model.kernels.dispatch` that a key of `ops` in the stage's `params` can choose.
+
+Left out is the short list below, and files that hold nothing but a docstring. A folder is named in
+place of its files where all of them count. A test fails as long as the `deps` in dvc.yaml differ
+from this, be one missing or too wide.
+"""
+
+import ast
+import re
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from pocketlm.workflow.dvcstate import stages
+
+PACKAGES = ("steps", "pocketlm", "model")
+
+# What can change no result, with the reason; what these import does not count either.
+NO_RESULT = {
+    "pocketlm/params": "reads and checks params.yaml, whose values count key by key",
+    "model/runtime/settings.py": "describes the sections of params.yaml and checks their values",
+    "model/runtime/errors.py": "shows messages",
+    "model/runtime/files.py": "writes what it is given, atomically",
+    "model/runtime/run_log.py": "writes the log and the provenance",
+    "model/runtime/progress.py": "shows progress",
+    "model/runtime/process.py": "measures memory and age, chooses caches and locks directories",
+}
+# What is counted in bytes is a dep of the stage that counts, imported or not.
+SHIPPED = {"report": list(PACKAGES)}
+
+NEVER_FOLDED = {Path("."), Path("steps")}  # programs are named one by one
+
+
+def closure(stage: str) -> set[Path]:
+    """The files whose content may change what `stage` makes; paths from the current directory."""
+    ops = {key for key in stages()[stage]["params"] if key.split(".")[0] == "ops"}
+    found: set[Path] = set()
+    waiting = {Path(f"steps/{stage}.py")}
+    while waiting:
+        file = waiting.pop()
+        found.add(file)
+        waiting |= {other for other in imports(file, ops) if _counts(other)} - found
+    return found
+
+
+def imports(file: Path, ops: Collection[str]) -> set[Path]:
+    """The files of the project that one file imports; ops: keys that choose kernels, or `ops`."""
+    names: set[str] = set()
+    for node in _running(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"\w+(\.\w+)+", str(node.value)):
+            names.add(str(node.value))
+        elif isinstance(node, ast.Call) and len(row := _texts(node)) == 3:
+            names |= _chosen_kernel(node, row, ops)
+    return {file for name in names for file in _files(name)}
+
+
+def code_deps(stage: str) -> list[str]:
+    """What `deps` of a stage in dvc.yaml must list of the code: the program first, then by name."""
+    if stage in SHIPPED:
+        return SHIPPED[stage]
+    program = f"steps/{stage}.py"
+    folded = _folded(closure(stage))
+    order = sorted(folded, key=lambda dep: (PACKAGES.index(dep.split("/")[0]), dep))
+    return [program, *(dep for dep in order if dep != program)]
+
+
+def is_code(dep: str) -> bool:
+    """Whether an entry of `deps` names code."""
+    return dep.split("/")[0] in PACKAGES
+
+
+def update(path: Path = Path("dvc.yaml")) -> list[str]:
+    """Write the code of every stage into `deps`, keep all else; returns the stages that changed."""
+    editor = YAML()
+    editor.width = 1 << 16  # never break a line
+    editor.indent(mapping=2, sequence=4, offset=2)
+    pipeline = editor.load(path.read_text(encoding="utf-8"))
+    changed = []
+    for name, stage in pipeline["stages"].items():
+        listed, code = stage["deps"], code_deps(name)
+        if [dep for dep in listed if is_code(dep)] != code:
+            for place in reversed(range(len(listed))):  # so that comments stay with their lines
+                if is_code(listed[place]):
+                    del listed[place]
+            for dep in reversed(code):
+                listed.insert(0, dep)
+            changed.append(name)
+    if changed:
+        with path.open("w", encoding="utf-8") as file:
+            editor.dump(pipeline, file)
+    return changed
+
+
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and those below it, without what stands under `if TYPE_CHECKING`."""
+    yield node
+    below: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name):
+        below = node.orelse if node.test.id == "TYPE_CHECKING" else below
+    for child in below:
+        yield from _running(child)
+
+
+def _texts(call: ast.Call) -> list[str]:
+    return [str(part.value) for part in call.args if isinstance(part, ast.Constant)]
+
+
+def _chosen_kernel(call: ast.Call, row: list[str], ops: Collection[str]) -> set[str]:
+    """The module that a row `Kernel(key, module, function)` of the kernels' table names."""
+    if not isinstance(call.func, ast.Name) or call.func.id.lower() != "kernel":
+        return set()
+    key, module, _ = row
+    return {f"model.kernels.{module}"} if {"ops", f"ops.{key}"} & set(ops) else set()
+
+
+def _files(name: str) -> Iterator[Path]:
+    """The files that importing a dotted name runs: packages on the way, and the module."""
+    parts = name.split(".")
+    if parts[0] not in PACKAGES:
+        return
+    for length in range(1, len(parts) + 1):
+        place = Path(*parts[:length])
+        for file in (place / "__init__.py", place.with_suffix(".py")):
+            if file.is_file():
+                yield file
+
+
+def _counts(file: Path) -> bool:
+    """Whether a file may change a result."""
+    places = [file, *file.parents]
+    return not any(place.as_posix() in NO_RESULT for place in places) and not _is_docstring(file)
+
+
+def _is_docstring(file: Path) -> bool:
+    """Whether a file holds nothing but a docstring."""
+    return all(
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+    )
+
+
+def _folded(files: set[Path]) -> set[str]:
+    """Names of the files, or of the outermost folders of which all files are among them."""
+    whole = {
+        folder
+        for folder in {parent for file in files for parent in file.parents} - NEVER_FOLDED
+        if all(file in files or _is_docstring(file) for file in folder.rglob("*.py"))
+    }
+    return {
+        next((place for place in reversed(file.parents) if place in whole), file).as_posix()
+        for file in files
+    }
+
+
+if __name__ == "__main__":
+    print(f"dvc.yaml: {', '.join(update()) or 'nothing'} changed")
