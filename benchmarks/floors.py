@@ -24,7 +24,7 @@ def product_values(model: GPT) -> int:
     """Values of all matrices that every token is multiplied by, the tied head included."""
     projections = [module for module in (model.bigram, model.value_embedding) if module is not None]
     tables = sum(module.projection.weight.numel() for module in projections)
-    return model.params.matrix_values + model.embedding.numel() + tables
+    return model.config.matrix_values + model.embedding.numel() + tables
 
 
 def attention_flops(params: ModelConfig, pairs: float) -> float:

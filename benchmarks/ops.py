@@ -142,13 +142,9 @@ def mlp(bench: Bench) -> None:
     inputs = [bench.random(bench.tokens, width)]
     weights = [layer.weight.detach().to(bench.dtype).requires_grad_() for layer in (up, down)]
 
-    def run(r: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        up.compute_weight, down.compute_weight = first, second
-        return dispatch.mlp(r, up, down)
-
     flops = 18.0 * bench.tokens * width * hidden
     moved = floors.BF16 * bench.tokens * (6.0 * width + 5.0 * hidden)
-    compare(bench, "mlp", run, [*inputs, *weights], bench.floor(flops, moved))
+    compare(bench, "mlp", dispatch.mlp, [*inputs, *weights], bench.floor(flops, moved))
 
 
 def residual_norm(bench: Bench) -> None:

@@ -130,7 +130,7 @@ def subject(params: Params, options: Any, group: Group) -> tuple[GPT, list[np.nd
     say("no tokens: random documents with the lengths of web text", group.is_main)
     lengths = common.synthetic_lengths(options.tokens, options.tokens)
     generator = np.random.default_rng(0)
-    pieces = (generator.integers(4, model.params.vocabulary, n, dtype=np.uint16) for n in lengths)
+    pieces = (generator.integers(4, model.config.vocabulary, n, dtype=np.uint16) for n in lengths)
     return model, [np.concatenate([np.array([1], np.uint16), piece[1:]]) for piece in pieces]
 
 
@@ -302,7 +302,7 @@ def read_tokens(lengths: Sequence[int], ttt: TTTConfig) -> int:
 
 def floor_work(model: GPT, ttt: TTTConfig, lengths: Sequence[int]) -> tuple[float, float]:
     """FLOPs and bytes of a reading, as counted in the module's docstring."""
-    adapted = values_per_document(model.params, ttt)
+    adapted = values_per_document(model.config, ttt)
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
     frozen_values = sum(matrix.numel() for matrix in [*matrices, model.embedding])
     per_token = 4.0 * frozen_values + 6.0 * adapted
@@ -315,7 +315,7 @@ def floor_work(model: GPT, ttt: TTTConfig, lengths: Sequence[int]) -> tuple[floa
             window = seen * (seen + 1) // 2
             past = seen - (end - start)
             pairs += window if ttt.mode == "window" else window - past * (past + 1) // 2
-    flops = read_tokens(lengths, ttt) * per_token + floors.attention_flops(model.params, pairs)
+    flops = read_tokens(lengths, ttt) * per_token + floors.attention_flops(model.config, pairs)
     return flops * ttt.steps, adapted * trained_chunks * (
         16.0 + 5 * model.dtype.itemsize
     ) * ttt.steps

@@ -49,7 +49,7 @@ class Evaluation:
         self.artifact = stage.directory("quantize") / "model.pocket"
         self.model = load_artifact(self.artifact, stage.group.device)
         check_vocabulary(
-            self.tokenizer, self.model.params.vocabulary, "train again with these tokens"
+            self.tokenizer, self.model.config.vocabulary, "train again with these tokens"
         )
         choice = dispatch.configure(device=stage.group.device, **stage.implementations(keys))
         stage.log.event("ops", choice=str(choice))

@@ -178,7 +178,7 @@ class Training:
     def averaged_model(self) -> GPT:
         """A separate model with the averaged weights, the result of training."""
         weights = self.trainer.average.tensors
-        model = build(self.trainer.model.params, weights, "the average")
+        model = build(self.trainer.model.config, weights, "the average")
         return model.to(self.stage.group.device)
 
 

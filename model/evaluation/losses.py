@@ -63,7 +63,7 @@ def plain_losses(
     Returns one fp32 array (n,) per document, in nats: loss i is that of target i. The work is
     shared by the processes of `group`; all but the main process get an empty list.
     """
-    windows = _windows(documents, model.params.sequence_length, model.params.sequence_length)
+    windows = _windows(documents, model.config.sequence_length, model.config.sequence_length)
     return _window_losses(model, documents, windows, tokens_per_batch, group, progress)
 
 
@@ -79,7 +79,7 @@ def sliding_losses(
 
     Everything else is as in `plain_losses`.
     """
-    windows = _windows(documents, model.params.sequence_length, stride)
+    windows = _windows(documents, model.config.sequence_length, stride)
     return _window_losses(model, documents, windows, tokens_per_batch, group, progress)
 
 

@@ -34,10 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.data.packing import Documents
 from model.kernels.custom_op import operation
 from model.kernels.triton_common import multiprocessors, portion, product
-from model.network.kv_cache import RingLayerCache
 
 KEYS = 64  # keys in a tile
 LARGEST_TILE = 64  # queries in a tile, those of a group's heads counted singly
@@ -111,7 +109,7 @@ def normalized(largest, total, y):
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
-def ring_attention_kernel(
+def cached_attention_kernel(
     q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, y_ptr, lse_ptr, share_ptr, parts,
     new, q_stride, k_stride, v_stride, ring_stride, size, scale, HEADS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
@@ -160,7 +158,7 @@ def ring_attention_kernel(
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
-def ring_attention_combine_kernel(
+def cached_attention_combine_kernel(
     x_ptr, part_lse_ptr, v_ptr, y_ptr, lse_ptr, share_ptr, parts, size, v_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, EXCLUSIVE: tl.constexpr,
@@ -186,7 +184,7 @@ def ring_attention_combine_kernel(
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
-def ring_attention_sum_kernel(
+def cached_attention_sum_kernel(
     x_ptr, y_ptr, parts, size, PADDED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of one query's gradient."""
@@ -292,7 +290,7 @@ def _key_gradient(
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
-def ring_attention_backward_kernel(
+def cached_attention_backward_kernel(
     dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, z_ptr, lse_ptr, share_ptr,
     dq_ptr, dk_ptr, dv_ptr, parts, new, q_stride, k_stride, v_stride, ring_stride, size, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
@@ -410,13 +408,13 @@ def chunk_attention(
     grid = (cut.tiles, cut.parts, q.shape[0] * k.shape[2])
     operands = (q, k, v, ring_keys, ring_values, filled)
     if cut.parts == 1:
-        ring_attention_kernel[grid](*operands, z, lse, share, *numbers, WHOLE=True, **constants)
+        cached_attention_kernel[grid](*operands, z, lse, share, *numbers, WHOLE=True, **constants)
     else:
         part_y = lse.new_empty((cut.parts, *z.shape))
         part_lse = lse.new_empty((cut.parts, *lse.shape))
         outputs = (part_y, part_lse, share)
-        ring_attention_kernel[grid](*operands, *outputs, *numbers, WHOLE=False, **constants)
-        ring_attention_combine_kernel[(lse.numel(),)](
+        cached_attention_kernel[grid](*operands, *outputs, *numbers, WHOLE=False, **constants)
+        cached_attention_combine_kernel[(lse.numel(),)](
             part_y, part_lse, v, z, lse, share, cut.parts, lse.numel(), token_stride(v),
             HEADS=q.shape[2], GROUP=constants["GROUP"], EXCLUSIVE=exclusive, **_joining(ring_keys),
         )  # fmt: skip
@@ -441,12 +439,12 @@ def chunk_attention_backward(
         return dq, dk, dv
     cut, numbers, constants = _launch(q, k, v, ring_keys, exclusive)
     part_dq = dq if cut.parts == 1 else lse.new_empty((cut.parts, *dq.shape))
-    ring_attention_backward_kernel[cut.tiles, cut.parts + 1, q.shape[0] * k.shape[2]](
+    cached_attention_backward_kernel[cut.tiles, cut.parts + 1, q.shape[0] * k.shape[2]](
         dz, q, k, v, ring_keys, ring_values, filled, z, lse, share, part_dq, dk, dv, *numbers,
         NEW_KEYS=cut.new_keys, **constants,
     )  # fmt: skip
     if cut.parts > 1:
-        ring_attention_sum_kernel[(lse.numel(),)](
+        cached_attention_sum_kernel[(lse.numel(),)](
             part_dq, dq, cut.parts, lse.numel(), **_joining(ring_keys)
         )  # fmt: skip
     return dq, dk, dv
@@ -472,15 +470,14 @@ chunk_attention.register_autograd(_backward, setup_context=_save)
 
 
 def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: RingLayerCache, exclusive: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cached_keys: Tensor,
+    cached_values: Tensor,
+    filled: Tensor,
+    exclusive: bool,
 ) -> Tensor:
-    """Cached attention over a ring, with or without the own value's direction.
-
-    q (rows·new, heads, d), k and v (rows·new, kv_heads, d); documents: uniform rows. Returns
-    (rows·new, heads, d).
-    """
-    rows = documents.count
-    q, k, v = (x.view(rows, -1, *x.shape[1:]) for x in (q, k, v))
-    cache.record(k, v)
-    z, _, _ = chunk_attention(q, k, v, *cache.past(rows), exclusive)
-    return z.flatten(0, 1)
+    """What `chunk_attention` computes for the queries, (rows, new, heads, d); same arguments."""
+    z, _, _ = chunk_attention(q, k, v, cached_keys, cached_values, filled, exclusive)
+    return z

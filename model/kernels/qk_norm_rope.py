@@ -5,7 +5,7 @@ For every head of every token, x the product with W_q or W_k, n = x·r with r = 
     y = g · R n       g the learned gain of a query head, 1 for keys; R the partial rotation
     dn = g Rᵀ dy,     dg = Σ_tokens n·Rᵀdy,     dx = r (dn − n · mean(n dn))
 
-(`model.kernels.norm`, `model.kernels.rotary`). A rotation needs the other half of the pair, which a
+(`model.kernels.reference`). A rotation needs the other half of the pair, which a
 second load of the same row brings from the cache. Unfused, the slices and the concatenation of the
 rotated and the other dimensions cost the compiler several passes over queries and keys. The sums
 over tokens leave each program as one value per head, and are added in a fixed order.
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.custom_op import operation
-from model.kernels.norm import EPSILON
+from model.kernels.reference import EPSILON
 
 TOKENS = 16  # of a program
 FEW_TOKENS = 8192  # with fewer, a program takes some heads alone, as most of a GPU would be idle

@@ -33,11 +33,11 @@ from model.kernels.cached_attention_triton import (
     LARGEST_TILE,
     SMALLEST_TILE,
     absorb,
+    cached_attention_combine_kernel,
+    cached_attention_sum_kernel,
     joining,
     normalized,
     packed_rows,
-    ring_attention_combine_kernel,
-    ring_attention_sum_kernel,
     rows_at,
     store_rows,
     token_stride,
@@ -57,24 +57,24 @@ ANY_VALUE = ["m", "n", "size"]
 
 
 @triton.jit
-def _queries(part_ptr, first, m, GROUP: tl.constexpr, TILE: tl.constexpr):
+def _queries(position_ptr, first, m, GROUP: tl.constexpr, TILE: tl.constexpr):
     """Of a tile of queries: token, head of the group, whether it exists, the last key it sees."""
     query = first + tl.arange(0, TILE)
     token, inside = query // GROUP, query < m * GROUP
-    last = tl.load(part_ptr + token, mask=inside, other=-1).to(tl.int32)
+    last = tl.load(position_ptr + token, mask=inside, other=-1).to(tl.int32)
     return token, query % GROUP, inside, last
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
-def part_attention_kernel(
-    q_ptr, k_ptr, v_ptr, part_ptr, y_ptr, lse_ptr, m, n, q_stride, k_stride, v_stride, size, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+def query_subset_attention_kernel(
+    q_ptr, k_ptr, v_ptr, position_ptr, y_ptr, lse_ptr, m, n, q_stride, k_stride, v_stride, size,
+    scale, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     TILE: tl.constexpr, KEYS: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """One slice of the keys for a tile of queries of one document and key/value head."""
     KV_HEADS: tl.constexpr = HEADS // GROUP
     row, head = (tl.program_id(2) // KV_HEADS).to(tl.int64), tl.program_id(2) % KV_HEADS
-    token, member, inside, last = _queries(part_ptr, tl.program_id(0) * TILE, m, GROUP, TILE)
+    token, member, inside, last = _queries(position_ptr, tl.program_id(0) * TILE, m, GROUP, TILE)
     q_ptr += row * m * q_stride + head * GROUP * D
     k_ptr += row * n * k_stride + head * D
     v_ptr += row * n * v_stride + head * D
@@ -97,10 +97,10 @@ def part_attention_kernel(
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
-def part_attention_backward_kernel(
-    dy_ptr, q_ptr, k_ptr, v_ptr, part_ptr, y_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, m, n, q_stride,
-    k_stride, v_stride, size, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
+def query_subset_attention_backward_kernel(
+    dy_ptr, q_ptr, k_ptr, v_ptr, position_ptr, y_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, m, n,
+    q_stride, k_stride, v_stride, size, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, and what it adds to dq; scores are transposed."""
     KV_HEADS: tl.constexpr = HEADS // GROUP
@@ -115,7 +115,7 @@ def part_attention_backward_kernel(
     v = rows_at(v_ptr, key * v_stride, key < n, D, WIDTH)
     dk, dv = tl.zeros((KEYS, WIDTH), tl.float32), tl.zeros((KEYS, WIDTH), tl.float32)
     for first in tl.range(0, m * GROUP, TILE):
-        token, member, inside, last = _queries(part_ptr, first, m, GROUP, TILE)
+        token, member, inside, last = _queries(position_ptr, first, m, GROUP, TILE)
         query = token * HEADS + member
         q = rows_at(q_ptr, token * q_stride + member * D, inside, D, WIDTH)
         dy = rows_at(dy_ptr + base * D, query * D, inside, D, WIDTH)
@@ -148,11 +148,13 @@ def _launch(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[int | float], dict[st
 
 
 @operation("part_attention")
-def query_subset_operation(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+def query_subset_operation(
+    q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor
+) -> tuple[Tensor, Tensor]:
     """y (rows, m, heads, d) in the dtype of q, and lse, fp32 (rows, m, heads).
 
-    q (rows, m, heads, d), k and v (rows, n, kv_heads, d), one dtype; part: int64 (m,), positions
-    from 0 to n − 1 of the queries among the keys, in any order.
+    q (rows, m, heads, d), k and v (rows, n, kv_heads, d), one dtype; query_positions: int64 (m,),
+    positions from 0 to n − 1 of the queries among the keys, in any order.
     """
     q, k, v = map(packed_rows, (q, k, v))
     rows, m, heads, width = q.shape
@@ -163,11 +165,11 @@ def query_subset_operation(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> tup
     tiles = triton.cdiv(m * constants["GROUP"], constants["TILE"])
     slices = triton.cdiv(k.shape[1], SLICE)
     slice_y, slice_lse = lse.new_empty((slices, *y.shape)), lse.new_empty((slices, *lse.shape))
-    part_attention_kernel[tiles, slices, rows * k.shape[2]](
-        q, k, v, part.contiguous(), slice_y, slice_lse, *numbers, KEYS=KEYS, SLICE=SLICE,
+    query_subset_attention_kernel[tiles, slices, rows * k.shape[2]](
+        q, k, v, query_positions.contiguous(), slice_y, slice_lse, *numbers, KEYS=KEYS, SLICE=SLICE,
         **constants, **FORWARD,
     )  # fmt: skip
-    ring_attention_combine_kernel[(lse.numel(),)](
+    cached_attention_combine_kernel[(lse.numel(),)](
         slice_y, slice_lse, v, y, lse, torch.empty_like(lse), slices, lse.numel(), token_stride(v),
         HEADS=heads, GROUP=constants["GROUP"], EXCLUSIVE=False,
         **joining(max(USUAL_SLICES, slices), width),
@@ -180,9 +182,9 @@ def _(q: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@operation("part_attention_backward")
+@operation("query_subset_attention_backward")
 def query_subset_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, part: Tensor, y: Tensor, lse: Tensor
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, y: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv from dy; the other arguments and y, lse as in the forward pass."""
     dy, q, k, v = dy.contiguous(), *map(packed_rows, (q, k, v))
@@ -192,11 +194,11 @@ def query_subset_backward(
     numbers, constants = _launch(q, k, v)
     tiles = triton.cdiv(k.shape[1], GRADIENT_KEYS)
     tile_dq = lse.new_empty((tiles, *dq.shape))
-    part_attention_backward_kernel[tiles, q.shape[0] * k.shape[2]](
-        dy, q, k, v, part.contiguous(), y, lse, tile_dq, dk, dv, *numbers, KEYS=GRADIENT_KEYS,
-        **constants, **BACKWARD,
+    query_subset_attention_backward_kernel[tiles, q.shape[0] * k.shape[2]](
+        dy, q, k, v, query_positions.contiguous(), y, lse, tile_dq, dk, dv, *numbers,
+        KEYS=GRADIENT_KEYS, **constants, **BACKWARD,
     )  # fmt: skip
-    ring_attention_sum_kernel[(lse.numel(),)](
+    cached_attention_sum_kernel[(lse.numel(),)](
         tile_dq, dq, tiles, lse.numel(), **joining(max(USUAL_SLICES, tiles), q.shape[3])
     )  # fmt: skip
     return dq, dk, dv
@@ -219,11 +221,11 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 query_subset_operation.register_autograd(_backward, setup_context=_save)
 
 
-def query_subset_attention(q: Tensor, k: Tensor, v: Tensor, part: Tensor) -> Tensor:
-    """Attention of the queries of a part to all keys up to their own.
+def query_subset_attention(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor) -> Tensor:
+    """Attention of queries at some positions to all keys up to their own.
 
-    q (rows, m, heads, d), k and v (rows, n, kv_heads, d); part: int64 (m,), the positions of the
+    q (rows, m, heads, d), k and v (rows, n, kv_heads, d); query_positions: int64 (m,), those of the
     queries among the keys, the same in each document. Returns (rows, m, heads, d).
     """
-    y, _ = query_subset_operation(q, k, v, part)
+    y, _ = query_subset_operation(q, k, v, query_positions)
     return y

@@ -1,17 +1,42 @@
 """Plain formulas of the accelerated operations: what runs without kernels; the reference."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
-from model.kernels.norm import rms_norm
-from model.kernels.rotary import rotate
+from model.kernels.varlen import DENSE_KERNELS
 
-if TYPE_CHECKING:
-    from model.network.linear import Linear
+# ε of fp32 also for bf16 activations: bf16's own 0.0078 would swamp small inputs.
+EPSILON = torch.finfo(torch.float32).eps
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x²) + ε) over the last dimension (Zhang & Sennrich 2019)."""
+    return F.rms_norm(x, (x.shape[-1],), eps=EPSILON)
+
+
+def rotation(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each fp32 (T, 1, width/2), for positions (T,), of rotary embedding.
+
+    Partial (Su et al. 2021): dimension pair (i, i + width/2) of the first `width` of a head is
+    rotated by the angle p·base^(−2i/width), p the token's position inside its document.
+    """
+    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+    angles = positions.float()[:, None, None] * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotate the first 2·cosines.shape[-1] dimensions of x (T, heads, width)."""
+    half = cosines.shape[-1]
+    if half == 0:
+        return x
+    cosines, sines = cosines.to(x.dtype), sines.to(x.dtype)
+    left, right, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat((left * cosines - right * sines, right * cosines + left * sines, rest), dim=-1)
 
 
 def leaky_relu_squared(x: Tensor) -> Tensor:
@@ -19,9 +44,9 @@ def leaky_relu_squared(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.5).square()
 
 
-def mlp(r: Tensor, up: "Linear", down: "Linear") -> Tensor:
-    """W_down (LeakyReLU_½(W_up r))²: r (T, width) → (T, width)."""
-    return down(leaky_relu_squared(up(r)))
+def mlp(r: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """See `model.kernels.dispatch.mlp`."""
+    return F.linear(leaky_relu_squared(F.linear(r, up)), down)
 
 
 def softcapped(z: Tensor, cap: float) -> Tensor:
@@ -41,7 +66,7 @@ def mix_residual_norm(
     scale: Tensor,
     skip: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `model.kernels.mix_residual_norm`."""
+    """See `model.kernels.dispatch.mix_residual_norm`."""
     if skip is not None:
         earlier, weight = skip
         x = x + weight.to(x.dtype) * earlier
@@ -54,7 +79,7 @@ def mix_residual_norm(
 def add_residual_norm(
     x: Tensor, branch: Tensor, delta: Tensor | None, weight: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `model.kernels.add_residual_norm`."""
+    """See `model.kernels.dispatch.add_residual_norm`."""
     if delta is not None:
         branch = branch + (delta if weight is None else delta * weight.to(x.dtype))
     # Not a sum, of which and the product before it the compiler would make one call, for which x
@@ -64,19 +89,19 @@ def add_residual_norm(
 
 
 def low_rank_sum(
-    inner: Tensor,
+    hidden: Tensor,
     factors: Sequence[Tensor],
     base: Tensor,
     scale: Tensor | None,
-    more: Tensor | None,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `model.kernels.low_rank_sum`."""
-    products = zip(inner.chunk(len(factors), -1), factors, strict=True)
+    """See `model.kernels.dispatch.low_rank_sum`."""
+    products = zip(hidden.chunk(len(factors), -1), factors, strict=True)
     y = torch.cat([torch.bmm(h, b).flatten(0, 1) for h, b in products], 1)
     if scale is not None:
         y = y * scale.to(y.dtype)
     columns = base.shape[1]
-    base = base if more is None else more + base
+    base = base if residual is None else residual + base
     return base + y[:, :columns], y[:, columns:]
 
 
@@ -87,7 +112,7 @@ def attend(
     width: int,
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """`model.kernels.self_attention` with the given function of q, k and v, (T, …, width) each."""
+    """`dispatch.self_attention` with the given function of q, k and v, (T, …, width) each."""
     heads = projected.unflatten(1, (-1, width))
     kv_heads = (heads.shape[1] - gain.numel()) // 2
     q, k, v = heads.split([gain.numel(), kv_heads, kv_heads], dim=1)
@@ -118,3 +143,40 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 def _inverse(squares: Tensor) -> Tensor:
     return squares.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Softmax attention: q (rows, new, heads, d), k and v (rows, total, kv_heads, d).
+
+    visible: bool (new, total) or (rows, 1, new, total), True where a query may look; None:
+    everywhere. Query heads that share a key/value head are laid out as further queries of that
+    head, so that keys and values are read where they lie, not copied. Returns
+    (rows, new, heads, d).
+    """
+    rows, new, heads, width = q.shape
+    groups = heads // k.shape[2]
+    q = q.view(rows, new, -1, groups, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    if visible is not None:
+        visible = visible.repeat(*(1,) * (visible.dim() - 2), groups, 1)
+    with sdpa_kernel(DENSE_KERNELS):
+        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), visible)
+    return y.unflatten(2, (groups, new)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def rmsprop_step(
+    values: Tensor,
+    second_moments: Tensor,
+    gradients: Tensor,
+    copies: Tensor,
+    scalars: Tensor,
+    beta2: float,
+    epsilon: float,
+) -> None:
+    """See `model.kernels.dispatch.rmsprop_step`."""
+    rate, shrink, correction = scalars.unbind()
+    gradients = gradients.float()
+    second_moments.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
+    root = second_moments.sqrt().mul_(correction).add_(epsilon)
+    values.mul_(shrink).sub_(torch.div(gradients, root, out=root).mul_(rate))
+    if copies is not values:
+        copies.copy_(values)

@@ -1,9 +1,10 @@
-"""Low-rank adapters (Hu et al. 2021), a set of its own for every document of a batch.
+"""What test-time training adds to the network: low-rank adapters and a hash embedding.
 
-At each site a document adds ΔWx = B(Ax), A (rank, inputs), B (outputs, rank):
+Every document of a batch has a set of its own. Low-rank adapters (Hu et al. 2021): at each site a
+document adds ΔWx = B(Ax), A (rank, inputs), B (outputs, rank):
 
     query, key, value    to the projection of the same name
-    attention, mlp       a branch beside the layer, from its normed input to its output
+    attention, mlp       a branch parallel to the layer, from its normed input to its output
     head                 to the logits, before the softcap
 
 A starts uniform in ±1/sqrt(inputs), B at zero, so that a fresh adapter changes nothing. Every
@@ -11,13 +12,17 @@ document starts from the *same* A, drawn once from ttt.seed: a document's losses
 neither on its batch mates nor on its place in the list. For the same reason A is not carried from
 one document to the next ("warm start"): it would carry their text.
 
-Sites that read the same input (query, key, value and attention) have their A side by side in one
+Sites that read the same input (query, key, value and attention) have their A concatenated in one
 tensor, so that one product, and one for each gradient, serves them all. Both matrices are kept
-transposed: so the products of the backward pass give the gradients in the layout of the values.
+transposed, so that the backward pass gives the gradients in the layout of the values.
+
+Hash embedding: row (2039·x_{t−1} + x_t) mod buckets of a document's table is added to the token
+embedding before its RMSNorm. The table starts at zero and learns from nothing but the text already
+scored, so that no byte of it is in the artifact.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,27 +31,8 @@ from model.kernels import dispatch
 from model.network.config import ModelConfig
 
 PROJECTIONS = ("query", "key", "value")
-# The sites of each input, by the module that reads it.
-READERS = {"attention": (*PROJECTIONS, "attention"), "mlp": ("mlp",), "head": ("head",)}
-
-
-class _Inner(torch.autograd.Function):
-    """Ax beside x, so that the product that makes a gradient of x adds that of x's other reader.
-
-    Whoever made that one, a product as well, has no more use for it: it is added to in place.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, a)
-        return x.view_as(x), torch.bmm(x.unflatten(0, (a.shape[0], -1)), a)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor, dinner: Tensor) -> tuple[Tensor, Tensor]:
-        x, a = ctx.saved_tensors
-        x, whole = (tensor.unflatten(0, (a.shape[0], -1)) for tensor in (x, dx.contiguous()))
-        whole.baddbmm_(dinner, a.mT)
-        return whole.flatten(0, 1), torch.bmm(x.mT, dinner)
+# The sites that read each input, by the module whose input it is.
+SITES_BY_INPUT = {"attention": (*PROJECTIONS, "attention"), "mlp": ("mlp",), "head": ("head",)}
 
 
 class LowRank(NamedTuple):
@@ -60,58 +46,91 @@ class LowRank(NamedTuple):
     a: Tensor
     b: tuple[Tensor, ...]
 
-    def inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x for its one other reader, a product; Ax of the sites side by side.
+    def hidden(self, x: Tensor) -> Tensor:
+        """Ax of the sites side by side, (documents, n, sites·rank).
 
-        x (documents·n, inputs): every document has the same n tokens → (documents, n, sites·rank).
+        x (documents·n, inputs): every document has the same n tokens.
         """
-        if not x.requires_grad:
-            return x, torch.bmm(x.unflatten(0, (self.a.shape[0], -1)), self.a)
-        x, inner = _Inner.apply(x, self.a)
-        return x, inner
+        return torch.bmm(x.unflatten(0, (self.a.shape[0], -1)), self.a)
 
-    def added(
+    def add(
         self,
-        inner: Tensor,
+        hidden: Tensor,
         base: Tensor,
         scale: Tensor | None = None,
-        more: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """base + more + scale ⊙ B(Ax) of the first sites; scale ⊙ B(Ax) of the others.
+        """base + residual + scale ⊙ B(Ax) of the first sites; scale ⊙ B(Ax) of the others.
 
-        inner: of `inner`; base and more (documents·n, outputs of the first sites); scale (outputs
-        of all sites,); None: nothing, or 1. The others' results are side by side.
+        hidden: of `hidden`; base and residual (documents·n, outputs of the first sites); scale
+        (outputs of all sites,); None: nothing, or 1. The others' results are side by side.
         """
-        return dispatch.low_rank_sum(inner, self.b, base, scale, more)
+        return dispatch.low_rank_sum(hidden, self.b, base, scale, residual)
 
-    def deltas(self, inner: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
+    def deltas(self, hidden: Tensor, query_positions: Tensor | None = None) -> dict[str, Tensor]:
         """B(Ax) by site, (documents·n, outputs) in the dtype of x.
 
-        inner: of `inner`. part: the tokens of each document that are wanted, int64 (m,), but for
-        keys and values; None: all.
+        hidden: of `hidden`. query_positions: int64 (m,), the tokens of each document that are
+        wanted, but for keys and values; None: all.
         """
         found = {}
-        for site, of_site, b in zip(
-            self.sites, inner.chunk(len(self.sites), -1), self.b, strict=True
-        ):
-            if part is not None and site not in ("key", "value"):
-                of_site = of_site.index_select(1, part)
+        of_sites = hidden.chunk(len(self.sites), -1)
+        for site, of_site, b in zip(self.sites, of_sites, self.b, strict=True):
+            if query_positions is not None and site not in ("key", "value"):
+                of_site = of_site.index_select(1, query_positions)
             found[site] = torch.bmm(of_site, b).flatten(0, 1)
         return found
 
 
 class BlockAdapters(NamedTuple):
-    """What adapts in a block, by what it reads: the attention's normed input, or the MLP's."""
+    """The adapters in a block, by what they read: the attention's normed input, or the MLP's."""
 
     attention: LowRank | None = None
     mlp: LowRank | None = None
 
 
-def site_name(site: str, layer: int) -> str:
-    """Name of the module a site adapts, as in the model: `blocks.3.attention.query`."""
+NO_ADAPTERS = BlockAdapters()
+
+
+class HashTable(NamedTuple):
+    """A hash embedding per document, fp32 (documents, buckets, width)."""
+
+    values: Tensor
+
+    def rows(self, tokens: Tensor, before: Tensor) -> Tensor:
+        """Look up the pairs: fp32 (documents·n, width).
+
+        tokens and the tokens before them (−1: none), int64 (documents·n,), the same n of every
+        document.
+        """
+        documents, buckets, _ = self.values.shape
+        bucket = ((2039 * before + tokens) % buckets).unflatten(0, (documents, -1))
+        document = torch.arange(documents, device=tokens.device)
+        return self.values[document[:, None], bucket].flatten(0, 1)
+
+
+class Adapters(NamedTuple):
+    """What test-time training adds to a forward pass, a set of its own for every document.
+
+    blocks: inside each block; head: to the logits before the softcap; table: to the token
+    embedding.
+    """
+
+    blocks: Sequence[BlockAdapters]
+    head: LowRank | None = None
+    table: HashTable | None = None
+
+
+def site_name(site: str, position: int) -> str:
+    """Name of the adapters of a site, like that of the module: `blocks.3.attention.query`.
+
+    position: of the block in the executed order (`ModelConfig.executed_layers`), so that a layer
+    that is executed twice has two sets.
+    """
     if site == "head":
         return site
-    return f"blocks.{layer}.attention.{site}" if site in PROJECTIONS else f"blocks.{layer}.{site}"
+    place = f"blocks.{position}"
+    return f"{place}.attention.{site}" if site in PROJECTIONS else f"{place}.{site}"
 
 
 def site_outputs(site: str, model: ModelConfig) -> int:
@@ -122,15 +141,15 @@ def site_outputs(site: str, model: ModelConfig) -> int:
     return model.vocabulary if site == "head" else model.width
 
 
-def site_layers(site: str, model: ModelConfig) -> range:
-    """Layers that have such a site; the head counts to layer 0."""
-    return range(1 if site == "head" else model.layers)
+def site_positions(site: str, model: ModelConfig) -> range:
+    """Positions that have such a site; the head counts to position 0."""
+    return range(1 if site == "head" else len(model.executed_layers))
 
 
 def adapter_values(model: ModelConfig, sites: Sequence[str], rank: int) -> int:
     """Number of values of a set of adapters."""
     return sum(
-        rank * (model.width + site_outputs(site, model)) * len(site_layers(site, model))
+        rank * (model.width + site_outputs(site, model)) * len(site_positions(site, model))
         for site in sites
     )
 
@@ -138,55 +157,62 @@ def adapter_values(model: ModelConfig, sites: Sequence[str], rank: int) -> int:
 def initial_adapters(
     model: ModelConfig, sites: Sequence[str], rank: int, seed: int
 ) -> dict[str, Tensor]:
-    """A fresh set of adapters, fp32 on the CPU: `<module>.a` (rank, in), `<module>.b` (out, rank).
+    """A fresh set of adapters, fp32 on the CPU: `<site>.a` (rank, in), `<site>.b` (out, rank).
 
     The same seed gives the same A on every machine.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for site in sites:
-        for layer in site_layers(site, model):
+        for position in site_positions(site, model):
             uniform = 2 * torch.rand(rank, model.width, generator=generator) - 1
-            name = site_name(site, layer)
+            name = site_name(site, position)
             tensors[f"{name}.a"] = uniform * model.width**-0.5
             tensors[f"{name}.b"] = torch.zeros(site_outputs(site, model), rank)
     return tensors
 
 
-def side_by_side(
-    adapters: Mapping[str, Tensor], sites: Sequence[str], layers: int
+def initial_table(buckets: int, width: int) -> Tensor:
+    """One document's hash embedding before it has read anything, fp32 (buckets, width)."""
+    return torch.zeros(buckets, width)
+
+
+def concatenate_by_input(
+    adapters: Mapping[str, Tensor], sites: Sequence[str], positions: int
 ) -> dict[str, Tensor]:
     """One document's tensors of `initial_adapters` in the layout of `LowRank`.
 
-    `blocks.3.attention.a` holds the A of all sites that the attention's input feeds.
+    `blocks.3.attention.a` holds the A of all sites that read the attention's input.
     """
     found = {}
-    for layer in range(layers):
-        for reader, group in _groups(sites, layer):
-            names = [site_name(site, layer) for site in group]
-            found[site_name(reader, layer) + ".a"] = torch.cat(
-                [adapters[f"{n}.a"] for n in names]
-            ).T
+    for position in range(positions):
+        for module, group in _sites_by_input(sites, position):
+            names = [site_name(site, position) for site in group]
+            a = torch.cat([adapters[f"{name}.a"] for name in names])
+            found[f"{site_name(module, position)}.a"] = a.T
             found |= {f"{name}.b": adapters[f"{name}.b"].T for name in names}
     return found
 
 
-def low_rank(
-    parameters: Mapping[str, Tensor], sites: Sequence[str], layer: int
+def adapters_by_input(
+    parameters: Mapping[str, Tensor], sites: Sequence[str], position: int
 ) -> dict[str, LowRank]:
-    """The adapters in `layer` by reader, from the tensors of `side_by_side` of several documents.
+    """The adapters at a position by the module whose input they read.
 
-    The head counts to layer 0.
+    parameters: the tensors of `concatenate_by_input`, of several documents, (documents, …).
     """
     found = {}
-    for reader, group in _groups(sites, layer):
-        b = tuple(parameters[f"{site_name(site, layer)}.b"] for site in group)
-        found[reader] = LowRank(group, parameters[site_name(reader, layer) + ".a"], b)
+    for module, group in _sites_by_input(sites, position):
+        b = tuple(parameters[f"{site_name(site, position)}.b"] for site in group)
+        found[module] = LowRank(group, parameters[f"{site_name(module, position)}.a"], b)
     return found
 
 
-def _groups(sites: Sequence[str], layer: int) -> list[tuple[str, tuple[str, ...]]]:
-    """The readers in `layer` and the sites that adapt there."""
-    readers = READERS if layer == 0 else {r: group for r, group in READERS.items() if r != "head"}
-    groups = [(r, tuple(site for site in group if site in sites)) for r, group in readers.items()]
-    return [(reader, group) for reader, group in groups if group]
+def _sites_by_input(sites: Sequence[str], position: int) -> list[tuple[str, tuple[str, ...]]]:
+    """Modules, and which of the sites read their input; the head counts to position 0."""
+    groups = [
+        (module, tuple(site for site in group if site in sites))
+        for module, group in SITES_BY_INPUT.items()
+        if position == 0 or module != "head"
+    ]
+    return [(module, group) for module, group in groups if group]

@@ -77,7 +77,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> GPT
 
 def require_architecture(model: GPT, params: ModelConfig, path: str | Path) -> None:
     """Refuse a stored model that differs from the model section of params.yaml."""
-    stored, asked = dataclasses.asdict(model.params), dataclasses.asdict(params)
+    stored, asked = dataclasses.asdict(model.config), dataclasses.asdict(params)
     differing = [key for key in asked if stored[key] != asked[key]]
     if differing:
         detail = ", ".join(f"{k}: {stored[k]} in the file, {asked[k]} asked" for k in differing)

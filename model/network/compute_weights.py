@@ -6,24 +6,25 @@ In front of every product with many tokens stands something that depends on the 
     attention  a ⊙ (y·W_oᵀ) = y·(diag(a)·W_o)ᵀ
     MLP        b ⊙ (h·W_downᵀ) = h·(diag(b)·W_down)ᵀ
 
-The working copy of each is made from the fp32 masters (rounded first in late quantization-aware
-training) and cast to the compute dtype. The products of all micro-batches use it; their gradients,
-summed in fp32, go back to the masters, scales and rounding by the chain rule once per step. So the
-scales cost neither an activation kept for backward nor a sum over all tokens per channel, nothing
-is cast or rounded again for a micro-batch, and rounding changes no compiled graph. Where weights do
-not change, in test-time training, `fixed_weights` makes the copies once for all.
+Which matrices form a product, and what scales its rows, is in `model.network.parameter_roles`. The
+compute weight of each product is made from the fp32 masters (rounded first in late
+quantization-aware training) and cast to the compute dtype. The products of all microbatches use it;
+its gradients, summed in fp32, go back to the masters, scales and rounding by the chain rule once
+per step. So the scales cost neither an activation kept for backward nor a sum over all tokens per
+channel, nothing is cast or rounded again for a microbatch, and rounding changes no compiled graph.
+Where weights do not change, in test-time training, `fixed_weights` makes the copies once for all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.kernels import dispatch
 from model.network.attention import Attention
-from model.network.block import Block
 from model.network.gpt import GPT
 from model.network.linear import Linear
 
@@ -32,29 +33,41 @@ Rounding = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Product:
-    """One product of the forward pass: module `place` multiplies by `matrices`, stacked by rows.
+    """One product of the forward pass: `module` multiplies by `matrices`, stacked by rows.
 
-    scale: factor of each row, or None.
+    rounded: whether late quantization-aware training rounds them; row_scale: factor of each row,
+    or None.
     """
 
-    place: Linear | Attention
-    matrices: Sequence[Linear]
-    scale: Tensor | None = None
+    module: Linear | Attention
+    matrices: Sequence[nn.Parameter]
+    rounded: bool
+    row_scale: nn.Parameter | None = None
 
 
-def products(block: Block) -> list[Product]:
-    """The products of a block."""
-    attention, mlp = block.attention, block.mlp
-    return [
-        Product(attention, [attention.query, attention.key, attention.value]),
-        Product(attention.output, [attention.output], block.attention_scale),
-        Product(mlp.up, [mlp.up]),
-        Product(mlp.down, [mlp.down], block.mlp_scale),
-    ]
+def model_products(model: GPT) -> list[Product]:
+    """The products of all blocks, in the order of their parameters."""
+    members: dict[str, list[str]] = {}
+    for name, role in model.roles.items():
+        if role.product is not None:
+            members.setdefault(f"{_block(name)}.{role.product}", []).append(name)
+    products = []
+    for place, names in members.items():
+        role = model.roles[names[0]]
+        scale = getattr(model.get_submodule(_block(place)), role.row_scale or "", None)
+        matrices = [model.get_parameter(name) for name in names]
+        module = cast(Linear | Attention, model.get_submodule(place))
+        products.append(Product(module, matrices, role.qat, scale))
+    return products
+
+
+def _block(name: str) -> str:
+    """`blocks.3` of `blocks.3.mlp.up.weight`."""
+    return ".".join(name.split(".")[:2])
 
 
 class ComputeWeights:
-    """Working copies of the matrices of `model`; weights and gradients stay where they are.
+    """Compute weights of the products of `model`; weights and gradients stay where they are.
 
     One step: `with in_use(rounding)`, in which every backward pass is followed by `collect`; at
     the end of the block the masters have their gradients.
@@ -70,7 +83,7 @@ class ComputeWeights:
 
     @contextmanager
     def in_use(self, rounding: Rounding | None) -> Iterator[None]:
-        """Let the model multiply with working copies of its present weights inside the block.
+        """Let the model multiply with copies of its present weights inside the block.
 
         rounding: of matrices (rows, columns) by row, with a derivative; None: as they are.
         """
@@ -93,69 +106,81 @@ class ComputeWeights:
 
 @contextmanager
 def fixed_weights(model: GPT) -> Iterator[None]:
-    """Make once, for the block, what the blocks make of their weights at every use.
+    """Make once, for the block, what the transformer blocks make of their weights at every use.
 
-    They multiply with working copies of the matrices, and hold their other tensors, which they use
-    in the activations' dtype alone, in that dtype. No weight gets a gradient there.
+    They multiply with compute weights, and their other tensors, and the skip weights, which they
+    use in the activations' dtype alone, are replaced by copies in that dtype. No weight gets a
+    gradient there.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    chosen = model_products(model)
+    products = model_products(model)
     with torch.no_grad():
-        copies = [tensor.detach().to(model.dtype) for tensor in _effective(chosen, None)]
-    held = [*model.blocks.parameters(), *model.blocks.buffers()]
-    if model.skip_weights is not None:
-        held.append(model.skip_weights)
-    masters = [tensor.data for tensor in held]
+        copies = [tensor.detach().to(model.dtype) for tensor in _effective(products, None)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    masters = _tensors_of_blocks(model)
     for parameter in trained:
         parameter.requires_grad_(False)
-    for tensor in held:
-        tensor.data = tensor.data.to(model.dtype)
+    for module, name, tensor in masters:
+        setattr(module, name, _cast(tensor, model.dtype))
     try:
-        with _in_place(chosen, copies):
+        with _in_place(products, copies):
             yield
     finally:
-        for tensor, master in zip(held, masters, strict=True):
-            tensor.data = master
+        for module, name, tensor in masters:
+            setattr(module, name, tensor)
         for parameter in trained:
             parameter.requires_grad_(True)
 
 
-def model_products(model: GPT) -> list[Product]:
-    """The products of all blocks."""
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    return [product for block in blocks for product in products(block)]
+def _tensors_of_blocks(model: GPT) -> list[tuple[nn.Module, str, Tensor]]:
+    """Module, name and tensor of the parameters and buffers of the blocks, and the skip weights."""
+    found = [
+        (module, name, tensor)
+        for module in model.blocks.modules()
+        for name, tensor in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]
+    ]
+    if model.skip_weights is not None:
+        found.append((model, "skip_weights", model.skip_weights))
+    return found
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in `dtype`; of a parameter, a frozen one."""
+    copy = tensor.detach().to(dtype)
+    return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
 
 @contextmanager
-def _in_place(chosen: Sequence[Product], copies: Sequence[Tensor]) -> Iterator[None]:
-    for product, copy in zip(chosen, copies, strict=True):
-        product.place.compute_weight = copy
+def _in_place(products: Sequence[Product], copies: Sequence[Tensor]) -> Iterator[None]:
+    for product, copy in zip(products, copies, strict=True):
+        product.module.compute_weight = copy
     try:
         yield
     finally:
-        for product in chosen:
-            product.place.compute_weight = None
+        for product in products:
+            product.module.compute_weight = None
 
 
-def _effective(chosen: Sequence[Product], rounding: Rounding | None) -> list[Tensor]:
+def _effective(products: Sequence[Product], rounding: Rounding | None) -> list[Tensor]:
     """The matrix of each product in fp32, as a function of the masters."""
-    weights = _rounded([matrix for product in chosen for matrix in product.matrices], rounding)
+    rounded = [m for product in products if product.rounded for m in product.matrices]
+    weights = {} if rounding is None else _rounded(rounded, rounding)
     effective = []
-    for product in chosen:
-        parts = [weights[matrix] for matrix in product.matrices]
+    for product in products:
+        parts: list[Tensor] = [weights.get(matrix, matrix) for matrix in product.matrices]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        effective.append(whole if product.scale is None else product.scale[:, None] * whole)
+        scale = product.row_scale
+        effective.append(whole if scale is None else scale[:, None] * whole)
     return effective
 
 
-def _rounded(matrices: Sequence[Linear], rounding: Rounding | None) -> dict[Linear, Tensor]:
-    """The weights, rounded; all with the same number of columns at once, as rows are rounded."""
-    if rounding is None:
-        return {matrix: matrix.weight for matrix in matrices}
-    found: dict[Linear, Tensor] = {}
-    for columns in {matrix.weight.shape[1] for matrix in matrices}:
-        same = [matrix for matrix in matrices if matrix.weight.shape[1] == columns]
-        together = rounding(torch.cat([matrix.weight for matrix in same]))
-        rows = [matrix.weight.shape[0] for matrix in same]
-        found |= dict(zip(same, together.split(rows), strict=True))
+def _rounded(matrices: Sequence[nn.Parameter], rounding: Rounding) -> dict[Tensor, Tensor]:
+    """The matrices, rounded; all with the same number of columns at once, as rows are rounded."""
+    found: dict[Tensor, Tensor] = {}
+    for columns in {matrix.shape[1] for matrix in matrices}:
+        same = [matrix for matrix in matrices if matrix.shape[1] == columns]
+        rows = [len(matrix) for matrix in same]
+        found |= zip(same, rounding(torch.cat(tuple(same))).split(rows), strict=True)
     return found

@@ -38,6 +38,11 @@ class ModelConfig(Settings):
     embedding_std: float = setting("initial standard deviation of the tied embedding", gt=0)
 
     @property
+    def executed_layers(self) -> list[int]:
+        """The layers in the order in which a forward pass executes them."""
+        return list(range(self.layers))
+
+    @property
     def matrix_values(self) -> int:
         """Values in the matrices of the blocks: attention and MLP."""
         attention = 2 * self.width * self.head_width * (self.heads + self.kv_heads)

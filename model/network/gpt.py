@@ -13,8 +13,8 @@ blocks (one graph for all that are alike), and the loss. One graph of the whole 
 eleven times as long to compile.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,28 +22,16 @@ from torch import Tensor, nn
 
 from model.data.packing import Documents, previous
 from model.kernels import dispatch
-from model.kernels.norm import rms_norm
-from model.kernels.rotary import rotation
+from model.kernels.reference import rms_norm, rotation
 from model.network import initial
-from model.network.adapters import BlockAdapters, LowRank
+from model.network.adapters import NO_ADAPTERS, Adapters, HashTable, LowRank
 from model.network.block import Block, depth_scale
+from model.network.block_context import BlockContext
 from model.network.config import ModelConfig
 from model.network.embeddings import BigramEmbedding, SmearGate, ValueEmbedding
-from model.network.hash_embedding import HashTable
 from model.network.kv_cache import NO_TOKEN, KVCache
 from model.network.linear import Linear
-
-
-class Adapters(NamedTuple):
-    """What test-time training adds to a forward pass, a set of its own for every document.
-
-    blocks: inside each block; head: to the logits before the softcap; table: to the token
-    embedding.
-    """
-
-    blocks: Sequence[BlockAdapters]
-    head: LowRank | None = None
-    table: HashTable | None = None
+from model.network.parameter_roles import parameter_roles
 
 
 class CachedPrefix(NamedTuple):
@@ -62,17 +50,14 @@ class BlockInputs(NamedTuple):
     """What the blocks work on.
 
     embedding: normed and smeared, (T, width) in the compute dtype; cos_sin: of `rotation`;
-    values: value embeddings (T, kv_heads·d) or None; normed: the embedding before the smear, for a
+    value_embeddings: (T, kv_heads·d) or None; normed: the embedding before the smear, for a
     cache, else None.
     """
 
     embedding: Tensor
     cos_sin: tuple[Tensor, Tensor]
-    values: Tensor | None
+    value_embeddings: Tensor | None
     normed: Tensor | None
-
-
-NO_ADAPTERS = BlockAdapters()
 
 
 class TiedHead(nn.Module):
@@ -89,32 +74,33 @@ class GPT(nn.Module):
     compute_dtype: dtype of the activations; None means bf16 on CUDA and fp32 elsewhere.
     """
 
-    def __init__(self, params: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.params = params
+        self.config = config
         self.compute_dtype: torch.dtype | None = None
-        width = params.width
+        width = config.width
         self.embedding = nn.Parameter(
-            initial.normal(params.embedding_std, params.vocabulary, width)
+            initial.normal(config.embedding_std, config.vocabulary, width)
         )
         self.bigram: BigramEmbedding | None = None
-        if params.bigram_buckets:
+        if config.bigram_buckets:
             self.bigram = BigramEmbedding(
-                params.bigram_buckets, params.bigram_width, width, params.bigram_scale
+                config.bigram_buckets, config.bigram_width, width, config.bigram_scale
             )
-        self.smear = SmearGate(width) if params.smear_gate else None
+        self.smear = SmearGate(width) if config.smear_gate else None
         self.value_embedding: ValueEmbedding | None = None
-        if params.value_layers:
+        if config.value_layers:
             self.value_embedding = ValueEmbedding(
-                params.vocabulary,
-                params.value_width,
-                params.kv_heads * params.head_width,
-                params.value_scale,
+                config.vocabulary,
+                config.value_width,
+                config.kv_heads * config.head_width,
+                config.value_scale,
             )
-        self.blocks = nn.ModuleList(Block(params, layer) for layer in range(params.layers))
-        half = params.layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(half, width)) if params.skips and half else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        half = config.layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(half, width)) if config.skips and half else None
         self.head = TiedHead()
+        self.roles = parameter_roles(name for name, _ in self.named_parameters())
         self._input: Callable[..., BlockInputs] = self._embed
         self._score: Callable[..., Tensor] = self._losses
 
@@ -128,19 +114,19 @@ class GPT(nn.Module):
     def matrices(self) -> dict[str, Linear]:
         """The matrices of the blocks by the name of their weight: Muon's, and GPTQ's too."""
         return {
-            f"blocks.{name}.weight": module
-            for name, module in self.blocks.named_modules()
-            if isinstance(module, Linear)
+            name: cast(Linear, self.get_submodule(name.removesuffix(".weight")))
+            for name, role in self.roles.items()
+            if role.optimizer == "matrices"
         }
 
     def architecture(self) -> dict[str, Any]:
         """The settings the model was built from, as files hold them (`ModelConfig.from_stored`)."""
-        return self.params.to_stored()
+        return self.config.to_stored()
 
     def restore_constants(self) -> None:
         """Recompute the buffers that no file holds (after building on the meta device)."""
         for layer, block in enumerate(self.blocks):
-            block.register_buffer("depth_scale", depth_scale(self.params, layer), persistent=False)
+            block.register_buffer("depth_scale", depth_scale(self.config, layer), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +142,7 @@ class GPT(nn.Module):
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `rows` documents of up to `capacity` tokens."""
-        return KVCache(self.params, rows, capacity, self.device, self.dtype)
+        return KVCache(self.config, rows, capacity, self.device, self.dtype)
 
     def forward(
         self,
@@ -173,7 +159,7 @@ class GPT(nn.Module):
         """
         x = self.hidden(tokens, documents, adapters, cache)
         head = adapters.head if adapters else None
-        return dispatch.softcapped(self._logits(x, head, select), self.params.softcap)
+        return dispatch.softcapped(self._logits(x, head, select), self.config.softcap)
 
     def losses(
         self,
@@ -183,21 +169,21 @@ class GPT(nn.Module):
         adapters: Adapters | None = None,
         cache: KVCache | None = None,
         select: Tensor | None = None,
-        part: Tensor | None = None,
+        query_positions: Tensor | None = None,
     ) -> Tensor:
         """Negative log-likelihood of `targets` (one per token wanted) in nats, fp32.
 
-        Wanted are the tokens of `select`, or of `part` (`model.data.packing`; no cache), for which
-        alone the last block then works; else all.
+        Wanted are the tokens of `select`, or those at `query_positions` (`model.data.packing`; no
+        cache), for which alone the last block then works; else all.
         """
-        x = self.hidden(tokens, documents, adapters, cache, part)
+        x = self.hidden(tokens, documents, adapters, cache, query_positions)
         return self._score(x, targets, adapters.head if adapters else None, select)
 
     def _losses(
         self, x: Tensor, targets: Tensor, adapter: LowRank | None, select: Tensor | None
     ) -> Tensor:
         z = self._logits(x, adapter, select)
-        return dispatch.softcapped_loss(z, targets, self.params.softcap)
+        return dispatch.softcapped_loss(z, targets, self.config.softcap)
 
     def _logits(self, x: Tensor, adapter: LowRank | None, select: Tensor | None) -> Tensor:
         """Logits before the softcap, in the compute dtype."""
@@ -206,8 +192,7 @@ class GPT(nn.Module):
         x = rms_norm(x)
         if adapter is None:
             return self.head(x, self.embedding)
-        x, inner = adapter.inner(x)
-        logits, _ = adapter.added(inner, self.head(x, self.embedding))
+        logits, _ = adapter.add(adapter.hidden(x), self.head(x, self.embedding))
         return logits
 
     def hidden(
@@ -216,48 +201,46 @@ class GPT(nn.Module):
         documents: Documents,
         adapters: Adapters | None = None,
         cache: KVCache | None = None,
-        part: Tensor | None = None,
+        query_positions: Tensor | None = None,
     ) -> Tensor:
         """Residual stream after the last block, (T, width) in the compute dtype.
 
-        part: the tokens for which alone the last block works, see `losses`.
+        query_positions: those for which alone the last block works, see `losses`.
         """
         past = CachedPrefix(cache.length, cache.last_token, cache.last_embedding) if cache else None
         dispatch.prepare_documents(documents, tokens.device)
-        given = self._input(tokens, documents, adapters.table if adapters else None, past)
+        inputs = self._input(tokens, documents, adapters.table if adapters else None, past)
         if cache is not None:
-            assert given.normed is not None
-            cache.remember(tokens, given.normed)
+            assert inputs.normed is not None
+            cache.remember(tokens, inputs.normed)
             cache.length += documents.total // cache.rows
-        return self._run_blocks(given, documents, adapters, cache, part)
+        return self._run_blocks(inputs, documents, adapters, cache, query_positions)
 
     def _run_blocks(
         self,
-        given: BlockInputs,
+        inputs: BlockInputs,
         documents: Documents,
         adapters: Adapters | None,
         cache: KVCache | None,
-        part: Tensor | None,
+        query_positions: Tensor | None,
     ) -> Tensor:
-        x0, cos_sin, values, _ = given
         # Views, as one object in two places would make compiled graphs of their own.
-        x, *inputs = dispatch.grad_fanout(x0, 1 + len(self.blocks))
-        skips = () if self.skip_weights is None else self.skip_weights.unbind()
+        x, *x0s = dispatch.grad_fanout(inputs.embedding, 1 + len(self.blocks))
+        skip_weights = () if self.skip_weights is None else self.skip_weights.unbind()
         earlier: list[Tensor] = []
-        for layer, (block, x0) in enumerate(zip(self.blocks, inputs, strict=True)):
-            second_half = len(skips) <= layer < 2 * len(skips)
-            x = block(
-                x,
-                x0,
-                (earlier.pop(), skips[layer - len(skips)]) if second_half else None,
+        for layer, (block, x0) in enumerate(zip(self.blocks, x0s, strict=True)):
+            context = BlockContext(
                 documents,
-                cos_sin,
-                values if layer in self.params.value_layers else None,
+                inputs.cos_sin,
+                inputs.value_embeddings if layer in self.config.value_layers else None,
                 adapters.blocks[layer] if adapters else NO_ADAPTERS,
                 cache.layers[layer] if cache else None,
-                part if layer == len(self.blocks) - 1 else None,
+                query_positions if layer == len(self.blocks) - 1 else None,
             )
-            if layer < len(skips):
+            second_half = len(skip_weights) <= layer < 2 * len(skip_weights)
+            skip = (earlier.pop(), skip_weights[layer - len(skip_weights)]) if second_half else None
+            x = block(x, x0, skip, context)
+            if layer < len(skip_weights):
                 earlier.append(x.view_as(x))
         return x
 
@@ -270,7 +253,7 @@ class GPT(nn.Module):
     ) -> BlockInputs:
         """Everything that the blocks get from the tokens and their positions."""
         positions = documents.positions + (past.length if past else 0)
-        cos_sin = rotation(positions, self.params.rope_width, self.params.rope_base)
+        cos_sin = rotation(positions, self.config.rope_width, self.config.rope_base)
         values = None
         if self.value_embedding is not None:
             values = self.value_embedding(tokens, self.dtype)

@@ -4,8 +4,8 @@ All documents of a cache have the same length so far. Keys are stored rotated, a
 positions. What is stored carries no gradient: a training step through a cached continuation
 differentiates the new tokens alone.
 
-    KVCache          grows: every pass appends its tokens; the plain specification of the other
-    RingKVCache   a ring of the latest `capacity` tokens; a pass may be repeated before its tokens
+    KVCache        grows: every pass appends its tokens; the plain specification of the other
+    RingKVCache    a ring of the latest `capacity` tokens; a pass may be repeated before its tokens
                    enter the ring, and shapes do not depend on the length, which is on the device
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.kernels import dispatch, reference
 from model.network.config import ModelConfig
 
 NO_TOKEN = -1  # precedes the first token of a document
@@ -27,6 +28,17 @@ class LayerCache:
     keys: Tensor
     values: Tensor
     length: int = 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, exclusive: bool) -> Tensor:
+        """Attention of new tokens to each other and to what is cached; the cache takes them in.
+
+        q (rows, new, heads, d), k and v (rows, new, kv_heads, d); exclusive: each token's own
+        value is removed from its result. Returns (rows, new, heads, d).
+        """
+        y = reference.grouped_attention(q, *self.extend(k, v))
+        if not exclusive:
+            return y
+        return reference.exclude_own_value(y.flatten(0, 1), v.flatten(0, 1)).view_as(y)
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Append k and v (rows, new, kv_heads, d); return keys, values and who may see what.
@@ -83,8 +95,8 @@ class CurrentPass:
 
     filled: int64 (), how many slots, from the first, hold something; slots: how many are looked at;
     recording: whether its tokens will enter the ring, and `entering` how many of them (None: all).
-    An object of its own, as layers that held the cache would keep its memory until Python looks for
-    circles.
+    An object of its own, which avoids a reference cycle of the cache and its layers: its memory is
+    freed at once.
     """
 
     filled: Tensor
@@ -101,12 +113,14 @@ class RingLayerCache(LayerCache):
         self._current = current
         self.captured: tuple[Tensor, Tensor] | None = None
 
-    def past(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The ring's keys and values, each (rows, capacity, kv_heads, d), and the filled slots.
-
-        The third, int64 (), says how many slots, from the first, a pass sees.
-        """
-        return self.keys[:rows], self.values[:rows], self._current.filled
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, exclusive: bool) -> Tensor:
+        """See `LayerCache.attend`; a kernel reads keys and values where they lie."""
+        fused, rows = dispatch.kernel("cached_attention", q.device), q.shape[0]
+        if fused is None:
+            return super().attend(q, k, v, exclusive)
+        self.record(k, v)
+        cached = self.keys[:rows], self.values[:rows]
+        return fused(q, k, v, *cached, self._current.filled, exclusive)
 
     def record(self, k: Tensor, v: Tensor) -> None:
         """Note k and v (rows, new, kv_heads, d) if this is the pass whose tokens are kept."""
@@ -115,13 +129,13 @@ class RingLayerCache(LayerCache):
             self.captured = (k[:, :entering].detach(), v[:, :entering].detach())
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Record k and v and set them beside the ring's; see `LayerCache.extend`."""
+        """Record k and v, and append them to the cached ones; see `LayerCache.extend`."""
         self.record(k, v)
-        ring_keys, ring_values, filled = self.past(k.shape[0])
-        slots, new = self._current.slots, k.shape[1]
-        keys = torch.cat((ring_keys[:, :slots], k), 1)
-        values = torch.cat((ring_values[:, :slots], v), 1)
-        seen = torch.arange(slots, device=k.device) < filled
+        rows, new = k.shape[:2]
+        slots = self._current.slots
+        keys = torch.cat((self.keys[:rows, :slots], k), 1)
+        values = torch.cat((self.values[:rows, :slots], v), 1)
+        seen = torch.arange(slots, device=k.device) < self._current.filled
         causal = torch.ones(new, new, dtype=torch.bool, device=k.device).tril()
         return keys, values, torch.cat((seen.expand(new, -1), causal), 1)
 

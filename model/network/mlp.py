@@ -1,13 +1,13 @@
 """The feed-forward layer: W_down (LeakyReLU_½(W_up r))².
 
-The square of a leaky ReLU with slope ½ keeps a quarter of the negative side, so that no unit dies;
-the activation is fused with the up-projection where a kernel for it exists
-(`model.kernels.dispatch`).
+The square of a leaky ReLU with slope ½ keeps a quarter of the negative side, so that no unit dies.
+Where a gradient is wanted and a kernel exists, the activation is fused with the up-projection.
 """
 
 from torch import Tensor, nn
 
 from model.kernels import dispatch
+from model.kernels.reference import leaky_relu_squared
 from model.network.linear import Linear
 
 
@@ -21,4 +21,8 @@ class MLP(nn.Module):
 
     def forward(self, r: Tensor) -> Tensor:
         """Map r (T, width) to (T, width)."""
-        return dispatch.mlp(r, self.up, self.down)
+        if dispatch.fuses_mlp(r):
+            up, down = self.up.matrix(r.dtype), self.down.matrix(r.dtype)
+            if r.requires_grad or up.requires_grad or down.requires_grad:
+                return dispatch.mlp(r, up, down)
+        return self.down(leaky_relu_squared(self.up(r)))

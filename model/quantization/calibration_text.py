@@ -66,14 +66,14 @@ class _Sampler:
         self._model, self._temperature = model, temperature
         self._noise, self._forbidden = noise.to(device), forbidden.to(device)
         self.tokens = torch.full((rows, length), bos, dtype=torch.int64, device=device)
-        self._cache = RingKVCache(model.params, rows, length, device, model.dtype)
+        self._cache = RingKVCache(model.config, rows, length, device, model.dtype)
         self._step = Documents.from_rows(rows, 1, device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
 
     def seek(self, position: int) -> int:
         """Move to the token at `position`; returns the number of cache slots that it reads."""
         slots = self.tokens.shape[1]
-        if not dispatch.reads_filled_slots(self.tokens.device):
+        if not dispatch.skips_empty_slots(self.tokens.device):
             slots = min(-(-position // SLOTS) * SLOTS, slots)
         self._cache.seek(position, slots)
         self._position.fill_(position)

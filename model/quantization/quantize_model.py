@@ -4,10 +4,9 @@
     other tables and projections        rounded to nearest
     control tensors                     fp16; fp32 if one has values beyond fp16
 
-`model.quantization.bit_allocation` decides the step size of each tensor. The embedding is tied:
-GPTQ quantizes it as the output projection, with the Hessian of the final norm's output; its role as
-the input enters through its sensitivity. Control tensors scale activations per channel or per head
-(gains, mixing and branch scales, skip weights, the smear gate): few values with a large effect.
+`model.network.parameter_roles` says which is which, and `model.quantization.bit_allocation` decides
+the step size of each tensor. The embedding is tied: GPTQ quantizes it as the output projection,
+with the Hessian of the final norm's output; its role as the input enters through its sensitivity.
 """
 
 from collections.abc import Mapping
@@ -25,13 +24,16 @@ from model.quantization.gptq import gptq, weighted_error
 from model.runtime.distributed import Group
 from model.runtime.progress import ReportProgress
 
-TABLES_AND_PROJECTIONS = ("embedding", "table", "weight")  # how their names end
 PROBE = 0.25  # step size over root mean square: a small error, and many codes
 
 
 def solved_modules(model: GPT) -> dict[str, nn.Module]:
     """The modules whose inputs' Hessians GPTQ needs, by the name of their weight."""
-    return {**model.matrices(), "embedding": model.head}
+    return {
+        name: model.head if name == "embedding" else model.get_submodule(name.rpartition(".")[0])
+        for name, role in model.roles.items()
+        if role.storage == "gptq"
+    }
 
 
 def rounded_weights(model: GPT) -> dict[str, Tensor]:
@@ -39,7 +41,7 @@ def rounded_weights(model: GPT) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if name.endswith(TABLES_AND_PROJECTIONS)
+        if model.roles[name].storage != "fp16"
     }
 
 

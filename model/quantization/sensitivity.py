@@ -33,7 +33,7 @@ def sensitivities(
     """
     weights = {name: model.get_parameter(name) for name in errors}
     total = torch.zeros(len(errors) + 1, dtype=torch.float64, device=model.device)
-    none_forbidden = torch.zeros(model.params.vocabulary, dtype=torch.bool, device=model.device)
+    none_forbidden = torch.zeros(model.config.vocabulary, dtype=torch.bool, device=model.device)
     document = Documents.from_rows(1, tokens.shape[1], model.device)
     trainable = [(weight, weight.requires_grad) for weight in weights.values()]
     for weight in weights.values():

@@ -4,10 +4,10 @@
     embeddings    AdamW   tables that are read by row (and the tied output head)
     scalars       AdamW   scalars, vectors and the small projections of the embeddings
 
-Gradients are averaged over the processes first and clipped then, by the one norm of all
-parameters: each process knows the averaged gradients of the matrices it owns, so their squared
-norms are summed over the processes. The clip factor stays a tensor, so that the host never
-synchronizes with the device.
+(`model.network.parameter_roles` has the group of each parameter). Gradients are averaged over the
+processes first and clipped then, by the one norm of all parameters: each process knows the averaged
+gradients of the matrices it owns, so their squared norms are summed over the processes. The clip
+factor stays a tensor, so that the host never synchronizes with the device.
 """
 
 import torch
@@ -19,16 +19,12 @@ from model.runtime.distributed import Group
 from model.training.config import TrainConfig
 from model.training.muon import Muon, StateTensor
 
-TABLES = {"embedding", "bigram.table", "value_embedding.table"}
-
 
 def param_groups(model: GPT) -> dict[str, dict[str, nn.Parameter]]:
     """Every parameter of the model by group (`matrices`, `embeddings`, `scalars`) and name."""
     groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "embeddings": {}, "scalars": {}}
-    matrices = model.matrices()
     for name, parameter in model.named_parameters():
-        kind = "matrices" if name in matrices else "embeddings" if name in TABLES else "scalars"
-        groups[kind][name] = parameter
+        groups[model.roles[name].optimizer][name] = parameter
     return groups
 
 

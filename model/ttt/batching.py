@@ -153,7 +153,7 @@ def bytes_per_document(model: GPT, ttt: TTTConfig) -> int:
     its own compute weight; cached keys and values; activations of a pass saved for its gradient
     (mode `window`: bounded by ttt.tokens_per_batch, so only those of a chunk are counted here).
     """
-    params, size = model.params, model.dtype.itemsize
+    params, size = model.config, model.dtype.itemsize
     table = ttt.hash_buckets * params.width
     adapted = adapter_values(params, ttt.sites, ttt.rank) * (8 + 3 * size) + table * 16
     kept = 2 * params.layers * ttt.context * params.kv_heads * params.head_width * size

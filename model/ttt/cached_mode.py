@@ -40,7 +40,7 @@ class CachedReader:
     ) -> None:
         self._model, self._adapters = model, adapters
         capacity = cache_capacity(ttt)
-        self._cache = RingKVCache(model.params, rows, capacity, model.device, model.dtype)
+        self._cache = RingKVCache(model.config, rows, capacity, model.device, model.dtype)
         sizes = [rows * ttt.longest_pass, rows * ttt.largest_chunk]
         buffers = torch.zeros(sum(sizes), dtype=torch.int64, device=model.device).split(sizes)
         self._pass_tokens, self._chunk_targets = buffers
@@ -53,7 +53,7 @@ class CachedReader:
     ) -> list[Shape]:
         """The same for any number of documents."""
         slots = [cache_capacity(ttt)] * len(over)
-        if not dispatch.reads_filled_slots(device):
+        if not dispatch.skips_empty_slots(device):
             slots = [slots_at(one.first, ttt.chunk, slots[0]) for one in over]
         return [
             Shape(one.end - one.first, one.end - one.start, one.to_cache, read)

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from model.network.adapters import (
+    Adapters,
     BlockAdapters,
+    HashTable,
     adapter_values,
+    adapters_by_input,
+    concatenate_by_input,
     initial_adapters,
-    low_rank,
-    side_by_side,
+    initial_table,
 )
 from model.network.config import ModelConfig
-from model.network.gpt import GPT, Adapters
-from model.network.hash_embedding import HashTable, initial_table
+from model.network.gpt import GPT
 from model.ttt.config import TTTConfig
 from model.ttt.per_document_optimizer import DocumentParameters, step_scalars
 
@@ -60,10 +62,10 @@ class DocumentAdapters:
     tensors: Adapters
 
     def __init__(self, model: GPT, ttt: TTTConfig, capacity: int) -> None:
-        self._ttt, self._layers = ttt, model.params.layers
-        initial = initial_parameters(model.params, ttt)
+        self._ttt, self._positions = ttt, len(model.config.executed_layers)
+        initial = initial_parameters(model.config, ttt)
         table = {HASH_TABLE: initial.pop(HASH_TABLE)} if HASH_TABLE in initial else {}
-        matrices = side_by_side(initial, ttt.sites, self._layers)
+        matrices = concatenate_by_input(initial, ttt.sites, self._positions)
         groups = [(matrices, model.dtype), (table, torch.float32)]
         self._groups = [
             DocumentParameters({k: t.to(model.device) for k, t in tensors.items()}, capacity, dtype)
@@ -93,7 +95,10 @@ class DocumentAdapters:
 
     def _make_tensors(self) -> None:
         tensors = {name: tensor for group in self._groups for name, tensor in group.items()}
-        layers = [low_rank(tensors, self._ttt.sites, layer) for layer in range(self._layers)]
-        blocks = [BlockAdapters(found.get("attention"), found.get("mlp")) for found in layers]
+        found = [
+            adapters_by_input(tensors, self._ttt.sites, position)
+            for position in range(self._positions)
+        ]
+        blocks = [BlockAdapters(one.get("attention"), one.get("mlp")) for one in found]
         table = HashTable(tensors[HASH_TABLE]) if HASH_TABLE in tensors else None
-        self.tensors = Adapters(blocks, layers[0].get("head"), table)
+        self.tensors = Adapters(blocks, found[0].get("head"), table)

@@ -3,7 +3,7 @@
 The copies are the rows of an fp32 matrix (documents, values). Second moments, also fp32, and the
 compute weights, a copy in the activations' dtype, have the same layout. The tensors that the model
 uses are views of the compute weights, so their gradients come back as one matrix of that layout and
-a step is one pass over everything (`model.kernels.rmsprop`); dropping the last documents is a view
+a step is one pass over everything (`dispatch.rmsprop_step`); dropping the last documents is a view
 of the first rows. What changes from step to step is a table on the device, of which step t takes
 
     row t:  ηₜ,  1 − ηₜ·λ,  1/sqrt(1 − β₂ᵗ)
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from model.kernels.rmsprop import rmsprop_step
+from model.kernels import dispatch
 from model.ttt.config import TTTConfig
 
 
@@ -76,7 +76,7 @@ class DocumentParameters(Mapping[str, Tensor]):
         values, second_moments = self._values[present], self._second_moments[present]
         own_copy = self._compute_weights is not self._values
         compute_weights = self._compute_weights[present] if own_copy else values
-        rmsprop_step(
+        dispatch.rmsprop_step(
             values, second_moments, gradient, compute_weights, scalars, ttt.beta2, ttt.epsilon
         )
         self.keep_first(self.documents)

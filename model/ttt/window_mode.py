@@ -108,7 +108,7 @@ class WindowReader:
             self._chunk,
             self._packed,
             adapters=self._adapters.tensors,
-            part=self._query_positions,
+            query_positions=self._query_positions,
         )
         return losses.view(self._packed.count, -1)
 

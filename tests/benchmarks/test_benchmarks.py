@@ -121,7 +121,7 @@ def test_attention_flops_are_those_torch_counts():
     """torch counts dense attention of one document without a mask: n² pairs, not n(n + 1)/2."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    params, length = small_model().params, 16
+    params, length = small_model().config, 16
     shape = (1, params.heads, length, params.head_width)
     q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
     with FlopCounterMode(display=False) as counter:

@@ -37,7 +37,7 @@ def test_floors_count_every_token_pair_and_value(mode: str) -> None:
             pairs += sum(query - begin + 1 for query in queries)
     if mode == "window":
         assert read_tokens(lengths, ttt) == tokens
-    adapted = sum(tensor.numel() for tensor in initial_parameters(model.params, ttt).values())
+    adapted = sum(tensor.numel() for tensor in initial_parameters(model.config, ttt).values())
     frozen = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     frozen += model.embedding.numel()
     flops, moved = floor_work(model, ttt, lengths)

@@ -29,7 +29,7 @@ def run_alone(model: GPT, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray
 
 def naive(model: GPT, document: np.ndarray, stride: int) -> np.ndarray:
     """Each target by the definition: the first window at a multiple of stride that reaches it."""
-    length = model.params.sequence_length
+    length = model.config.sequence_length
     targets = np.append(document[1:], BOS)
     losses = []
     for position in range(document.size):

@@ -5,8 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from model.kernels.cached import grouped_attention
-from model.kernels.reference import exclude_own_value
+from model.kernels.reference import exclude_own_value, grouped_attention
 from tests.helpers.kernels import (
     CUDA,
     DEVICE,
@@ -213,7 +212,7 @@ for rows, new in ((64, 1), (1, 32), (360, 64)):
     constants = {"HEADS": 8, "GROUP": 2, "D": 64, "WIDTH": 64, "TILE": cut.tile, "KEYS": KEYS}
     constants |= {"EXCLUSIVE": True}
     own = {"WHOLE": cut.parts == 1}, {"NEW_KEYS": cut.new_keys}
-    for kernel, more in zip((ring_attention_kernel, ring_attention_backward_kernel), own):
+    for kernel, more in zip((cached_attention_kernel, cached_attention_backward_kernel), own):
         present = {n: t for n, t in types.items() if n in kernel.arg_names}
         build(kernel, present, constants | more, num_warps=WARPS, num_stages=STAGES)
 types = dict.fromkeys(["x_ptr", "part_lse_ptr", "lse_ptr", "share_ptr"], "*fp32")
@@ -221,7 +220,7 @@ types |= {"v_ptr": "*bf16", "y_ptr": "*bf16", "size": "i32", "v_stride": "i32"}
 types["parts"] = "i32"
 constants = {"PADDED": 16, "D": 64, "WIDTH": 64}
 own = {"HEADS": 8, "GROUP": 2, "EXCLUSIVE": True}
-for kernel, more in ((ring_attention_combine_kernel, own), (ring_attention_sum_kernel, {})):
+for kernel, more in ((cached_attention_combine_kernel, own), (cached_attention_sum_kernel, {})):
     present = {n: t for n, t in types.items() if n in kernel.arg_names}
     build(kernel, present, constants | more, num_warps=1)
 """

@@ -1,9 +1,9 @@
-"""The kernels of the attention of a part against dense attention with a mask."""
+"""The kernels of attention at query positions against dense attention with a mask."""
 
 import pytest
 import torch
 
-from model.kernels.cached import grouped_attention
+from model.kernels.reference import grouped_attention
 from tests.helpers.kernels import CUDA, DEVICE, SHARED_MEMORY, compile_for_hopper, kept_for_backward
 
 pytest.importorskip("triton")
@@ -204,13 +204,14 @@ def test_kernels_compile_for_hopper(tmp_path):
 from model.kernels.query_subset_attention import *
 
 types = {f"{name}_ptr": "*bf16" for name in ["q", "k", "v", "dy", "dk", "dv"]}
-types |= {"part_ptr": "*i64", "lse_ptr": "*fp32", "dq_ptr": "*fp32", "scale": "fp32"}
+types |= {"position_ptr": "*i64", "lse_ptr": "*fp32", "dq_ptr": "*fp32", "scale": "fp32"}
 types |= dict.fromkeys(["m", "n", "q_stride", "k_stride", "v_stride", "size"], "i32")
 constants = {"HEADS": 8, "GROUP": 2, "D": 128, "WIDTH": 128, "TILE": LARGEST_TILE}
 own = {"KEYS": KEYS, "SLICE": SLICE}
-build(part_attention_kernel, types | {"y_ptr": "*fp32"}, constants | own, **FORWARD)
+build(query_subset_attention_kernel, types | {"y_ptr": "*fp32"}, constants | own, **FORWARD)
 own = {"KEYS": GRADIENT_KEYS}
-build(part_attention_backward_kernel, types | {"y_ptr": "*bf16"}, constants | own, **BACKWARD)
+types["y_ptr"] = "*bf16"
+build(query_subset_attention_backward_kernel, types, constants | own, **BACKWARD)
 """
     memory = compile_for_hopper(program, tmp_path)
     assert len(memory) == 2

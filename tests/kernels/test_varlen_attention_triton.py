@@ -14,7 +14,7 @@ from model.kernels import (
     varlen,
     varlen_attention_triton,
 )
-from model.kernels.rotary import rotation
+from model.kernels.reference import rotation
 from tests.helpers.kernels import CUDA, SHARED_MEMORY, compile_for_hopper
 
 interpreted = pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")

@@ -92,7 +92,7 @@ def test_an_error_leaves_the_model_as_it_was():
     working = ComputeWeights(model)
     with pytest.raises(RuntimeError, match="stop"), working.in_use(None):
         raise RuntimeError("stop")
-    assert all(product.place.compute_weight is None for product in working.products)
+    assert all(product.module.compute_weight is None for product in working.products)
     assert not gradients(model)
 
 

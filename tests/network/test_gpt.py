@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from model.data.packing import Documents
-from model.kernels.reference import exclude_own_value
-from model.kernels.rotary import rotate, rotation
+from model.kernels.reference import exclude_own_value, rotate, rotation
 from model.network.embeddings import BigramEmbedding
 from model.network.gpt import GPT
 from tests.helpers.models import SMALL, record_params, small_model

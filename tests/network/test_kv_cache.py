@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from model.data.packing import Documents
 from model.kernels import dispatch, varlen
-from model.kernels.cached import grouped_attention
+from model.kernels.reference import grouped_attention
 from model.network.gpt import GPT
 from model.network.kv_cache import RingKVCache
 from model.quantization.calibration_text import generate, generate_uncached, sampling_noise
@@ -69,7 +69,7 @@ def test_more_slots_than_are_filled_change_nothing(slots: int) -> None:
     model = small_model()
     tokens = torch.tensor(random_documents([32])[0].tolist())
     packed = Documents.from_rows(1, 8)
-    cache = RingKVCache(model.params, 1, 100, "cpu", torch.float32)
+    cache = RingKVCache(model.config, 1, 100, "cpu", torch.float32)
     found = []
     with torch.no_grad():
         for start in range(0, 32, 8):
@@ -108,7 +108,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
     chosen = dispatch.configure("padded", device, residual_norm="reference", mlp="reference")
     assert chosen.cached_attention == "triton"
-    assert dispatch.reads_filled_slots(device)
+    assert dispatch.skips_empty_slots(device)
     yield
     monkeypatch.undo()
     dispatch.configure("auto", device)
@@ -129,7 +129,7 @@ def read(model: GPT, slots: Callable[[int], int]) -> list[torch.Tensor]:
     """Losses and gradients of two documents by chunks of 4 over a ring of 8."""
     texts = [torch.tensor(text.tolist()) for text in random_documents([17, 17])]
     text = torch.stack(texts)
-    cache = RingKVCache(model.params, 2, 8, model.device, model.dtype)
+    cache = RingKVCache(model.config, 2, 8, model.device, model.dtype)
     packed = Documents.from_rows(2, 4, model.device)
     found: list[torch.Tensor] = []
     for start in range(0, 16, 4):

@@ -24,9 +24,15 @@ from model.evaluation.work_sharing import SharedProgress
 from model.kernels import dispatch
 from model.kernels.reference import exclude_own_value
 from model.network import adapters as network_adapters
-from model.network.adapters import BlockAdapters, low_rank, side_by_side, site_name
+from model.network.adapters import (
+    Adapters,
+    BlockAdapters,
+    adapters_by_input,
+    concatenate_by_input,
+    site_name,
+)
 from model.network.compute_weights import fixed_weights
-from model.network.gpt import GPT, Adapters
+from model.network.gpt import GPT
 from model.runtime.cuda_graphs import GraphRunner
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
@@ -64,19 +70,19 @@ Weights = Mapping[str, Tensor]
 class Added:
     """What `LowRank` makes of `deltas`, which a class made of this one defines."""
 
-    def inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
+    def hidden(self, x: Tensor) -> Tensor:
+        return x
 
-    def added(
+    def add(
         self,
         x: Tensor,
         base: Tensor,
         scale: Tensor | None = None,
-        more: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return added(self.deltas(x), base if more is None else base + more, scale)
+        return added(self.deltas(x), base if residual is None else base + residual, scale)
 
-    def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
+    def deltas(self, x: Tensor, query_positions: Tensor | None = None) -> dict[str, Tensor]:
         raise NotImplementedError
 
 
@@ -86,16 +92,20 @@ class NaiveSites(Added):
     def __init__(self, weights: Weights, sites: Sequence[str], layer: int) -> None:
         self.weights = weights
         ordered = [
-            site for group in network_adapters.READERS.values() for site in group if site in sites
+            site
+            for group in network_adapters.SITES_BY_INPUT.values()
+            for site in group
+            if site in sites
         ]
         self.sites = tuple(ordered)
         self.names = {site: site_name(site, layer) for site in ordered}
 
-    def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
+    def deltas(self, x: Tensor, query_positions: Tensor | None = None) -> dict[str, Tensor]:
         found = {}
         for site, name in self.names.items():
             matrix = self.weights[f"{name}.b"] @ self.weights[f"{name}.a"]
-            wanted = x if part is None or site in ("key", "value") else x[part]
+            every = query_positions is None or site in ("key", "value")
+            wanted = x if every else x[query_positions]
             found[site] = wanted @ matrix.T
         return found
 
@@ -142,7 +152,7 @@ class Naive:
         self.tokens = torch.tensor(document.tolist())
         self.targets = torch.tensor([*document[1:].tolist(), 1])
         self.spans = list(chunks(len(self.tokens), ttt))
-        initial = initial_parameters(model.params, ttt)
+        initial = initial_parameters(model.config, ttt)
         self.weights = {name: torch.nn.Parameter(t.clone()) for name, t in initial.items()}
 
     def run(self) -> np.ndarray:
@@ -172,7 +182,7 @@ class Naive:
 
     def losses(self, start: int, end: int) -> Tensor:
         begin = max(0, self.full_end - self.ttt.context)
-        adapters = naive_adapters(self.weights, self.ttt.sites, self.model.params.layers)
+        adapters = naive_adapters(self.weights, self.ttt.sites, self.model.config.layers)
         return self._read(begin, end, adapters)[start - begin :]
 
     def _read(self, begin: int, end: int, adapters: Any) -> Tensor:
@@ -188,8 +198,8 @@ class Spliced(Added):
         self.sizes, self.parts = sizes, parts
         self.sites = getattr(parts[0], "sites", None)
 
-    def deltas(self, x: Tensor, part: Tensor | None = None) -> dict[str, Tensor]:
-        assert part is None
+    def deltas(self, x: Tensor, query_positions: Tensor | None = None) -> dict[str, Tensor]:
+        assert query_positions is None
         found = [part.deltas(p) for part, p in zip(self.parts, x.split(self.sizes), strict=True)]
         return {site: torch.cat([deltas[site] for deltas in found]) for site in found[0]}
 
@@ -255,7 +265,7 @@ class NaiveCached(Naive):
 
     def losses(self, start: int, end: int) -> Tensor:
         pieces = [*self.pieces, (end - self.first, self.weights)]
-        adapters = spliced_adapters(pieces, self.ttt.sites, self.model.params.layers)
+        adapters = spliced_adapters(pieces, self.ttt.sites, self.model.config.layers)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("model.kernels.dispatch.varlen_attention", self.attention)
             return self._read(self.begin, end, adapters)[start - self.begin :]
@@ -367,7 +377,7 @@ def test_zero_learning_rate_scores_as_the_model_alone(mode: str, hash_buckets: i
 def test_fresh_adapters_change_nothing_at_all() -> None:
     model = small_model()
     ttt = ttt_params(hash_buckets=16)
-    adapters = naive_adapters(initial_parameters(model.params, ttt), ttt.sites, 4)
+    adapters = naive_adapters(initial_parameters(model.config, ttt), ttt.sites, 4)
     tokens = torch.tensor(random_documents([30])[0].tolist())
     packed = Documents.from_lengths([30])
     with torch.no_grad():
@@ -481,7 +491,7 @@ def test_chunks_that_run_again_count_as_read() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"sites": ["head", "mlp"]}, {"hash_buckets": 16}])
 def test_values_of_a_document_are_those_it_starts_from(changes: dict[str, Any]) -> None:
-    model, ttt = small_model().params, ttt_params(**changes)
+    model, ttt = small_model().config, ttt_params(**changes)
     initial = initial_parameters(model, ttt)
     assert values_per_document(model, ttt) == sum(x.numel() for x in initial.values())
 
@@ -511,7 +521,7 @@ def test_several_processes_get_batches_small_enough_to_keep_all_busy() -> None:
 def test_only_the_first_batches_are_smaller_for_several_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch, "reads_filled_slots", lambda device: True)  # as on a GPU
+    monkeypatch.setattr(dispatch, "skips_empty_slots", lambda device: True)  # as on a GPU
     lengths = [5000, 4000, 1000, *[300] * 40]
     ttt = ttt_params(mode="cached", chunk=32, context=2048, tokens_per_batch=65536)
     for processes in (2, 3):
@@ -702,22 +712,22 @@ def test_work_for_some_tokens_alone_equals_that_for_all(position: int) -> None:
     documents = random_documents([20, 20, 20])
     tokens = torch.tensor(np.stack(documents).astype(np.int64)).flatten()
     packed = Documents.from_rows(3, 20)
-    part = position + torch.arange(6)
-    targets = tokens.view(3, 20)[:, part].flatten()
-    initial = initial_parameters(model.params, ttt_params())
+    wanted = position + torch.arange(6)
+    targets = tokens.view(3, 20)[:, wanted].flatten()
+    initial = initial_parameters(model.config, ttt_params())
     weights = {name: t + 0.1 * torch.randn_like(t) for name, t in initial.items()}
     each = [{n: t + 0.1 * torch.randn_like(t) for n, t in weights.items()} for _ in range(3)]
-    laid_out = [side_by_side(one, ttt_params().sites, 4) for one in each]
+    laid_out = [concatenate_by_input(one, ttt_params().sites, 4) for one in each]
     parameters = {
         n: torch.stack([one[n] for one in laid_out]).requires_grad_() for n in laid_out[0]
     }
-    parts = [low_rank(parameters, ttt_params().sites, layer) for layer in range(4)]
+    parts = [adapters_by_input(parameters, ttt_params().sites, layer) for layer in range(4)]
     blocks = [BlockAdapters(part["attention"], part["mlp"]) for part in parts]
     adapters = Adapters(blocks, parts[0]["head"])
-    select = torch.arange(60).view(3, 20)[:, part].flatten()
+    select = torch.arange(60).view(3, 20)[:, wanted].flatten()
     whole = model.losses(tokens, targets, packed, adapters, select=select)
     with fixed_weights(model):
-        alone = model.losses(tokens, targets, packed, adapters, part=part)
+        alone = model.losses(tokens, targets, packed, adapters, query_positions=wanted)
         torch.testing.assert_close(alone, whole)
         gradients = [
             torch.autograd.grad(x.sum(), list(parameters.values())) for x in (alone, whole)
