@@ -51,6 +51,15 @@ if words[:1] == ["-m"] and os.environ.get("RANK", "0") == "0":
             os.replace = replace_and_die
 """
 
+OTHER_CALIBRATION = """
+
+_sampling_noise = sampling_noise
+
+
+def sampling_noise(seed, *rest):
+    return _sampling_noise(seed + 1, *rest)
+"""
+
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(600)]
 
 
@@ -223,6 +232,8 @@ def test_row_1_dvc_then_snakemake(fresh: Checkout, tmp_path: Path) -> None:
 def test_row_2_a_ttt_value(checkout: Checkout, engine: list[str]) -> None:
     checkout.set("ttt.lr", "5e-4")
     assert checkout.steps_run_by(*engine) == sorted([*TTT, *REPORT])
+    checkout.set("ops.adapters", "reference")
+    assert checkout.steps_run_by(*engine) == sorted([*TTT, *REPORT])
 
 
 def test_row_3_a_train_value_and_back(checkout: Checkout, engine: list[str]) -> None:
@@ -273,9 +284,16 @@ def test_row_7_another_branch_and_back(checkout: Checkout, engine: list[str]) ->
     assert checkout.results() == before
 
 
-def test_row_8_edit_a_step(checkout: Checkout, engine: list[str]) -> None:
-    checkout.append("steps/ttt_eval.py", "# edited\n")
+def test_row_8_edit_test_time_training(checkout: Checkout, engine: list[str]) -> None:
+    checkout.append("model/ttt/loop.py", "# edited\n")
     assert checkout.steps_run_by(*engine) == sorted([*TTT, *REPORT])
+
+
+def test_row_8_edit_quantization_then_the_report(checkout: Checkout, engine: list[str]) -> None:
+    checkout.append("model/quantization/calibration_text.py", OTHER_CALIBRATION)
+    assert checkout.steps_run_by(*engine) == FROM_QUANTIZE
+    checkout.append("pocketlm/report/summary.py", "# edited\n")
+    assert checkout.steps_run_by(*engine) == REPORT
 
 
 def test_row_8_edit_the_model(checkout: Checkout, engine: list[str]) -> None:
@@ -325,6 +343,20 @@ def test_row_10_two_runs_at_once(checkout: Checkout, pair: tuple[str, str]) -> N
     assert not set(checkout.steps_run_by(*SNAKEMAKE)) - {*TTT, *REPORT}
     assert "up to date" in checkout.run("dvc", "status")
     assert checkout.steps_run_by(*ENGINES["dvc"]) == []
+
+
+def test_row_11_a_value_of_the_evaluation(checkout: Checkout, engine: list[str]) -> None:
+    checkout.set("evaluate.documents", "3")
+    assert checkout.steps_run_by(*engine) == sorted([*EVALUATE, *TTT, *REPORT])
+    checkout.set("evaluate.sliding_stride", "16")
+    assert checkout.steps_run_by(*engine) == sorted([*EVALUATE, *REPORT])
+
+
+def test_row_12_how_a_run_is_executed(checkout: Checkout, engine: list[str]) -> None:
+    """What one process has trained is evaluated by two, without training again."""
+    for key, value in (("processes", 2), ("log_every", 3), ("save_every_seconds", 5.0)):
+        checkout.set(f"execution.{key}", value)
+    assert checkout.steps_run_by(*engine) == []
 
 
 def test_a_killed_run_can_be_continued(checkout: Checkout) -> None:
