@@ -21,7 +21,7 @@ class OpsConfig(Settings):
         "triton",
     ] = setting("auto: the fastest that works here; a named one fails if it cannot be had")
     cached_attention: Literal["auto", "reference", "triton"] = setting(
-        "attention to cached keys and values in TTT and generation; triton: no copies (Hopper)"
+        "attention of few queries to many keys in TTT and generation; triton: no copies (Hopper)"
     )
     residual_norm: Literal["auto", "reference", "triton"] = setting(
         "skip, mix and norm of a block's input, sums of gradients; triton: one kernel each (Hopper)"

@@ -37,7 +37,7 @@ KERNELS = {
     "self_attention": Kernel("attention", "qkv_attention", "self_attention"),
     "qk_norm_rope": Kernel("attention", "qk_norm_rope", "qk_norm_rope"),
     "query_subset_attention": Kernel(
-        "attention", "query_subset_attention", "query_subset_attention"
+        "cached_attention", "query_subset_attention", "query_subset_attention"
     ),
     "cached_attention": Kernel("cached_attention", "cached_attention_triton", "cached_attention"),
     "mix_residual_norm": Kernel("residual_norm", "residual_norm", "mix_residual_norm"),

@@ -59,6 +59,8 @@ def test_a_stage_is_spared_edits_of_what_it_does_not_run() -> None:
     assert readers("pocketlm/cli", "pocketlm/workflow") == set()
     assert readers("pocketlm/report", "model/artifact/code_size") == {"report"}
     assert readers("model/ttt", "steps/ttt_eval", "model/kernels/low_rank") == {"ttt_eval"}
+    beside = ("model/kernels/cached_attention_triton", "model/kernels/query_subset_attention")
+    assert readers(*beside) == {"quantize", "ttt_eval"}
     assert readers("model/quantization", "steps/quantize") == {"quantize"}
     assert readers("model/training", "steps/train") == {"train"}
     assert readers("model/artifact/format") == {"quantize", "evaluate", "ttt_eval"}
