@@ -165,7 +165,7 @@ def measure_microbatch(run: Run, repeats: int) -> None:
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with trainer.compute_weights.in_use(None):
         times = [common.median_ms(partial(microbatch, b), device, repeats) for b in batches]
-        run.parts["micro-batch"] = sum(times) / len(times)
+        run.parts["microbatch"] = sum(times) / len(times)
         with profile(activities=[activity]) as profiler:
             for batch in batches:
                 microbatch(batch)
@@ -205,10 +205,10 @@ def show(run: Run, repeats: int) -> None:
         "optimizer": state / bandwidth + schulz / rate / run.group.size,
         "moving average": floors.average_bytes(model) / bandwidth,
     }
-    floor["micro-batch"] = floor["attention"] + floor["products"] + floor[OTHER]
+    floor["microbatch"] = floor["attention"] + floor["products"] + floor[OTHER]
     microbatches = run.trainer.microbatches
     floor["whole step"] = (
-        microbatches * floor["micro-batch"] + floor["optimizer"] + floor["moving average"]
+        microbatches * floor["microbatch"] + floor["optimizer"] + floor["moving average"]
     )
     rows = [
         (name, ms, 1000 * floor[name] if name in floor else None) for name, ms in run.parts.items()
@@ -327,7 +327,7 @@ def main() -> None:
                 measure_steps(run, chosen.steps)
         alone = group.size == 1 and not chosen.brief
         if alone:
-            with section("micro-batch", chosen.limit):
+            with section("microbatch", chosen.limit):
                 measure_microbatch(run, chosen.repeats)
             with section("floors", chosen.limit):
                 show(run, chosen.repeats)

@@ -73,7 +73,7 @@ def pack(
     """Lay out and compress an artifact; `compressors` are tried on all streams but codes."""
     best = compress_all(streams_of(tensors), compressors)
     header = {
-        "model": architecture,
+        "model": dict(sorted(architecture.items())),  # whatever the order of the fields
         "tensors": [
             [name, _shape(stored), _encoding(stored), _stream_of(name, stored)]
             for name, stored in tensors.items()

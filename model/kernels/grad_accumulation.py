@@ -1,6 +1,6 @@
-"""Gradients of a micro-batch, in the compute dtype, added to fp32 sums in few passes (Triton).
+"""Gradients of a microbatch, in the compute dtype, added to fp32 sums in few passes (Triton).
 
-A micro-batch leaves some fifty gradients of a few hundred thousand values each, which take longer
+A microbatch leaves some fifty gradients of a few hundred thousand values each, which take longer
 to launch one by one than to read. Tensors of one shape share a kernel here: a program adds the same
 block of all of them.
 """
@@ -28,12 +28,12 @@ def accumulate_kernel(sums, gradients, N, BLOCK: tl.constexpr):
 
 def accumulate(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """Add each gradient, of any dtype, to its sum, fp32 and contiguous."""
-    alike: dict[torch.Size, tuple[list[Tensor], list[Tensor]]] = {}
+    by_shape: dict[torch.Size, tuple[list[Tensor], list[Tensor]]] = {}
     for total, gradient in zip(sums, gradients, strict=True):
-        totals, parts = alike.setdefault(total.shape, ([], []))
+        totals, parts = by_shape.setdefault(total.shape, ([], []))
         totals.append(total)
         parts.append(gradient.contiguous())
-    for shape, (totals, parts) in alike.items():
+    for shape, (totals, parts) in by_shape.items():
         values = shape.numel()
         accumulate_kernel[(triton.cdiv(values, BLOCK),)](
             tuple(totals), tuple(parts), values, BLOCK=BLOCK, num_warps=8

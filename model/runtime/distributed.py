@@ -90,9 +90,9 @@ def require_gpus(processes: int) -> None:
     """Raise InputError if this host has GPUs, but fewer than `processes`."""
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise InputError(
-            f"processes: {processes} processes on this host, but it has "
+            f"execution.processes: {processes} processes on this host, but it has "
             f"{torch.cuda.device_count()} GPUs",
-            "set processes in params.yaml to the number of GPUs, "
+            "set execution.processes in params.yaml to the number of GPUs, "
             "or CUDA_VISIBLE_DEVICES= to run on the CPU",
         )
 

@@ -20,7 +20,7 @@ class Bar:
         self._task = display.add_task(label, total=total, note="") if display else None
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """Add `amount` to what is done; `note` is shown beside the bar."""
+        """Add `amount` to what is done; `note` is shown next to the bar."""
         self._done += amount
         if self._display is not None and self._task is not None:
             self._display.update(self._task, completed=self._done, note=note)

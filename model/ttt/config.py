@@ -11,16 +11,16 @@ class TTTConfig(Settings):
     """Score-first test-time training: each document has adapters of its own."""
 
     mode: Literal["window", "cached"] = setting(
-        "window: every chunk reads its context again; cached: keys and values of it are kept"
+        "window: recompute the context for every chunk; cached: keep its keys and values"
     )
     chunk: int = setting("tokens scored, then trained on, at a time", "tokens", ge=1)
     largest_chunk: int = setting(
-        "chunks grow up to this, by doubling, to a 64th of what was read; = chunk: all alike",
+        "chunks double up to this while at most 1/64 of the tokens read; = chunk: constant size",
         "tokens",
         ge=1,
     )
     bptt_chunks: int = setting(
-        "that run again before each chunk, its gradient flowing through them (mode cached)",
+        "truncated BPTT: preceding chunks recomputed with gradient before each chunk (mode cached)",
         "chunks",
         ge=0,
     )
@@ -28,14 +28,14 @@ class TTTConfig(Settings):
         "tokens a chunk's last token sees at most, chunk included", "tokens", ge=1
     )
     refresh: int = setting(
-        "compute the kept context anew after so many chunks (mode cached); 0 = never",
+        "recompute the cached context every so many chunks (mode cached); 0 = never",
         "chunks",
         ge=0,
     )
     steps: int = setting("optimizer steps on each chunk", "steps", ge=1)
     rank: int = setting("of every adapter", ge=1)
     sites: list[Literal["query", "key", "value", "attention", "mlp", "head"]] = setting(
-        "q, k, v projections; branches beside attention and MLP; output head"
+        "q, k, v projections; branches parallel to attention and MLP; output head"
     )
     lr: float = setting("AdamW with beta1 = 0, i.e. RMSProp", gt=0)
     lr_decay_tokens: int = setting(
@@ -47,12 +47,12 @@ class TTTConfig(Settings):
     hash_buckets: int = setting("rows of the eval-time hash embedding; 0 = off", "rows", ge=0)
     hash_rate: float = setting("rate of the hash embedding, times lr", gt=0)
     batch: int = setting(
-        "most documents adapted side by side; on CUDA fewer if memory asks for it",
+        "largest batch of documents; on CUDA smaller if memory does not suffice",
         "documents",
         ge=1,
     )
     tokens_per_batch: int = setting(
-        "bound on the tokens they read at once: fewer documents where windows are long",
+        "upper bound of a batch's tokens per forward pass: fewer documents where windows are long",
         "tokens",
         ge=1,
     )
@@ -69,13 +69,13 @@ class TTTConfig(Settings):
         require(
             self.bptt_chunks == 0 or self.mode == "cached",
             "bptt_chunks",
-            f"{self.bptt_chunks} asks to run chunks again, but mode window runs all of them",
+            f"{self.bptt_chunks} chunks of BPTT, but mode window recomputes the whole context",
             "set bptt_chunks to 0, or mode to cached",
         )
         require(
             self.refresh == 0 or (self.mode == "cached" and self.context > self.longest_pass),
             "refresh",
-            f"{self.refresh} asks to renew keys and values, but none are kept",
+            f"{self.refresh} asks to recompute cached keys and values, but there are none",
             "set refresh to 0, or mode to cached and context above (1 + bptt_chunks)·largest_chunk",
         )
         require(

@@ -66,7 +66,7 @@ def test_train_prints_tables_and_writes_the_figures(tiny, tmp_path):
     assert figures["attention_backend"] == "padded"
     assert figures["data"] == "synthetic documents"
     parts = figures["ms"]
-    assert parts["whole step"] > parts["micro-batch"] > parts["attention"] > 0
+    assert parts["whole step"] > parts["microbatch"] > parts["attention"] > 0
     assert figures["tokens_per_s_per_gpu"] == pytest.approx(512 / parts["whole step"] * 1000)
     for word in ("floor", "optimizer", "moving average", "needs a CUDA device"):
         assert word in said, word

@@ -22,7 +22,7 @@ def random_tokens(seed: int) -> Tensor:
 
 
 def backward(model: GPT, seed: int, documents: Documents | None = None) -> Tensor:
-    """Gradients of one micro-batch; its losses."""
+    """Gradients of one microbatch; its losses."""
     tokens, targets = random_tokens(seed), random_tokens(seed + 100)
     losses = model.losses(tokens, targets, documents or Documents.from_lengths(LENGTHS))
     losses.mean().backward()
