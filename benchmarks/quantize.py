@@ -30,7 +30,7 @@ from model.artifact.format import read_artifact, streams_of
 from model.kernels import dispatch
 from model.network.gpt import GPT
 from model.quantization.calibration_text import generate, sampling_noise
-from model.runtime.cuda_graphs import CUDAGraphRunner
+from model.runtime.cuda_graphs import graph_runner
 from model.runtime.errors import user_errors
 from model.runtime.files import read_json, write_json
 from model.runtime.run_log import environment
@@ -111,7 +111,7 @@ def time_text(params: Params, device: torch.device) -> list[list[Any]]:
     forbidden = torch.arange(params.model.vocabulary) < 4
 
     def write(length: int, captured: bool) -> float:
-        runner = CUDAGraphRunner(device) if captured else None
+        runner = graph_runner(device, captured)
         started = time.perf_counter()
         text = generate(
             model, noise[:, : length - 1], wanted.calibration_temperature, 1, forbidden,

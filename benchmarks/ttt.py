@@ -42,6 +42,7 @@ from model.kernels import dispatch
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
 from model.network.linear import Linear
+from model.runtime.cuda_graphs import graph_runner
 from model.runtime.distributed import Group, process_group
 from model.runtime.files import read_json, write_json
 from model.runtime.process import (
@@ -381,7 +382,7 @@ def simulated(wanted: Sequence[TTTConfig], model: GPT, lengths: list[int]) -> No
             share = min(1.0, end / ttt.context) if ttt.mode == "window" else 1.0
             return share * (one + slope * (count - 1))
 
-        captured = changed.cuda_graphs and model.device.type == "cuda"
+        captured = model.device.type == "cuda"
 
         def planned(
             members: Sequence[int], ttt: TTTConfig = changed, captured: bool = captured
@@ -409,7 +410,7 @@ def chunk_seconds(model: GPT, ttt: TTTConfig, rows: int, chunks: int = 16) -> fl
     documents = [generator.integers(4, 256, length, dtype=np.uint16) for _ in range(rows)]
     short = [document[: ttt.context] for document in documents]
     with fixed_weights(model):
-        session = Session(model, ttt, rows)
+        session = Session(model, ttt, rows, graph_runner(model.device, cuda_graphs=True))
         times = []
         for part in (short, short, documents):
             began = time.perf_counter()

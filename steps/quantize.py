@@ -38,7 +38,7 @@ from model.quantization.quantize_model import (
     store_model,
 )
 from model.quantization.sensitivity import sensitivities
-from model.runtime.cuda_graphs import CUDAGraphRunner
+from model.runtime.cuda_graphs import graph_runner
 from model.runtime.errors import InputError
 from model.runtime.files import read_json
 from model.runtime.process import use_compile_cache
@@ -99,8 +99,7 @@ class Quantization:
         with progress("calibration: tokens of each sequence", total, is_main) as bar:
             advance = bar.advance if bar else None
             noise, temperature = self.noise(total), params.calibration_temperature
-            captured = self.stage.params.execution.cuda_graphs and self.model.device.type == "cuda"
-            runner = CUDAGraphRunner(self.model.device) if captured else None
+            runner = graph_runner(self.model.device, self.stage.params.execution.cuda_graphs)
             return generate(self.model, noise, temperature, BOS, forbidden, advance, runner)
 
     def hessians(self, text: Tensor) -> dict[str, Tensor]:

@@ -18,9 +18,10 @@ def main(stage: StageRun) -> None:
     """Score, and publish losses and metrics."""
     job = Evaluation(stage, KEYS)
     params, group = stage.params.ttt, stage.group
-    warm_up_kernels(job.model, job.documents, params)
+    graphs = stage.params.execution.cuda_graphs
+    warm_up_kernels(job.model, job.documents, params, graphs)
     stage.log.event("warm", startup_seconds=seconds_since_start(group.device))
-    job.score(TTT, partial(ttt_losses, job.model, job.documents, params, group))
+    job.score(TTT, partial(ttt_losses, job.model, job.documents, params, group, cuda_graphs=graphs))
 
     def metrics(scores: Mapping[str, Score]) -> dict[str, Any]:
         score = scores[TTT]

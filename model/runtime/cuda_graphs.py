@@ -72,3 +72,9 @@ class CUDAGraphRunner(GraphRunner):
             return result
 
         return replay
+
+
+def graph_runner(device: torch.device, cuda_graphs: bool) -> GraphRunner:
+    """The runner for `device`: CUDA graphs if wanted and it is a GPU, else eager."""
+    captured = cuda_graphs and device.type == "cuda"
+    return CUDAGraphRunner(device) if captured else GraphRunner(captured=False)

@@ -56,7 +56,6 @@ class TTTConfig(Settings):
         "tokens",
         ge=1,
     )
-    cuda_graphs: bool = setting("record chunks of equal shapes and replay them (CUDA)")
     seed: int = setting("of the adapters' initial A", ge=0)
 
     def __post_init__(self) -> None:

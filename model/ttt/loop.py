@@ -11,7 +11,7 @@ from model.evaluation.losses import targets_of, to_indices
 from model.evaluation.work_sharing import SharedProgress, gather_losses, shared_queue
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
-from model.runtime.cuda_graphs import CUDAGraphRunner, GraphRunner
+from model.runtime.cuda_graphs import GraphRunner, graph_runner
 from model.runtime.distributed import Group
 from model.runtime.progress import ReportProgress
 from model.ttt.batching import document_batches, rows_that_fit
@@ -27,11 +27,13 @@ def ttt_losses(
     ttt: TTTConfig,
     group: Group,
     progress: ReportProgress | None = None,
+    cuda_graphs: bool = True,
 ) -> list[np.ndarray]:
     """Losses of documents, each adapting the model as it is read; the model itself is unchanged.
 
     documents: token ids, each (n,) with BOS first. progress: called with the number of targets
-    newly scored, by all processes together. Returns one fp32 array (n,) per document, in nats:
+    newly scored, by all processes together. cuda_graphs: capture and replay chunks of equal shapes,
+    if the model is on a GPU. Returns one fp32 array (n,) per document, in nats:
     loss i is that of target i. The processes of `group` share the work; all but the main process
     return an empty list. Raises InputError if there is no document or a loss is not
     finite.
@@ -46,7 +48,8 @@ def ttt_losses(
     scored: list[tuple[int, int, np.ndarray]] = []
     widest = max((len(batch.members) for batch in batches if batch.adapts), default=0)
     with fixed_weights(model):
-        session = Session(model, ttt, widest) if widest else None
+        runner = graph_runner(model.device, cuda_graphs)
+        session = Session(model, ttt, widest, runner) if widest else None
         for number in shared_queue(group, sizes, shared):
             batch = batches[number]
             members = [documents[member] for member in batch.members]
@@ -74,20 +77,10 @@ def packed_losses(model: GPT, documents: Sequence[np.ndarray]) -> list[np.ndarra
 class Session:
     """Adapts batches of up to `capacity` documents; memory is allocated once.
 
-    runner: runs the work of chunks of equal shapes; None: by CUDA graphs if ttt.cuda_graphs is set
-    and the model is on a GPU. To be used inside `fixed_weights(model)` only.
+    runner: runs the work of chunks of equal shapes. To be used inside `fixed_weights(model)` only.
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        ttt: TTTConfig,
-        capacity: int,
-        runner: GraphRunner | None = None,
-    ) -> None:
-        if runner is None:
-            captured = ttt.cuda_graphs and model.device.type == "cuda"
-            runner = CUDAGraphRunner(model.device) if captured else GraphRunner(captured=False)
+    def __init__(self, model: GPT, ttt: TTTConfig, capacity: int, runner: GraphRunner) -> None:
         self._device, self._ttt, self._runner = model.device, ttt, runner
         self._adapters = DocumentAdapters(model, ttt, capacity)
         self._reader = READERS[ttt.mode](model, self._adapters, ttt, capacity, runner.captured)

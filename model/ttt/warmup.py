@@ -23,23 +23,27 @@ from model.ttt.loop import Session, packed_losses
 FEW = 2  # documents of a small batch, for which some kernels are specialized differently
 
 
-def warm_up_kernels(model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig) -> None:
+def warm_up_kernels(
+    model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig, cuda_graphs: bool = True
+) -> None:
     """Compile the kernels that scoring the documents, with and without adapters, will launch.
 
     Does nothing on a CPU, where no Triton kernels run.
     """
     if model.device.type == "cuda" and documents:
         with fixed_weights(model), precompile():
-            read_excerpts(model, documents, ttt)
+            read_excerpts(model, documents, ttt, cuda_graphs)
 
 
-def read_excerpts(model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig) -> None:
+def read_excerpts(
+    model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig, captured: bool
+) -> None:
     """Run passes of every kind that reading the documents involves."""
     packed_losses(model, [document[: ttt.chunk] for document in documents[:FEW]])
     rows = rows_that_fit(model, ttt)
     for constant, texts in excerpts(documents, ttt):
         fitting = texts[:rows]
-        session = Session(model, constant, len(fitting), UncapturedRunner(ttt.cuda_graphs))
+        session = Session(model, constant, len(fitting), UncapturedRunner(captured))
         session.losses(fitting, SharedProgress(None))
         del session  # frees its memory before the next one allocates as much
 

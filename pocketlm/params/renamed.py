@@ -12,5 +12,6 @@ RENAMED = {
     "train.compile": "execution.compile",
     "train.log_every": "execution.log_every",
     "train.save_every_seconds": "execution.save_every_seconds",
+    "ttt.cuda_graphs": "execution.cuda_graphs",
     "ttt.reach": "ttt.bptt_chunks",
 }

@@ -58,12 +58,12 @@ def test_one_session_at_a_time_takes_memory(mode, captured, monkeypatch):
             sizes.append((ttt.chunk, capacity))
 
     monkeypatch.setattr(warmup, "Session", Watched)
-    ttt = ttt_params(mode=mode, chunk=2, largest_chunk=4, batch=4, cuda_graphs=captured)
+    ttt = ttt_params(mode=mode, chunk=2, largest_chunk=4, batch=4)
     model = small_model()
     gc.disable()
     try:
         with fixed_weights(model):
-            read_excerpts(model, random_documents([300, *[9] * 8]), ttt)
+            read_excerpts(model, random_documents([300, *[9] * 8]), ttt, captured)
     finally:
         gc.enable()
     assert not alive
@@ -90,7 +90,7 @@ device = torch.device("cuda")
 dispatch.configure("auto", device)
 model = small_model(width=256, head_width=64).cuda()
 documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
-ttt = ttt_params(mode="{mode}", chunk=16, context=64, rank=16, cuda_graphs=True)
+ttt = ttt_params(mode="{mode}", chunk=16, context=64, rank=16)
 warm_up_kernels(model, documents, ttt)
 print(len(compiled))
 compiled.clear()
