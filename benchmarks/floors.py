@@ -3,7 +3,7 @@
 Model FLOPs of a microbatch, the numerator of the model FLOPs utilization (MFU):
 
     6 · (values in matrices that tokens are multiplied by) · tokens
-    + 12 · layers · heads · d · Σ_documents n(n + 1)/2
+    + 12 · executed layers · heads · d · Σ_documents n(n + 1)/2
 
 The 6 is 2 for the forward product plus 4 for the gradients of input and weight; the 12 is the same
 for the two products of attention, over the (query, key) pairs that the causal mask leaves in
@@ -24,12 +24,14 @@ def product_values(model: GPT) -> int:
     """Values of all matrices that every token is multiplied by, the tied head included."""
     projections = [module for module in (model.bigram, model.value_embedding) if module is not None]
     tables = sum(module.projection.weight.numel() for module in projections)
-    return model.config.matrix_values + model.embedding.numel() + tables
+    config = model.config
+    executed = config.matrix_values // config.layers * len(config.executed_layers)
+    return executed + model.embedding.numel() + tables
 
 
 def attention_flops(params: ModelConfig, pairs: float) -> float:
     """Forward and backward of all layers' attention, for so many (query, key) pairs."""
-    return 12.0 * params.layers * params.heads * params.head_width * pairs
+    return 12.0 * len(params.executed_layers) * params.heads * params.head_width * pairs
 
 
 def product_flops(model: GPT, tokens: int) -> float:
@@ -48,8 +50,9 @@ def chain_bytes(params: ModelConfig, tokens: int) -> float:
     w, q = params.width, params.heads * params.head_width
     k = params.kv_heads * params.head_width
     block = 22 * w + 5 * (q + k) + (5 * q + 3 * k) * params.exclusive_attention
-    skips = params.layers // 2 * 6 * w * params.skips
-    return float(BF16 * tokens * (params.layers * block + skips))
+    visits = len(params.executed_layers)
+    skips = visits // 2 * 6 * w * params.skips
+    return float(BF16 * tokens * (visits * block + skips))
 
 
 def head_bytes(params: ModelConfig, tokens: int) -> float:

@@ -23,6 +23,7 @@ from model.data.tokenizer import Tokenizer, check_vocabulary
 from model.evaluation.score import Score
 from model.kernels import dispatch
 from model.network.checkpoint import load_checkpoint, require_architecture
+from model.network.fused_regions import fused_regions
 from model.network.gpt import GPT
 from model.quantization.bit_allocation import Allocation, StepSizes, rate_distortion
 from model.quantization.byte_budget import Attempt, fit_budget
@@ -170,7 +171,8 @@ def main(stage: StageRun) -> None:
     job = Quantization(stage)
     choice = dispatch.configure(device=stage.group.device, **stage.implementations(KEYS))
     stage.open_log(KEYS)
-    stage.log.event("ops", choice=str(choice))
+    regions = fused_regions(job.model.config, stage.group.device)
+    stage.log.event("ops", choice=str(choice), regions=regions)
     started = time.perf_counter()
     with job.timed("calibration"):
         text = job.calibration_text()

@@ -18,6 +18,7 @@ from model.data.tokenizer import Tokenizer, check_vocabulary
 from model.evaluation.losses import targets_of
 from model.evaluation.score import Score
 from model.kernels import dispatch
+from model.network.fused_regions import fused_regions
 from model.runtime.files import atomic_file
 from model.runtime.process import peak_memory_mib, use_compile_cache, use_growing_segments
 from model.runtime.progress import ReportProgress, progress
@@ -52,7 +53,8 @@ class Evaluation:
             self.tokenizer, self.model.config.vocabulary, "train again with these tokens"
         )
         choice = dispatch.configure(device=stage.group.device, **stage.implementations(keys))
-        stage.log.event("ops", choice=str(choice))
+        regions = fused_regions(self.model.config, stage.group.device)
+        stage.log.event("ops", choice=str(choice), regions=regions)
         self.tokens = sum(document.size for document in self.documents)
         self.losses: dict[str, Losses] = {}
         self.seconds: dict[str, float] = {}

@@ -20,6 +20,7 @@ from model.data.tokenizer import Tokenizer, check_vocabulary
 from model.evaluation.score import Score
 from model.kernels import dispatch
 from model.network.checkpoint import build, save_checkpoint
+from model.network.fused_regions import fused_regions
 from model.network.gpt import GPT
 from model.runtime.errors import InputError
 from model.runtime.files import sha256, write_bytes
@@ -130,7 +131,12 @@ class Training:
             self.seconds = facts["seconds"]
         self.stage.open_log(KEYS, keep_lines=facts["log_lines"] if facts else 0)
         self.stage.log.event("state", found=found, steps=self.trainer.steps)
-        self.stage.log.event("ops", choice=self.choice, compiled=self.trainer.compiled)
+        self.stage.log.event(
+            "ops",
+            choice=self.choice,
+            compiled=self.trainer.compiled,
+            regions=fused_regions(self.trainer.model.config, self.stage.group.device),
+        )
 
     def warm_up(self) -> None:
         """Compile, load kernels, connect processes; log the duration of the start."""
@@ -163,6 +169,8 @@ class Training:
                 multiplier = self.hosts.broadcast_from_main(multiplier)
                 if not multiplier:
                     break
+                if trainer.recurrence_pending:
+                    self.begin_recurrence(schedule, clock.seconds)
                 loss_log.add(trainer.step(batches, multiplier), multiplier)
                 if trainer.steps % execution.log_every:
                     continue
@@ -174,6 +182,13 @@ class Training:
             with clock.paused() as self.seconds:
                 loss_log.write(clock)
         self.peak_memory = peak_memory_mib(self.stage.group.device)
+
+    def begin_recurrence(self, schedule: Schedule, seconds: float) -> None:
+        """Switch to the model's order of layers if its share of the training has passed."""
+        begins = schedule.recurrent(self.trainer.steps, seconds)
+        if self.hosts.broadcast_from_main(begins):
+            self.trainer.use_recurrence(True)
+            self.stage.log.event("recurrence", steps=self.trainer.steps)
 
     def averaged_model(self) -> GPT:
         """A separate model with the averaged weights, the result of training."""

@@ -21,6 +21,7 @@ from model.network.adapters import PROJECTIONS
 from model.network.block_context import BlockContext
 from model.network.config import ModelConfig
 from model.network.linear import Linear
+from model.network.output_gate import OutputGate
 
 
 class Attention(nn.Module):
@@ -38,6 +39,7 @@ class Attention(nn.Module):
         self.compute_weight: Tensor | None = None  # query, key and value, one below the other
         self.gain = nn.Parameter(torch.full((config.heads,), config.query_gain))
         self.value_gain = nn.Parameter(torch.ones(())) if uses_values else None
+        self.output_gate = OutputGate(config.heads) if config.output_gate else None
 
     def forward(self, n: Tensor, context: BlockContext) -> tuple[Tensor, Tensor | None]:
         """From n (T, width) to (T, width), or (documents·m, width) at the query positions.
@@ -51,7 +53,7 @@ class Attention(nn.Module):
                 y = dispatch.self_attention(
                     qkv, documents, self.gain, cos_sin, self.head_width, self.exclusive
                 )
-                return self.output(y), parallel_delta
+                return self.output(self._gate(y, n, context)), parallel_delta
             both, v = self._heads(qkv).split([self.heads + self.kv_heads, self.kv_heads], dim=1)
             both = dispatch.qk_norm_rope(both, self.gain, cos_sin)
             q, k = both.split([self.heads, self.kv_heads], dim=1)
@@ -60,7 +62,8 @@ class Attention(nn.Module):
             selected = [select_positions(x, documents, context.query_positions) for x in cos_sin]
             q = dispatch.qk_norm_rope(q, self.gain, (selected[0], selected[1]))
             k = dispatch.qk_norm_rope(k, None, cos_sin)
-        return self.output(self._attend(q, k, v, context).flatten(1)), parallel_delta
+        y = self._attend(q, k, v, context).flatten(1)
+        return self.output(self._gate(y, n, context)), parallel_delta
 
     def _is_one_product(self, context: BlockContext) -> bool:
         """Whether q, k and v are of the same tokens, and all of them adapt or none."""
@@ -114,6 +117,13 @@ class Attention(nn.Module):
             return x
         added = self.value_gain.to(x.dtype) * context.value_embeddings
         return x + F.pad(added, (x.shape[1] - added.shape[1], 0))
+
+    def _gate(self, y: Tensor, n: Tensor, context: BlockContext) -> Tensor:
+        """What the heads report, y (tokens, heads·d), as far as their gates let it through."""
+        if self.output_gate is None:
+            return y
+        n = select_positions(n, context.documents, context.query_positions)
+        return self.output_gate(y, n)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width))

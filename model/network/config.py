@@ -36,11 +36,26 @@ class ModelConfig(Settings):
     skips: bool = setting("U-Net skip connections from the first to the second half")
     softcap: float = setting("logits are softcap*tanh(z/softcap); 0 = off", "nats", ge=0)
     embedding_std: float = setting("initial standard deviation of the tied embedding", gt=0)
+    layer_order: list[int] = setting(
+        "depth recurrence: layers as a pass executes them, some more than once; [] = off", off=[]
+    )
+    parallel_from_layer: int | None = setting(
+        "layers from this on have two residual lanes, for attention and MLP; null = off",
+        off=None,
+        ge=0,
+    )
+    output_gate: bool = setting("gate each head's output by the block's input", off=False)
 
     @property
     def executed_layers(self) -> list[int]:
         """The layers in the order in which a forward pass executes them."""
-        return list(range(self.layers))
+        return self.layer_order or list(range(self.layers))
+
+    @property
+    def lane_layers(self) -> range:
+        """The layers with two residual lanes."""
+        first = self.layers if self.parallel_from_layer is None else self.parallel_from_layer
+        return range(first, self.layers)
 
     @property
     def matrix_values(self) -> int:
@@ -66,4 +81,30 @@ class ModelConfig(Settings):
             "value_layers",
             f"{self.value_layers} names a layer that is not among 0..{self.layers - 1}",
             f"use layer numbers below layers ({self.layers})",
+        )
+        require(
+            set(self.executed_layers) == set(range(self.layers)),
+            "layer_order",
+            f"{self.layer_order} does not name each of the layers 0..{self.layers - 1}",
+            "name every layer at least once, e.g. [0, 1, 2, 1, 2, 3], or [] for each once",
+        )
+        require(
+            self.parallel_from_layer is None or self.parallel_from_layer < self.layers,
+            "parallel_from_layer",
+            f"{self.parallel_from_layer} is not among the layers 0..{self.layers - 1}",
+            f"use a layer number below layers ({self.layers}), or null",
+        )
+        lanes = [layer in self.lane_layers for layer in self.executed_layers]
+        require(
+            lanes == sorted(lanes),
+            "layer_order",
+            f"{self.layer_order} executes a layer below parallel_from_layer "
+            f"({self.parallel_from_layer}) after one with two lanes",
+            "let the recurrence end before the lanes begin",
+        )
+        require(
+            not self.output_gate or self.width >= 12,
+            "output_gate",
+            f"the gates see 12 values of the input, but width is {self.width}",
+            "make the model wider, or set output_gate to false",
         )

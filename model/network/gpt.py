@@ -13,7 +13,7 @@ blocks (one graph for all that are alike), and the loss. One graph of the whole 
 eleven times as long to compile.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,9 +28,11 @@ from model.network.adapters import NO_ADAPTERS, Adapters, HashTable, LowRank
 from model.network.block import Block, depth_scale
 from model.network.block_context import BlockContext
 from model.network.config import ModelConfig
+from model.network.depth_recurrence import visits
 from model.network.embeddings import BigramEmbedding, SmearGate, ValueEmbedding
 from model.network.kv_cache import NO_TOKEN, KVCache
 from model.network.linear import Linear
+from model.network.parallel_lanes import Lanes, ParallelLanesBlock, merge_lanes
 from model.network.parameter_roles import parameter_roles
 
 
@@ -96,13 +98,21 @@ class GPT(nn.Module):
                 config.kv_heads * config.head_width,
                 config.value_scale,
             )
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        half = config.layers // 2
+        self.blocks = nn.ModuleList(
+            (ParallelLanesBlock if layer in config.lane_layers else Block)(config, layer)
+            for layer in range(config.layers)
+        )
+        self.execute(config.executed_layers)
+        half = len(config.executed_layers) // 2
         self.skip_weights = nn.Parameter(torch.ones(half, width)) if config.skips and half else None
         self.head = TiedHead()
         self.roles = parameter_roles(name for name, _ in self.named_parameters())
         self._input: Callable[..., BlockInputs] = self._embed
         self._score: Callable[..., Tensor] = self._losses
+
+    def execute(self, layer_order: Sequence[int]) -> None:
+        """Execute the layers in this order from now on (`model.network.depth_recurrence`)."""
+        self.visits = visits(layer_order, self.config.skips)
 
     def compile_parts(self, **options: Any) -> None:
         """Compile the parts of the forward pass; `options` are those of `torch.compile`."""
@@ -225,24 +235,25 @@ class GPT(nn.Module):
         query_positions: Tensor | None,
     ) -> Tensor:
         # Views, as one object in two places would make compiled graphs of their own.
-        x, *x0s = dispatch.grad_fanout(inputs.embedding, 1 + len(self.blocks))
+        embedding, *x0s = dispatch.grad_fanout(inputs.embedding, 1 + len(self.visits))
         skip_weights = () if self.skip_weights is None else self.skip_weights.unbind()
+        x: Tensor | Lanes = embedding
         earlier: list[Tensor] = []
-        for layer, (block, x0) in enumerate(zip(self.blocks, x0s, strict=True)):
+        for number, (visit, x0) in enumerate(zip(self.visits, x0s, strict=True)):
             context = BlockContext(
                 documents,
                 inputs.cos_sin,
-                inputs.value_embeddings if layer in self.config.value_layers else None,
-                adapters.blocks[layer] if adapters else NO_ADAPTERS,
-                cache.layers[layer] if cache else None,
-                query_positions if layer == len(self.blocks) - 1 else None,
+                inputs.value_embeddings if visit.layer in self.config.value_layers else None,
+                adapters.blocks[number] if adapters else NO_ADAPTERS,
+                cache.layers[number] if cache else None,
+                query_positions if number == len(self.visits) - 1 else None,
             )
-            second_half = len(skip_weights) <= layer < 2 * len(skip_weights)
-            skip = (earlier.pop(), skip_weights[layer - len(skip_weights)]) if second_half else None
-            x = block(x, x0, skip, context)
-            if layer < len(skip_weights):
-                earlier.append(x.view_as(x))
-        return x
+            skip = None if visit.skip is None else (earlier.pop(), skip_weights[visit.skip])
+            x = self.blocks[visit.layer](x, x0, skip, context)
+            if visit.pushes:
+                output = merge_lanes(x)
+                earlier.append(output.view_as(output))
+        return merge_lanes(x)
 
     def _embed(
         self,

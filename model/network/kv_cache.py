@@ -23,7 +23,7 @@ NO_TOKEN = -1  # precedes the first token of a document
 
 @dataclass
 class LayerCache:
-    """One layer's part of a `KVCache`: keys and values, each (rows, capacity, kv_heads, d)."""
+    """Keys and values of one execution of a layer, each (rows, capacity, kv_heads, d)."""
 
     keys: Tensor
     values: Tensor
@@ -74,7 +74,7 @@ class KVCache:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        shape = (params.layers, 2, rows, capacity, params.kv_heads, params.head_width)
+        shape = (len(params.executed_layers), 2, rows, capacity, params.kv_heads, params.head_width)
         self.storage = torch.zeros(shape, device=device, dtype=dtype)  # 2: keys, values
         self.layers: Sequence[LayerCache] = [LayerCache(*pair) for pair in self.storage]
         self.rows = rows

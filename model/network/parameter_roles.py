@@ -56,6 +56,8 @@ ROLES = (
     Role("blocks.*.mlp_scale", "scalars", "fp16"),
     Role("blocks.*.attention.gain", "scalars", "fp16"),
     Role("blocks.*.attention.value_gain", "scalars", "fp16"),
+    Role("blocks.*.attention.output_gate.weight", "scalars", "fp16"),
+    Role("blocks.*.lane_weights", "scalars", "fp16"),
 )
 
 

@@ -2,9 +2,10 @@
 
 A layer y = W x whose weight changes by E changes its output by E x, whose expected square over
 all outputs is tr(E H Eᵀ); so H weighs the errors of quantization. H is collected by forward hooks
-during the ordinary packed forward pass, summed over all processes and divided by
-the number of tokens. Products and sums are fp64: outlier channels make H nearly rank-one, and
-the rounding of its largest eigenvalue in fp32 may then exceed the damping that GPTQ relies on.
+during the ordinary packed forward pass, summed over all processes and divided by the number of
+inputs, which a layer that is executed twice has twice as many of. Products and sums are fp64:
+outlier channels make H nearly rank-one, and the rounding of its largest eigenvalue in fp32 may then
+exceed the damping that GPTQ relies on.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ class _Moments:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}  # tokens, once for each time that the layer is executed
         self._input: Tensor | None = None
         self._product = torch.empty(0)
 
@@ -31,6 +33,7 @@ class _Moments:
         if x is not self._input:  # query, key and value run one after the other on the same input
             flat = x.detach().reshape(-1, x.shape[-1]).double()
             self._input, self._product = x, flat.T @ flat
+        self.counts[name] = self.counts.get(name, 0) + x.shape[:-1].numel()
         if name in self.sums:
             self.sums[name] += self._product
         else:
@@ -78,9 +81,9 @@ def collect_hessians(
                 documents = Documents.from_rows(len(rows), rows.shape[1], model.device)
                 model(rows.flatten(), documents)
             moments.forget_input()
-    count = group.all_reduce(torch.tensor(tokens.numel(), device=model.device))
     widths = group.broadcast_object({name: len(total) for name, total in moments.sums.items()})
     for name, width in widths.items():  # a process without text adds zeros
         zeros = torch.zeros(width, width, dtype=torch.float64, device=model.device)
+        count = group.all_reduce(torch.tensor(moments.counts.get(name, 0), device=model.device))
         moments.sums[name] = group.all_reduce(moments.sums.get(name, zeros)) / count
     return moments.sums

@@ -30,6 +30,12 @@ class TrainConfig(Settings):
     adam_beta1: float = setting("decay of AdamW's first moment", ge=0, lt=1)
     adam_beta2: float = setting("decay of AdamW's second moment", ge=0, lt=1)
     adam_epsilon: float = setting("added to the root of AdamW's second moment", gt=0)
+    recurrence_start: float = setting(
+        "share of the training from which model.layer_order holds; before, each layer once",
+        "share",
+        ge=0,
+        lt=1,
+    )
     weight_decay: float = setting("decoupled, all groups", "1/(lr*step)", ge=0)
     gradient_clip: float | None = setting("global norm after the reduction; null = off", gt=0)
     ema_decay: float = setting("per step; the averaged weights are the result; 0 = off", ge=0, lt=1)

@@ -3,7 +3,8 @@
 The learning-rate multiplier is 1, then decays linearly to 0 (cooldown). With a time budget the
 cooldown takes the time of `cooldown_steps` steps at the mean duration so far, and training stops
 when no further step fits; without one, it is the last `cooldown_steps` of `steps`. If both limits
-exist, the nearer one decides. A cooldown longer than the run covers the whole run.
+exist, the nearer one decides. A cooldown longer than the run covers the whole run. Depth recurrence
+(`model.network.depth_recurrence`) begins when a share of the nearer limit has passed.
 
 Only the main process reads its clock. Its decision is broadcast before every step from host to host
 (gloo, tens of microseconds) rather than by NCCL, so that no process synchronizes with its GPU.
@@ -39,6 +40,12 @@ class Schedule:
         if remaining < mean:
             return 0.0
         return min(by_steps, _cooldown(remaining, min(mean * cooldown, budget)))
+
+    def recurrent(self, step: int, seconds: float) -> bool:
+        """Whether step number `step` executes the layers in the model's order, or each once."""
+        budget = self.params.budget_seconds
+        share = max(step / self.params.steps, seconds / budget if budget else 0.0)
+        return share >= self.params.recurrence_start
 
 
 def _cooldown(remaining: float, length: float) -> float:

@@ -42,6 +42,15 @@ class Trainer:
         self.compute_weights = ComputeWeights(model)
         self.microbatches = params.tokens_per_step // params.tokens_per_microbatch // group.size
         self.steps = 0
+        self.use_recurrence(params.recurrence_start == 0)
+
+    def use_recurrence(self, on: bool) -> None:
+        """Let steps execute the layers in the order of the model's settings, or each once."""
+        config = self.model.config
+        self.recurrence_pending = bool(config.layer_order) and not on
+        self.model.execute(
+            range(config.layers) if self.recurrence_pending else config.executed_layers
+        )
 
     def step(self, batches: Batches, multiplier: float) -> Tensor:
         """Take one optimizer step on this process's next `microbatches` batches.
@@ -81,15 +90,18 @@ class Trainer:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def warm_up(self, batches: Batches) -> None:
-        """Take a step of one microbatch, another with rounding if it is on, and undo them exactly.
+        """Take a step of one microbatch in each of the coming ways, and undo them exactly.
 
-        A microbatch compiles everything; a step loads the optimizer's kernels and opens the
+        The ways are with each layer executed once and with recurrence, without rounding and with
+        it. A microbatch compiles everything; a step loads the optimizer's kernels and opens the
         connections between processes. The state is restored, and all processes get the main
-        process's weights.
+        process's weights. Layers are left executed as at the beginning of training.
         """
         steps, state = self.steps, self.state()
-        for multiplier in (1.0, 0.0) if self.params.qat_threshold else (1.0,):
-            self._step(batches, multiplier, 1)
+        for recurrent in (True, False) if self.recurrence_pending else (True,):
+            self.use_recurrence(recurrent)
+            for multiplier in (1.0, 0.0) if self.params.qat_threshold else (1.0,):
+                self._step(batches, multiplier, 1)
         self.load(state, steps)
 
     def state(self) -> dict[str, Tensor]:

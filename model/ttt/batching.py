@@ -156,7 +156,8 @@ def bytes_per_document(model: GPT, ttt: TTTConfig) -> int:
     params, size = model.config, model.dtype.itemsize
     table = ttt.hash_buckets * params.width
     adapted = adapter_values(params, ttt.sites, ttt.rank) * (8 + 3 * size) + table * 16
-    kept = 2 * params.layers * ttt.context * params.kv_heads * params.head_width * size
-    per_token = params.layers * (6 * params.width + 3 * params.mlp_width) * size
+    visits = len(params.executed_layers)
+    kept = 2 * visits * ttt.context * params.kv_heads * params.head_width * size
+    per_token = visits * (6 * params.width + 3 * params.mlp_width) * size
     activations = ttt.longest_pass * per_token + ttt.largest_chunk * 12 * params.vocabulary
     return adapted + activations + (kept if ttt.mode == "cached" else 0)

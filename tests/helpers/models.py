@@ -30,6 +30,20 @@ SMALL: dict[str, Any] = {
     "value_width": 8,
 }
 
+# Techniques that are off in the presets, each switched on alone, and all at once.
+TECHNIQUES: list[dict[str, Any]] = [
+    {"layer_order": [0, 1, 2, 1, 2, 3]},
+    {"parallel_from_layer": 2},
+    {"output_gate": True},
+]
+TECHNIQUES.append({key: value for one in reversed(TECHNIQUES) for key, value in one.items()})
+TECHNIQUES[-1]["parallel_from_layer"] = 3
+
+
+def next_key(changes: dict[str, Any]) -> str:
+    """Name of a test case: the first key."""
+    return next(iter(changes), "as it is") if len(changes) < 2 else "all"
+
 
 def record_params(**changes: Any) -> ModelConfig:
     """The model section of the record preset with `changes`."""

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import fcntl
+import math
 import os
 import signal
 import socket
@@ -179,6 +180,31 @@ def test_a_killed_run_continues_to_the_same_weights(tokens, whole, tmp_path):
     ours, theirs = (d / "artifacts/train/seed0/model.safetensors" for d in (directory, whole))
     assert ours.read_bytes() == theirs.read_bytes()
     assert curve(directory) == curve(whole)
+
+
+def test_recurrence_begins_on_the_way_and_again_after_a_kill(tokens, tmp_path):
+    order = [0, 1, 2, 1, 2, 3]
+    places = [workplace(tmp_path / name, tokens) for name in ("whole", "killed")]
+    for place in places:
+        values = yaml.safe_load((place / "params.yaml").read_text())
+        values["model"]["layer_order"] = order
+        (place / "params.yaml").write_text(yaml.safe_dump(values))
+    finish(start(places[0]))
+    begun = read_log(places[0] / "logs/train/seed0.jsonl", "recurrence")
+    assert [line["steps"] for line in begun] == [math.ceil(0.35 * STEPS)]
+    killed = start(places[1])
+    state = places[1] / ".work/train/seed0/state.safetensors"
+    while not state.exists():
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    finish(start(places[1]))
+    models = [load_checkpoint(p / "artifacts/train/seed0/model.safetensors") for p in places]
+    assert models[0].config.layer_order == order
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True)
+    )
 
 
 def test_two_processes_have_the_curve_of_one(tokens, whole, tmp_path):

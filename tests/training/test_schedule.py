@@ -32,6 +32,14 @@ def test_by_time_the_cooldown_is_measured_in_steps_at_the_mean_pace():
         assert multipliers[-1] == 0
 
 
+def test_recurrence_begins_at_a_share_of_the_nearer_limit():
+    by_steps = schedule(steps=10, budget_seconds=None, recurrence_start=0.35)
+    assert [by_steps.recurrent(step, 1e9) for step in (0, 3, 4, 9)] == [False, False, True, True]
+    by_time = schedule(steps=10**6, budget_seconds=100.0, recurrence_start=0.35)
+    assert [by_time.recurrent(5, seconds) for seconds in (0.0, 34.9, 35.0)] == [False, False, True]
+    assert schedule(recurrence_start=0.0).recurrent(0, 0.0)
+
+
 def test_no_step_begins_that_would_not_end_in_time():
     by_time = schedule(steps=10**6, budget_seconds=100.0, cooldown_steps=0)
     assert by_time.multiplier(30, 90.0) == 1.0  # 3 s a step, 10 s left

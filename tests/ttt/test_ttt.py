@@ -50,7 +50,7 @@ from model.ttt.loop import Session, ttt_losses
 from model.ttt.reader import READERS
 from model.ttt.session_plan import PASS, STEP, SessionPlan, session_plan
 from model.ttt.window_mode import WindowReader
-from tests.helpers.models import random_documents, small_model, ttt_params
+from tests.helpers.models import TECHNIQUES, next_key, random_documents, small_model, ttt_params
 from tests.helpers.processes import run_processes
 
 CPU = torch.device("cpu")
@@ -183,7 +183,7 @@ class Naive:
 
     def losses(self, start: int, end: int) -> Tensor:
         begin = max(0, self.full_end - self.ttt.context)
-        adapters = naive_adapters(self.weights, self.ttt.sites, self.model.config.layers)
+        adapters = naive_adapters(self.weights, self.ttt.sites, len(self.model.visits))
         return self._read(begin, end, adapters)[start - begin :]
 
     def _read(self, begin: int, end: int, adapters: Any) -> Tensor:
@@ -266,7 +266,7 @@ class NaiveCached(Naive):
 
     def losses(self, start: int, end: int) -> Tensor:
         pieces = [*self.pieces, (end - self.first, self.weights)]
-        adapters = spliced_adapters(pieces, self.ttt.sites, self.model.config.layers)
+        adapters = spliced_adapters(pieces, self.ttt.sites, len(self.model.visits))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("model.kernels.dispatch.varlen_attention", self.attention)
             return self._read(self.begin, end, adapters)[start - self.begin :]
@@ -317,7 +317,25 @@ def test_batched_loop_equals_the_naive_one(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.ttt.chunking.TOKENS_BEFORE", 2)  # chunks grow within short texts
-    model = small_model()
+    equals_the_naive_loop(small_model(), changes)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=next_key)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"chunk": 5, "context": 13},
+        {"chunk": 5, "context": 13, "sites": ["key", "attention"]},
+        {"mode": "cached", "chunk": 5, "context": 29, "bptt_chunks": 2, "hash_buckets": 16},
+    ],
+)
+def test_documents_adapt_with_every_technique(
+    technique: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    equals_the_naive_loop(small_model(**technique), changes)
+
+
+def equals_the_naive_loop(model: GPT, changes: dict[str, Any]) -> None:
     ttt = ttt_params(**changes)
     documents = random_documents(LENGTHS)
     losses = ttt_losses(model, documents, ttt, ALONE)
