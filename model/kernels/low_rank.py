@@ -1,16 +1,15 @@
 """The second half of low-rank adapters, for all sites that share an input, in one kernel (Triton).
 
-For document i with n tokens, whose sites s = 1 … S have inner values h_s = A_s x
+For document i with n tokens, whose sites s = 1 … S have hidden values h_s = A_s x
 (`model.network.adapters`):
 
-    [sum | beside] = [base + more | 0] + γ ⊙ [h_1 B_1 | … | h_S B_S]
+    [sum | parallel] = [base + residual | 0] + γ ⊙ [h_1 B_1 | … | h_S B_S]
 
 sum has the columns of the first sites, to which the model itself has something to add (queries,
-keys and values; the MLP's result and, as `more`, the residual stream); those of the others (a
-branch beside the layer) are a tensor of their own. γ is a constant factor per column. With y for
-both,
+keys and values; the MLP's result and the residual stream); those of the others (a branch parallel
+to the layer) are a tensor of their own. γ is a constant factor per column. With y for both,
 
-    dh_s = (γ ⊙ dy_s) B_sᵀ,  dB_s = h_sᵀ (γ ⊙ dy_s),  dbase = dmore = dsum
+    dh_s = (γ ⊙ dy_s) B_sᵀ,  dB_s = h_sᵀ (γ ⊙ dy_s),  dbase = dresidual = dsum
 
 In test-time training a chunk of few tokens is a recorded graph whose time is the number of its
 kernels. A product and a sum for each site, and two products for their gradients, are here one
@@ -83,21 +82,22 @@ def _site(
 
 
 @triton.jit
-def _columns(token, before, sum_ptr, beside_ptr, ALL: tl.constexpr, BASE: tl.constexpr):
+def _columns(token, before, sum_ptr, parallel_ptr, ALL: tl.constexpr, BASE: tl.constexpr):
     """Where the columns from `before` on begin for a token, and the distance of its next one."""
     if before < BASE:
         ptr, stride = sum_ptr + token * BASE + before, BASE
     else:
-        ptr, stride = beside_ptr + token * (ALL - BASE) + before - BASE, ALL - BASE
+        ptr, stride = parallel_ptr + token * (ALL - BASE) + before - BASE, ALL - BASE
     return ptr, stride
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def low_rank_kernel(
-    inner_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, base_ptr, more_ptr, scale_ptr, sum_ptr, beside_ptr,
-    new, stride0, stride1, stride2, stride3, base_stride, more_stride, WIDTHS: tl.constexpr,
-    RANK: tl.constexpr, ALL: tl.constexpr, BASE: tl.constexpr, MORE: tl.constexpr,
-    SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    hidden_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, base_ptr, residual_ptr, scale_ptr, sum_ptr,
+    parallel_ptr, new, stride0, stride1, stride2, stride3, base_stride, residual_stride,
+    WIDTHS: tl.constexpr, RANK: tl.constexpr, ALL: tl.constexpr, BASE: tl.constexpr,
+    RESIDUAL: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """A tile of one site's columns, for a tile of one document's tokens."""
     token, row = tl.program_id(1) * TOKENS, tl.program_id(2).to(tl.int64)
@@ -105,28 +105,30 @@ def low_rank_kernel(
         tl.program_id(0), b0_ptr, b1_ptr, b2_ptr, b3_ptr, stride0, stride1, stride2, stride3,
         WIDTHS, COLUMNS,
     )  # fmt: skip
-    INNER: tl.constexpr = len(WIDTHS) * RANK
-    inner_ptr += row * new * INNER + site * RANK
+    HIDDEN: tl.constexpr = len(WIDTHS) * RANK
+    hidden_ptr += row * new * HIDDEN + site * RANK
     b_ptr += row * stride
     # Loaded before the product, so that neither waits for the other.
     base_ptr += row * new * base_stride + before
     covered = tl.minimum(width, BASE - before)
     base = _tile(base_ptr, token, new, column, covered, base_stride, TOKENS, COLUMNS)
     base = base.to(tl.float32)
-    if MORE:
-        more_ptr += row * new * more_stride + before
-        more = _tile(more_ptr, token, new, column, covered, more_stride, TOKENS, COLUMNS)
-        base += more.to(tl.float32)
+    if RESIDUAL:
+        residual_ptr += row * new * residual_stride + before
+        residual = _tile(
+            residual_ptr, token, new, column, covered, residual_stride, TOKENS, COLUMNS
+        )
+        base += residual.to(tl.float32)
     factor = tl.full((1, COLUMNS), 1, tl.float32)
     if SCALED:
         factor = _factor(scale_ptr + before, column, width, COLUMNS)
     y = tl.zeros((TOKENS, COLUMNS), tl.float32)
     for rank in tl.range(0, RANK, STEP):
-        h = _tile(inner_ptr, token, new, rank, RANK, INNER, TOKENS, STEP)
+        h = _tile(hidden_ptr, token, new, rank, RANK, HIDDEN, TOKENS, STEP)
         b = _tile(b_ptr, rank, RANK, column, width, width, STEP, COLUMNS)
         y += product(h, b)
     y = y * factor + base
-    out_ptr, out_stride = _columns(row * new, before, sum_ptr, beside_ptr, ALL, BASE)
+    out_ptr, out_stride = _columns(row * new, before, sum_ptr, parallel_ptr, ALL, BASE)
     at, inside = _place(token, new, column, width, out_stride, TOKENS, COLUMNS)
     tl.store(out_ptr + at, y.to(sum_ptr.dtype.element_ty), mask=inside)
 
@@ -144,9 +146,9 @@ def _slopes(
 
 
 @triton.jit
-def _inner_gradient(
-    dy_ptr, b_ptr, scale_ptr, dinner_ptr, token, new, width, dy_stride, RANK: tl.constexpr,
-    INNER: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+def _hidden_gradient(
+    dy_ptr, b_ptr, scale_ptr, dhidden_ptr, token, new, width, dy_stride, RANK: tl.constexpr,
+    HIDDEN: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
     """dh of one site for a tile of tokens."""
@@ -158,14 +160,14 @@ def _inner_gradient(
             )
             b = _tile(b_ptr, rank, RANK, column, width, width, STEP, COLUMNS)
             dh += product(dy, tl.trans(b))
-        at, inside = _place(token, new, rank, RANK, INNER, TOKENS, STEP)
-        tl.store(dinner_ptr + at, dh.to(dinner_ptr.dtype.element_ty), mask=inside)
+        at, inside = _place(token, new, rank, RANK, HIDDEN, TOKENS, STEP)
+        tl.store(dhidden_ptr + at, dh.to(dhidden_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _factor_gradient(
-    dy_ptr, inner_ptr, scale_ptr, db_ptr, new, column, width, dy_stride, RANK: tl.constexpr,
-    INNER: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    dy_ptr, hidden_ptr, scale_ptr, db_ptr, new, column, width, dy_stride, RANK: tl.constexpr,
+    HIDDEN: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
     """dB for a tile of one site's columns."""
@@ -175,7 +177,7 @@ def _factor_gradient(
             dy = _slopes(
                 dy_ptr, scale_ptr, token, new, column, width, dy_stride, SCALED, TOKENS, COLUMNS
             )
-            h = _tile(inner_ptr, token, new, rank, RANK, INNER, TOKENS, STEP)
+            h = _tile(hidden_ptr, token, new, rank, RANK, HIDDEN, TOKENS, STEP)
             db += product(tl.trans(h), dy)
         at, inside = _place(rank, RANK, column, width, width, STEP, COLUMNS)
         tl.store(db_ptr + at, db.to(db_ptr.dtype.element_ty), mask=inside)
@@ -183,7 +185,7 @@ def _factor_gradient(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def low_rank_backward_kernel(
-    dsum_ptr, dbeside_ptr, inner_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, scale_ptr, dinner_ptr,
+    dsum_ptr, dparallel_ptr, hidden_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, scale_ptr, dhidden_ptr,
     db0_ptr, db1_ptr, db2_ptr, db3_ptr, new, stride0, stride1, stride2, stride3,
     WIDTHS: tl.constexpr, RANK: tl.constexpr, ALL: tl.constexpr, BASE: tl.constexpr,
     SCALED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -191,30 +193,30 @@ def low_rank_backward_kernel(
     """First, as they take longest, dh of every site and tile of tokens; then tiles of dB."""
     program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     COUNT: tl.constexpr = len(WIDTHS)
-    INNER: tl.constexpr = COUNT * RANK
-    inner = COUNT * tl.cdiv(new, TOKENS)
-    inner_ptr += row * new * INNER
-    dinner_ptr += row * new * INNER
-    if program < inner:
+    HIDDEN: tl.constexpr = COUNT * RANK
+    hidden = COUNT * tl.cdiv(new, TOKENS)
+    hidden_ptr += row * new * HIDDEN
+    dhidden_ptr += row * new * HIDDEN
+    if program < hidden:
         site, before, width, b_ptr, stride, _column = _site(
             program % COUNT, b0_ptr, b1_ptr, b2_ptr, b3_ptr, stride0, stride1, stride2, stride3,
             WIDTHS, WHOLE,
         )  # fmt: skip
-        dy_ptr, dy_stride = _columns(row * new, before, dsum_ptr, dbeside_ptr, ALL, BASE)
-        _inner_gradient(
+        dy_ptr, dy_stride = _columns(row * new, before, dsum_ptr, dparallel_ptr, ALL, BASE)
+        _hidden_gradient(
             dy_ptr, b_ptr + row * stride, scale_ptr + before if SCALED else scale_ptr,
-            dinner_ptr + site * RANK, program // COUNT * TOKENS, new, width, dy_stride, RANK, INNER,
-            SCALED, TOKENS, COLUMNS, STEP,
+            dhidden_ptr + site * RANK, program // COUNT * TOKENS, new, width, dy_stride, RANK,
+            HIDDEN, SCALED, TOKENS, COLUMNS, STEP,
         )  # fmt: skip
     else:
         site, before, width, db_ptr, _stride, column = _site(
-            program - inner, db0_ptr, db1_ptr, db2_ptr, db3_ptr, 0, 0, 0, 0, WIDTHS, COLUMNS
+            program - hidden, db0_ptr, db1_ptr, db2_ptr, db3_ptr, 0, 0, 0, 0, WIDTHS, COLUMNS
         )
-        dy_ptr, dy_stride = _columns(row * new, before, dsum_ptr, dbeside_ptr, ALL, BASE)
+        dy_ptr, dy_stride = _columns(row * new, before, dsum_ptr, dparallel_ptr, ALL, BASE)
         _factor_gradient(
-            dy_ptr, inner_ptr + site * RANK, scale_ptr + before if SCALED else scale_ptr,
-            db_ptr + row * RANK * width, new, column, width, dy_stride, RANK, INNER, SCALED, TOKENS,
-            COLUMNS, STEP,
+            dy_ptr, hidden_ptr + site * RANK, scale_ptr + before if SCALED else scale_ptr,
+            db_ptr + row * RANK * width, new, column, width, dy_stride, RANK, HIDDEN, SCALED,
+            TOKENS, COLUMNS, STEP,
         )  # fmt: skip
 
 
@@ -243,83 +245,84 @@ def plan(new: int, rank: int, widths: Sequence[int]) -> dict[str, Any]:
 
 @operation("low_rank_sum")
 def low_rank_sum(
-    inner: Tensor,
+    hidden: Tensor,
     factors: Sequence[Tensor],
     base: Tensor,
     scale: Tensor | None,
-    more: Tensor | None,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """sum (R·n, C₀) and beside (R·n, C − C₀) in the dtype of inner, C all outputs of the sites.
+    """sum (R·n, C₀) and parallel (R·n, C − C₀) in the dtype of hidden, C all outputs of the sites.
 
-    inner (R, n, S·r): h of the S sites side by side, for R documents of n tokens; factors: B of
-    each site, (R, r, outputs), 1 to 4 of them, views of one tensor or not; base and more (R·n, C₀),
-    rows any distance apart, C₀ the outputs of the first sites; more: None for nothing. All have one
-    dtype. scale: γ (C,), any dtype, or None; it has no gradient, as it is frozen where documents
-    have adapters.
+    hidden (R, n, S·r): h of the S sites side by side, for R documents of n tokens; factors: B of
+    each site, (R, r, outputs), 1 to 4 of them, views of one tensor or not; base and residual
+    (R·n, C₀), rows any distance apart, C₀ the outputs of the first sites; residual: None for
+    nothing. All have one dtype. scale: γ (C,), any dtype, or None; it has no gradient, as it is
+    frozen where documents have adapters.
     """
-    rows, new, columns = inner.shape
+    rows, new, columns = hidden.shape
     widths, covered = [b.shape[2] for b in factors], base.shape[1]
-    total = inner.new_empty(rows * new, covered)
-    beside = inner.new_empty(rows * new, sum(widths) - covered)
+    total = hidden.new_empty(rows * new, covered)
+    parallel = hidden.new_empty(rows * new, sum(widths) - covered)
     if rows * new == 0:
-        return total, beside
-    inner, factors = inner.contiguous(), _packed(factors)
-    (first, base_stride), (second, more_stride) = whole_rows(base), whole_rows(more)
+        return total, parallel
+    hidden, factors = hidden.contiguous(), _packed(factors)
+    (first, base_stride), (second, residual_stride) = whole_rows(base), whole_rows(residual)
     cut = plan(new, columns // len(factors), widths)
     low_rank_kernel[_tiles(widths, COLUMNS), triton.cdiv(new, cut["TOKENS"]), rows](
-        inner, *_padded(factors), first, second, scale, total, beside, new,
-        *_padded([b.stride(0) for b in factors]), base_stride, more_stride, BASE=covered,
-        MORE=more is not None, SCALED=scale is not None, **cut,
+        hidden, *_padded(factors), first, second, scale, total, parallel, new,
+        *_padded([b.stride(0) for b in factors]), base_stride, residual_stride, BASE=covered,
+        RESIDUAL=residual is not None, SCALED=scale is not None, **cut,
     )  # fmt: skip
-    return total, beside
+    return total, parallel
 
 
 @low_rank_sum.register_fake
 def _(
-    inner: Tensor, factors: Sequence[Tensor], base: Tensor, *_others: Any
+    hidden: Tensor, factors: Sequence[Tensor], base: Tensor, *_others: Any
 ) -> tuple[Tensor, Tensor]:
-    tokens, rest = inner.shape[0] * inner.shape[1], sum(b.shape[2] for b in factors) - base.shape[1]
-    return inner.new_empty(tokens, base.shape[1]), inner.new_empty(tokens, rest)
+    tokens = hidden.shape[0] * hidden.shape[1]
+    rest = sum(b.shape[2] for b in factors) - base.shape[1]
+    return hidden.new_empty(tokens, base.shape[1]), hidden.new_empty(tokens, rest)
 
 
 @operation("low_rank_sum_backward")
 def low_rank_backward(
-    dsum: Tensor, dbeside: Tensor, inner: Tensor, factors: Sequence[Tensor], scale: Tensor | None
+    dsum: Tensor, dparallel: Tensor, hidden: Tensor, factors: Sequence[Tensor], scale: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of inner and of the factors, all contiguous."""
-    rows, new, columns = inner.shape
+    """Gradients of hidden and of the factors, all contiguous."""
+    rows, new, columns = hidden.shape
     widths = [b.shape[2] for b in factors]
-    dinner, dfactors = inner.new_empty(inner.shape), [b.new_empty(b.shape) for b in factors]
+    dhidden, dfactors = hidden.new_empty(hidden.shape), [b.new_empty(b.shape) for b in factors]
     if rows == 0:
-        return dinner, dfactors
-    dsum, dbeside, inner = (x.contiguous() for x in (dsum, dbeside, inner))
+        return dhidden, dfactors
+    dsum, dparallel, hidden = (x.contiguous() for x in (dsum, dparallel, hidden))
     factors = _packed(factors)
     cut = plan(new, columns // len(factors), widths)
     programs = len(factors) * triton.cdiv(new, cut["TOKENS"]) + _tiles(widths, COLUMNS)
     low_rank_backward_kernel[programs, rows](
-        dsum, dbeside, inner, *_padded(factors), scale, dinner, *_padded(dfactors), new,
+        dsum, dparallel, hidden, *_padded(factors), scale, dhidden, *_padded(dfactors), new,
         *_padded([b.stride(0) for b in factors]), BASE=dsum.shape[1], SCALED=scale is not None,
         **cut,
     )  # fmt: skip
-    return dinner, dfactors
+    return dhidden, dfactors
 
 
 @low_rank_backward.register_fake
 def _(
-    dsum: Tensor, dbeside: Tensor, inner: Tensor, factors: Sequence[Tensor], scale: Tensor | None
+    dsum: Tensor, dparallel: Tensor, hidden: Tensor, factors: Sequence[Tensor], scale: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    return inner.new_empty(inner.shape), [b.new_empty(b.shape) for b in factors]
+    return hidden.new_empty(hidden.shape), [b.new_empty(b.shape) for b in factors]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    inner, factors, _base, scale, more = inputs
-    ctx.two = more is not None
-    ctx.save_for_backward(inner, scale, *factors)
+    hidden, factors, _base, scale, residual = inputs
+    ctx.two = residual is not None
+    ctx.save_for_backward(hidden, scale, *factors)
 
 
-def _backward(ctx: Any, dsum: Tensor, dbeside: Tensor) -> tuple[Any, ...]:
-    inner, scale, *factors = ctx.saved_tensors
-    gradients = low_rank_backward(dsum, dbeside, inner, factors, scale)
+def _backward(ctx: Any, dsum: Tensor, dparallel: Tensor) -> tuple[Any, ...]:
+    hidden, scale, *factors = ctx.saved_tensors
+    gradients = low_rank_backward(dsum, dparallel, hidden, factors, scale)
     return *gradients, dsum, None, dsum if ctx.two else None
 
 

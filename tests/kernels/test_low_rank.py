@@ -35,9 +35,9 @@ pytestmark = pytest.mark.usefixtures("bf16_as_in_hardware")
 
 
 def inputs(shape, base="some", scaled=True, dtype=torch.float32, two=False):
-    """inner, base, γ, more, and the leaf of which the factors are views.
+    """hidden, base, γ, residual, and the leaf of which the factors are views.
 
-    What lies before the factors and beside base must not matter.
+    What lies before the factors and next to base must not matter.
     """
     rows, new, rank, widths = shape
     generator = torch.Generator().manual_seed(0)
@@ -45,14 +45,14 @@ def inputs(shape, base="some", scaled=True, dtype=torch.float32, two=False):
     def random(*size):
         return torch.randn(size, generator=generator).to(DEVICE, dtype)
 
-    inner = random(rows, new, len(widths) * rank).requires_grad_()
+    hidden = random(rows, new, len(widths) * rank).requires_grad_()
     covered = {"some": widths[0], "all": sum(widths)}[base]
     wider, leaf = random(rows * new, covered + 3), random(rows, 5 + rank * sum(widths))
     wider[:, 0] = wider[:, -2:] = leaf[:, :5] = float("nan")
-    beside = wider[:, 1:-2].requires_grad_()
+    base = wider[:, 1:-2].requires_grad_()
     scale = random(sum(widths)).float() if scaled else None
-    more = random(rows * new, covered).requires_grad_() if two else None
-    return inner, beside, scale, more, leaf.requires_grad_(), widths
+    residual = random(rows * new, covered).requires_grad_() if two else None
+    return hidden, base, scale, residual, leaf.requires_grad_(), widths
 
 
 def views(leaf, rank, widths):
@@ -61,26 +61,29 @@ def views(leaf, rank, widths):
     return [part.unflatten(1, (rank, -1)) for part in parts]
 
 
-def kernel(inner, base, scale, more, leaf, widths):
-    factors = views(leaf, inner.shape[2] // len(widths), widths)
-    return torch.cat(low_rank.low_rank_sum(inner, factors, base, scale, more), 1)
+def kernel(hidden, base, scale, residual, leaf, widths):
+    factors = views(leaf, hidden.shape[2] // len(widths), widths)
+    return torch.cat(low_rank.low_rank_sum(hidden, factors, base, scale, residual), 1)
 
 
-def reference(inner, base, scale, more, leaf, widths):
-    factors = views(leaf, inner.shape[2] // len(widths), widths)
-    parts = zip(inner.chunk(len(widths), -1), factors, strict=True)
+def reference(hidden, base, scale, residual, leaf, widths):
+    factors = views(leaf, hidden.shape[2] // len(widths), widths)
+    parts = zip(hidden.chunk(len(widths), -1), factors, strict=True)
     y = torch.cat([torch.bmm(h, b) for h, b in parts], -1).flatten(0, 1)
     y = y if scale is None else y * scale.to(y)
-    base = base if more is None else base + more
+    base = base if residual is None else base + residual
     return y + F.pad(base, (0, y.shape[1] - base.shape[1]))
 
 
 def results(function, *arguments):
-    """y and the gradients of inner, the leaf and base."""
-    inner, base, _, more, leaf, _ = arguments
+    """y and the gradients of hidden, the leaf and base."""
+    hidden, base, _, residual, leaf, _ = arguments
     y = function(*arguments)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-    return [y, *torch.autograd.grad(y, [x for x in (inner, leaf, base, more) if x is not None], dy)]
+    return [
+        y,
+        *torch.autograd.grad(y, [x for x in (hidden, leaf, base, residual) if x is not None], dy),
+    ]
 
 
 def assert_equal(found, expected):
@@ -96,7 +99,7 @@ def test_results_and_gradients_equal_the_reference(shape):
 
 @pytest.mark.parametrize("base", ["some", "all"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
-@pytest.mark.parametrize("two", [False, True], ids=["base", "base and more"])
+@pytest.mark.parametrize("two", [False, True], ids=["base", "base and residual"])
 def test_some_or_all_sites_have_a_base_and_a_scale_or_not(base, scaled, two):
     arguments = inputs(SMALL, base, scaled, two=two)
     assert_equal(results(kernel, *arguments), results(reference, *arguments))
@@ -121,34 +124,34 @@ def test_bf16_is_as_exact_as_bf16_can_be(shape):
 
 
 def test_factors_and_gradients_may_have_any_layout():
-    inner, base, scale, more, leaf, widths = inputs(SMALL, two=True)
+    hidden, base, scale, residual, leaf, widths = inputs(SMALL, two=True)
     factors = [b.detach() for b in views(leaf, 12, widths)]
     turned = [b.mT.contiguous().mT for b in factors]
-    expected = low_rank.low_rank_sum(inner, factors, base, scale, more)
-    columns = base.T.contiguous().T, scale, more.T.contiguous().T
-    found = low_rank.low_rank_sum(inner, turned, *columns)
+    expected = low_rank.low_rank_sum(hidden, factors, base, scale, residual)
+    columns = base.T.contiguous().T, scale, residual.T.contiguous().T
+    found = low_rank.low_rank_sum(hidden, turned, *columns)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     ones = [torch.ones_like(x) for x in expected]
-    alike = low_rank.low_rank_backward(*ones, inner, factors, scale)
+    alike = low_rank.low_rank_backward(*ones, hidden, factors, scale)
     ones = [torch.ones(1, 1, device=DEVICE).expand_as(x) for x in expected]
-    dinner, dfactors = low_rank.low_rank_backward(*ones, inner, turned, scale)
-    for a, b in zip((dinner, *dfactors), (alike[0], *alike[1]), strict=True):
+    dhidden, dfactors = low_rank.low_rank_backward(*ones, hidden, turned, scale)
+    for a, b in zip((dhidden, *dfactors), (alike[0], *alike[1]), strict=True):
         assert a.is_contiguous()
         assert torch.equal(a, b)
 
 
 def test_the_scale_is_taken_for_a_constant():
-    inner, base, scale, more, leaf, widths = inputs(SMALL, two=True)
-    y = kernel(inner, base, scale.requires_grad_(), more, leaf, widths)
+    hidden, base, scale, residual, leaf, widths = inputs(SMALL, two=True)
+    y = kernel(hidden, base, scale.requires_grad_(), residual, leaf, widths)
     assert torch.autograd.grad(y.sum(), scale, allow_unused=True) == (None,)
 
 
 def test_keeps_no_copy_of_the_factors():
     with kept_for_backward() as kept:
-        inner, base, scale, more, leaf, widths = inputs(SMALL, two=True)
-        kernel(inner, base, scale, more, leaf, widths)
+        hidden, base, scale, residual, leaf, widths = inputs(SMALL, two=True)
+        kernel(hidden, base, scale, residual, leaf, widths)
     pointers = [x.untyped_storage().data_ptr() for x in kept]
-    assert len(kept) == 2 + len(widths)  # inner, γ and the factors
+    assert len(kept) == 2 + len(widths)  # hidden, γ and the factors
     assert pointers.count(leaf.untyped_storage().data_ptr()) == len(widths)
 
 
@@ -156,12 +159,12 @@ def test_keeps_no_copy_of_the_factors():
 @pytest.mark.parametrize("base", ["some", "all"])
 def test_operations_keep_what_they_promise_the_compiler(base):
     shape, some = (3, 5, 12, (40, 24)), base == "some"
-    inner, base, scale, more, leaf, widths = inputs(shape, base, some, two=some)
+    hidden, base, scale, residual, leaf, widths = inputs(shape, base, some, two=some)
     factors = views(leaf, 12, widths)
-    torch.library.opcheck(low_rank.low_rank_sum.sealed, (inner, factors, base, scale, more))
-    inner, *factors = (x.detach() for x in (inner, *factors))
+    torch.library.opcheck(low_rank.low_rank_sum.sealed, (hidden, factors, base, scale, residual))
+    hidden, *factors = (x.detach() for x in (hidden, *factors))
     dy = torch.randn(15, sum(widths)).tensor_split([base.shape[1]], 1)
-    torch.library.opcheck(low_rank.low_rank_backward.sealed, (*dy, inner, factors, scale))
+    torch.library.opcheck(low_rank.low_rank_backward.sealed, (*dy, hidden, factors, scale))
 
 
 @pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
@@ -176,10 +179,10 @@ def test_kernels_compile_for_hopper(tmp_path):
     program = """
 from model.kernels.low_rank import *
 
-names = ["inner", "b0", "b1", "b2", "b3", "base", "more", "sum", "beside", "dsum", "dbeside"]
-names += ["dinner", "db0", "db1", "db2", "db3"]
+names = ["hidden", "b0", "b1", "b2", "b3", "base", "residual", "sum", "parallel"]
+names += ["dsum", "dparallel", "dhidden", "db0", "db1", "db2", "db3"]
 types = {f"{name}_ptr": "*bf16" for name in names} | {"scale_ptr": "*fp32"}
-numbers = ["new", "stride0", "stride1", "stride2", "stride3", "base_stride", "more_stride"]
+numbers = ["new", "stride0", "stride1", "stride2", "stride3", "base_stride", "residual_stride"]
 types |= dict.fromkeys(numbers, "i32")
 four = (512, 256, 256, 512)
 for new, widths in ((16, (512,)), (64, four), (128, four)):
@@ -187,7 +190,7 @@ for new, widths in ((16, (512,)), (64, four), (128, four)):
         constants = plan(new, 96, widths)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
         constants |= {"SCALED": scaled} if scaled else {"SCALED": scaled, "scale_ptr": None}
-        constants |= {"BASE": 512, "MORE": True}
+        constants |= {"BASE": 512, "RESIDUAL": True}
         for kernel in (low_rank_kernel, low_rank_backward_kernel):
             present = {n: t for n, t in types.items() if n in kernel.arg_names}
             present = {n: t for n, t in present.items() if n not in constants}
