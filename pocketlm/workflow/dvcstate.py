@@ -80,9 +80,9 @@ def sync(params: Params) -> None:
     if any(Path(".snakemake/locks").glob("*.lock")):
         print(LOCKED, file=sys.stderr)
         return
-    status = _status()
-    stale = {stage for stage, causes in status.items() if causes - {"deleted", "not in cache"}}
-    absent = [stage for stage in status if stage not in stale and "not in cache" in status[stage]]
+    causes = {stage: set().union(*map(_causes, changes)) for stage, changes in status().items()}
+    stale = {stage for stage, found in causes.items() if found - {"deleted", "not in cache"}}
+    absent = [stage for stage in causes if stage not in stale and "not in cache" in causes[stage]]
     if absent:
         print(ABSENT.format(", ".join(absent)), file=sys.stderr)
     for name, stage in stages().items():
@@ -111,23 +111,23 @@ def _source_files(path: Path) -> list[str]:
     return sorted(str(file) for file in files if "__pycache__" not in file.parts)
 
 
-def _status() -> dict[str, set[str]]:
+def status() -> dict[str, list[Any]]:
     """How stages (`train@0`) differ from dvc.lock, in DVC's words ("modified", "deleted", …).
 
+    A change is a sentence, or a mapping from "changed deps" or "changed outs" to files and words.
     What is merely absent, "deleted" or "not in cache", is no reason to call a stage stale: a clone
-    need not hold all of its data.
+    need not hold all of its data. Raises InputError if DVC cannot read its own files.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
         with Repo(_wait_for_lock=True) as repo:
-            status = repo.status()
+            return repo.status()
     except DvcException as error:
         raise InputError(
             f"dvc status: {error}", "make `dvc status` work, then run again"
         ) from error
-    return {stage: set().union(*map(_causes, changes)) for stage, changes in status.items()}
 
 
 def _causes(change: Any) -> set[str]:

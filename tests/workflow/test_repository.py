@@ -122,7 +122,7 @@ def test_commands_that_files_and_messages_name_exist() -> None:
     listing = ["git", "ls-files", "*.py", "*.md", "*.yaml", "Makefile", ".dvc/config"]
     names = subprocess.run(listing, capture_output=True, check=True, text=True).stdout.split()
     texts = "\n".join(Path(name).read_text() for name in names)
-    assert {"preset", "sweep", "readme"} <= set(COMMANDS)
+    assert {"preset", "sweep", "readme", "accept"} <= set(COMMANDS)
     quoted = re.findall(r"""[`"']pocketlm ([a-z][^`"'{\n]*)[`"']""", texts)
     assert len(quoted) > 5
     for command in quoted:

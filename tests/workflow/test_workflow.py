@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SNAKEMAKE = ["snakemake", "report", "--cores", "2", "--resources", "gpu=2"]
 ENGINES = {"snakemake": SNAKEMAKE, "dvc": ["dvc", "repro"]}
+ACCEPT = [str(BIN / "python"), "-m", "pocketlm", "accept"]
 TTT = ["ttt_eval@0", "ttt_eval@1"]
 REPORT = ["report"]
 EVALUATE = ["evaluate@0", "evaluate@1"]
@@ -58,6 +59,12 @@ _sampling_noise = sampling_noise
 
 def sampling_noise(seed, *rest):
     return _sampling_noise(seed + 1, *rest)
+"""
+
+HALF_THE_RATE = """
+
+_multiplier = Schedule.multiplier
+Schedule.multiplier = lambda self, *given: 0.5 * _multiplier(self, *given)
 """
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(600)]
@@ -357,6 +364,42 @@ def test_row_12_how_a_run_is_executed(checkout: Checkout, engine: list[str]) -> 
     for key, value in (("processes", 2), ("log_every", 3), ("save_every_seconds", 5.0)):
         checkout.set(f"execution.{key}", value)
     assert checkout.steps_run_by(*engine) == []
+
+
+def test_row_13_accept_an_edit_that_changes_nothing(checkout: Checkout, engine: list[str]) -> None:
+    checkout.append("model/training/trainer.py", "# edited\n")
+    said = checkout.run(*ACCEPT, "train")
+    for seed in (0, 1):
+        assert f"train@{seed}: equal: losses of the first 4 optimizer steps" in said
+    assert checkout.steps_run_by(*engine) == REPORT  # which counts the code that is shipped
+    assert "up to date" in checkout.run("dvc", "status")
+
+
+def test_every_stage_can_be_accepted(checkout: Checkout) -> None:
+    before = checkout.results()
+    for file in ("data/packing", "data/shards", "quantization/gptq", "ttt/loop", "artifact/format"):
+        checkout.append(f"model/{file}.py", "# edited\n")
+    for stage in ("tokenize", "train", "quantize", "evaluate", "ttt_eval"):
+        said = checkout.run(*ACCEPT, stage)
+        assert f"{stage}@1: equal: " in said or "tokenize: equal: " in said
+    assert checkout.run("dvc", "status").count("changed deps") == 1  # of the report
+    changed = {name for name, content in checkout.results().items() if content != before[name]}
+    assert changed == {str(checkout.path / "dvc.lock")}
+
+
+def test_what_changes_results_is_not_accepted(checkout: Checkout) -> None:
+    before = checkout.results()
+    checkout.append("model/training/schedule.py", HALF_THE_RATE)
+    checkout.append("model/ttt/loop.py", "def ttt_losses(model, *rest):\n    return []\n")
+    said = checkout.run(*ACCEPT, "train@1", succeeds=False)
+    assert "error: train@1: other results than those stored: loss of step 2: " in said
+    assert "in logs/train/seed1.jsonl" in said
+    assert "its program failed" in checkout.run(*ACCEPT, "ttt_eval", succeeds=False)
+    checkout.set("train.ema_decay", "0.5")  # shows only after the steps that are compared
+    said = checkout.run(*ACCEPT, "train", succeeds=False)
+    assert "train@0: not only code was changed: train.ema_decay is 0.5, was 0.997" in said
+    assert "train@7: no such stage" in checkout.run(*ACCEPT, "train@7", succeeds=False)
+    assert checkout.results() == before
 
 
 def test_a_killed_run_can_be_continued(checkout: Checkout) -> None:
