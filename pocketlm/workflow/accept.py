@@ -103,6 +103,7 @@ def accept(name: str, steps: int | None = None) -> None:
                 "nothing was recorded; run the stage again, or take the edit back",
             )
         print(f"{trial.target}: equal: {compared}")
+        shutil.rmtree(trial.place)
     _record([trial.target for trial in trials])
     print(f"recorded as up to date: {', '.join(t.target for t in trials) or 'all was already'}")
 
