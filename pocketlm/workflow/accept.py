@@ -17,6 +17,7 @@ bytes are not compared.
 """
 
 import dataclasses
+import logging
 import os
 import platform
 import shlex
@@ -120,6 +121,7 @@ def _trials(name: str, steps: int | None) -> list[Trial]:
 def _record(targets: list[str]) -> None:
     from dvc.repo import Repo
 
+    logging.getLogger("dvc").setLevel(logging.WARNING)
     with Repo(_wait_for_lock=True) as repo:
         for target in targets:
             repo.commit(target, force=True)
