@@ -101,6 +101,8 @@ def test_the_parts_add_up_and_the_smallest_is_kept(saved):
 def test_packing_is_deterministic(saved):
     _, model, tensors, packed = saved
     assert pack(model.architecture(), tensors, ALL).content == packed.content
+    other_order = dict(reversed(model.architecture().items()))
+    assert pack(other_order, tensors, ALL).content == packed.content
 
 
 def test_the_layout_is_the_documented_one(saved):
