@@ -117,7 +117,7 @@ def _texts(call: ast.Call) -> list[str]:
 
 def _chosen_kernel(call: ast.Call, row: list[str], ops: Collection[str]) -> set[str]:
     """The module that a row `Kernel(key, module, function)` of the kernels' table names."""
-    if not isinstance(call.func, ast.Name) or call.func.id.lower() != "kernel":
+    if not isinstance(call.func, ast.Name) or call.func.id != "Kernel":
         return set()
     key, module, _ = row
     return {f"model.kernels.{module}"} if {"ops", f"ops.{key}"} & set(ops) else set()
