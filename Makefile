@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # As many workers as cores, each with whole files of tests; whole-workflow tests begin.
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: report test test-all checks setup
+.PHONY: report test test-all campaigns checks setup
 .DEFAULT_GOAL := report
 
 report: $(INSTALLED)
@@ -22,8 +22,10 @@ report: $(INSTALLED)
 test: checks
 	$(PYTEST) -m "not campaign"
 
-test-all: checks
-	$(PYTEST)
+test-all: test campaigns
+
+campaigns: $(INSTALLED)
+	$(PYTEST) -m campaign
 
 checks: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -26,6 +26,10 @@ BIN = Path(sys.executable).parent
 SNAKEMAKE = ["snakemake", "report", "--cores", "2", "--resources", "gpu=2"]
 ENGINES = {"snakemake": SNAKEMAKE, "dvc": ["dvc", "repro"]}
 ACCEPT = [str(BIN / "python"), "-m", "pocketlm", "accept"]
+# Of rows that run most stages, `make test` sees one engine and `make test-all` both.
+second_engine_in_campaign = pytest.mark.parametrize(
+    "engine", ["snakemake", pytest.param("dvc", marks=pytest.mark.campaign)], indirect=True
+)
 TTT = ["ttt_eval@0", "ttt_eval@1"]
 REPORT = ["report"]
 EVALUATE = ["evaluate@0", "evaluate@1"]
@@ -243,6 +247,7 @@ def test_row_2_a_ttt_value(checkout: Checkout, engine: list[str]) -> None:
     assert checkout.steps_run_by(*engine) == sorted([*TTT, *REPORT])
 
 
+@second_engine_in_campaign
 def test_row_3_a_train_value_and_back(checkout: Checkout, engine: list[str]) -> None:
     before = checkout.results()
     checkout.set("train.matrix_lr", "0.02")
@@ -252,6 +257,7 @@ def test_row_3_a_train_value_and_back(checkout: Checkout, engine: list[str]) -> 
     assert checkout.results() == before
 
 
+@second_engine_in_campaign
 def test_row_4_another_seed(checkout: Checkout, engine: list[str]) -> None:
     checkout.set("seeds", "[0, 1, 7]")
     expected = ["evaluate@7", "quantize@7", "report", "train@7", "ttt_eval@7"]
@@ -296,6 +302,7 @@ def test_row_8_edit_test_time_training(checkout: Checkout, engine: list[str]) ->
     assert checkout.steps_run_by(*engine) == sorted([*TTT, *REPORT])
 
 
+@second_engine_in_campaign
 def test_row_8_edit_quantization_then_the_report(checkout: Checkout, engine: list[str]) -> None:
     checkout.append("model/quantization/calibration_text.py", OTHER_CALIBRATION)
     assert checkout.steps_run_by(*engine) == FROM_QUANTIZE
@@ -303,6 +310,7 @@ def test_row_8_edit_quantization_then_the_report(checkout: Checkout, engine: lis
     assert checkout.steps_run_by(*engine) == REPORT
 
 
+@second_engine_in_campaign
 def test_row_8_edit_the_model(checkout: Checkout, engine: list[str]) -> None:
     checkout.append("model/network/gpt.py", "# edited\n")
     assert checkout.steps_run_by(*engine) == FROM_TRAIN
