@@ -1,16 +1,16 @@
-"""Attention of a chunk of new tokens to a ring of kept keys and values, without copies (Triton).
+"""Attention of a chunk of new tokens to cached keys and values, without copies (Triton).
 
     s_ij = q_i·k_j / sqrt(d),  y_i = Σ_j exp(s_ij − lse_i) v_j,  lse_i = log Σ_j exp s_ij
 
-over the filled slots of the ring, which every new token sees, and the new tokens up to i. How many
-slots are filled is a number on the device: neither shapes nor launches depend on it. The query
-heads that share a key/value head are further rows of one tile (grouped-query packing), so that
-each key and value is read once for all of them; the softmax runs along with the keys (Milakov and
-Gimelshein 2018; Dao et al. 2022) in fp32.
+over the filled slots of the ring-buffer cache, which every new token sees, and the new tokens up to
+i. How many slots are filled is a number on the device: neither shapes nor launches depend on it.
+The query heads that share a key/value head are further rows of one tile (grouped-query packing), so
+that each key and value is read once for all of them; the softmax runs along with the keys (Milakov
+and Gimelshein 2018; Dao et al. 2022) in fp32.
 
     backward    p = exp(s − lse),  dp = dy vᵀ,  ds = p ⊙ (dp − rowsum(dy ⊙ y))
                 dq = ds k / sqrt(d)  over all keys
-                dk = dsᵀ q / sqrt(d),  dv = pᵀ dy  of the new tokens alone, as the ring is constant
+                dk = dsᵀ q / sqrt(d),  dv = pᵀ dy  of the new tokens alone
 
 Exclusive attention (`model.network.attention`) is the last step, with v the token's own value:
 
@@ -110,8 +110,8 @@ def normalized(largest, total, y):
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def cached_attention_kernel(
-    q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, y_ptr, lse_ptr, share_ptr, parts,
-    new, q_stride, k_stride, v_stride, ring_stride, size, scale, HEADS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cached_k_ptr, cached_v_ptr, filled_ptr, y_ptr, lse_ptr, share_ptr, parts,
+    new, q_stride, k_stride, v_stride, cached_stride, size, scale, HEADS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, WHOLE: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
@@ -129,10 +129,10 @@ def cached_attention_kernel(
     total, y = tl.zeros((TILE,), tl.float32), tl.zeros((TILE, WIDTH), tl.float32)
 
     first, end = _slots(tl.load(filled_ptr).to(tl.int32), part, parts, KEYS)
-    ring = row * ring_stride + head * D
+    cached = row * cached_stride + head * D
     for slot in tl.range(first, end, KEYS):
-        k = _rows(ring_k_ptr + ring, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
-        v = _rows(ring_v_ptr + ring, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
+        k = _rows(cached_k_ptr + cached, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
+        v = _rows(cached_v_ptr + cached, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
         seen = (slot + tl.arange(0, KEYS) < end)[None, :]
         largest, total, y = absorb(q, k, v, seen, scale, largest, total, y)
     k_ptr += row * new * k_stride + head * D
@@ -226,7 +226,7 @@ def _query_side(
 
 @triton.jit
 def _query_gradient(
-    dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, z_ptr, lse_ptr, share_ptr,
+    dz_ptr, q_ptr, k_ptr, v_ptr, cached_k_ptr, cached_v_ptr, filled_ptr, z_ptr, lse_ptr, share_ptr,
     dq_ptr, tile, part, parts, new, q_stride, k_stride, v_stride, scale, HEADS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, EXCLUSIVE: tl.constexpr,
@@ -243,8 +243,8 @@ def _query_gradient(
     dq = tl.zeros((TILE, WIDTH), tl.float32)
     first, end = _slots(tl.load(filled_ptr).to(tl.int32), part, parts, KEYS)
     for slot in tl.range(first, end, KEYS):
-        k = _rows(ring_k_ptr, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
-        v = _rows(ring_v_ptr, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
+        k = _rows(cached_k_ptr, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
+        v = _rows(cached_v_ptr, slot, end, KV_HEADS * D, KEYS, D, WIDTH)
         seen = (slot + tl.arange(0, KEYS) < end)[None, :]
         _p, ds = _slopes(q, k, v, dy, lse, delta, seen, scale)
         dq += product(ds.to(k.dtype), k)
@@ -291,8 +291,8 @@ def _key_gradient(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def cached_attention_backward_kernel(
-    dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, filled_ptr, z_ptr, lse_ptr, share_ptr,
-    dq_ptr, dk_ptr, dv_ptr, parts, new, q_stride, k_stride, v_stride, ring_stride, size, scale,
+    dz_ptr, q_ptr, k_ptr, v_ptr, cached_k_ptr, cached_v_ptr, filled_ptr, z_ptr, lse_ptr, share_ptr,
+    dq_ptr, dk_ptr, dv_ptr, parts, new, q_stride, k_stride, v_stride, cached_stride, size, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     TILE: tl.constexpr, KEYS: tl.constexpr, NEW_KEYS: tl.constexpr, EXCLUSIVE: tl.constexpr,
 ):  # fmt: skip
@@ -309,11 +309,11 @@ def cached_attention_backward_kernel(
     k_ptr += row * new * k_stride + head * D
     v_ptr += row * new * v_stride + head * D
     if part < parts:
-        ring = row * ring_stride + head * D
+        cached = row * cached_stride + head * D
         _query_gradient(
-            dz_ptr, q_ptr, k_ptr, v_ptr, ring_k_ptr + ring, ring_v_ptr + ring, filled_ptr, z_ptr,
-            lse_ptr, share_ptr, dq_ptr + (part.to(tl.int64) * size + base) * D, tile, part, parts,
-            new, q_stride, k_stride, v_stride, scale, HEADS, GROUP, D, WIDTH, TILE, KEYS,
+            dz_ptr, q_ptr, k_ptr, v_ptr, cached_k_ptr + cached, cached_v_ptr + cached, filled_ptr,
+            z_ptr, lse_ptr, share_ptr, dq_ptr + (part.to(tl.int64) * size + base) * D, tile, part,
+            parts, new, q_stride, k_stride, v_stride, scale, HEADS, GROUP, D, WIDTH, TILE, KEYS,
             EXCLUSIVE,
         )  # fmt: skip
     elif tile * NEW_KEYS < new:
@@ -358,11 +358,11 @@ def packed_rows(x: Tensor) -> Tensor:
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, ring: Tensor, exclusive: bool
+    q: Tensor, k: Tensor, v: Tensor, cached: Tensor, exclusive: bool
 ) -> tuple[Plan, list[int | float], dict[str, int | bool]]:
     """The plan of a call, and the numbers and constants that both kernels take."""
     rows, new, heads, width = q.shape
-    _, capacity, kv_heads, _ = ring.shape
+    _, capacity, kv_heads, _ = cached.shape
     group = heads // kv_heads
     cut = plan(rows, new, group, kv_heads, capacity, multiprocessors(q.device, INTERPRETED))
     size, scale = rows * new * heads, width**-0.5
@@ -372,7 +372,7 @@ def _launch(
         "KEYS": KEYS, "EXCLUSIVE": exclusive, "num_warps": WARPS,
         "num_stages": STAGES,
     }  # fmt: skip
-    strides = [*map(token_stride, (q, k, v)), ring.stride(0)]
+    strides = [*map(token_stride, (q, k, v)), cached.stride(0)]
     return cut, [cut.parts, new, *strides, size, scale], constants
 
 
@@ -382,31 +382,31 @@ def joining(most_parts: int, width: int) -> dict[str, int]:
     return {"PADDED": padded, "D": width, "WIDTH": triton.next_power_of_2(width), "num_warps": 1}
 
 
-def _joining(ring: Tensor) -> dict[str, int]:
-    """`joining` for any number of parts that a ring is cut into."""
-    return joining(ring.shape[1] // SMALLEST_PART + 1, ring.shape[3])
+def _joining(cached: Tensor) -> dict[str, int]:
+    """`joining` for any number of parts that a cache is cut into."""
+    return joining(cached.shape[1] // SMALLEST_PART + 1, cached.shape[3])
 
 
 @operation("chunk_attention")
 def chunk_attention(
-    q: Tensor, k: Tensor, v: Tensor, ring_keys: Tensor, ring_values: Tensor, filled: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, cached_keys: Tensor, cached_values: Tensor, filled: Tensor,
     exclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """z (rows, new, heads, d) in the dtype of q; lse and c, fp32 (rows, new, heads).
 
-    q (rows, new, heads, d), k and v (rows, new, kv_heads, d); the ring's keys and values (rows,
+    q (rows, new, heads, d), k and v (rows, new, kv_heads, d); the cached keys and values (rows,
     capacity, kv_heads, d), the same cut of two tensors of one layout, whose first `filled` slots,
     int64 (), hold something. One dtype but for `filled`. exclusive: z is y without its own value;
-    else it is y, and c is 0. q, k and v have gradients, the ring none.
+    else it is y, and c is 0. q, k and v have gradients, what is cached none.
     """
     q, k, v = map(packed_rows, (q, k, v))
     z = q.new_empty(q.shape)
     lse, share = (q.new_empty(q.shape[:-1], dtype=torch.float32) for _ in range(2))
     if q.numel() == 0:
         return z, lse, share
-    cut, numbers, constants = _launch(q, k, v, ring_keys, exclusive)
+    cut, numbers, constants = _launch(q, k, v, cached_keys, exclusive)
     grid = (cut.tiles, cut.parts, q.shape[0] * k.shape[2])
-    operands = (q, k, v, ring_keys, ring_values, filled)
+    operands = (q, k, v, cached_keys, cached_values, filled)
     if cut.parts == 1:
         cached_attention_kernel[grid](*operands, z, lse, share, *numbers, WHOLE=True, **constants)
     else:
@@ -416,7 +416,8 @@ def chunk_attention(
         cached_attention_kernel[grid](*operands, *outputs, *numbers, WHOLE=False, **constants)
         cached_attention_combine_kernel[(lse.numel(),)](
             part_y, part_lse, v, z, lse, share, cut.parts, lse.numel(), token_stride(v),
-            HEADS=q.shape[2], GROUP=constants["GROUP"], EXCLUSIVE=exclusive, **_joining(ring_keys),
+            HEADS=q.shape[2], GROUP=constants["GROUP"], EXCLUSIVE=exclusive,
+            **_joining(cached_keys),
         )  # fmt: skip
     return z, lse, share
 
@@ -429,7 +430,7 @@ def _(q: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @operation("chunk_attention_backward")
 def chunk_attention_backward(
-    dz: Tensor, q: Tensor, k: Tensor, v: Tensor, ring_keys: Tensor, ring_values: Tensor,
+    dz: Tensor, q: Tensor, k: Tensor, v: Tensor, cached_keys: Tensor, cached_values: Tensor,
     filled: Tensor, z: Tensor, lse: Tensor, share: Tensor, exclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv from dz; the other arguments and z, lse, c as in the forward pass."""
@@ -437,15 +438,15 @@ def chunk_attention_backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if q.numel() == 0:
         return dq, dk, dv
-    cut, numbers, constants = _launch(q, k, v, ring_keys, exclusive)
+    cut, numbers, constants = _launch(q, k, v, cached_keys, exclusive)
     part_dq = dq if cut.parts == 1 else lse.new_empty((cut.parts, *dq.shape))
     cached_attention_backward_kernel[cut.tiles, cut.parts + 1, q.shape[0] * k.shape[2]](
-        dz, q, k, v, ring_keys, ring_values, filled, z, lse, share, part_dq, dk, dv, *numbers,
+        dz, q, k, v, cached_keys, cached_values, filled, z, lse, share, part_dq, dk, dv, *numbers,
         NEW_KEYS=cut.new_keys, **constants,
     )  # fmt: skip
     if cut.parts > 1:
         cached_attention_sum_kernel[(lse.numel(),)](
-            part_dq, dq, cut.parts, lse.numel(), **_joining(ring_keys)
+            part_dq, dq, cut.parts, lse.numel(), **_joining(cached_keys)
         )  # fmt: skip
     return dq, dk, dv
 

@@ -26,24 +26,24 @@ SOME_HEADS = 4
 
 
 @triton.jit
-def _turn(cosine_ptr, sine_ptr, token, inside, column, HALF: tl.constexpr):
-    """Cosines and signed sines (tokens, columns); columns that do not turn have 1 and 0."""
+def _cos_sin(cosine_ptr, sine_ptr, token, inside, column, HALF: tl.constexpr):
+    """Cosines and signed sines (tokens, columns); columns that are not rotated have 1 and 0."""
     at = token[:, None] * HALF + (column % HALF)[None, :]
-    turning = inside[:, None] & (column < 2 * HALF)[None, :]
-    cosine = tl.load(cosine_ptr + at, mask=turning, other=1.0)
-    sine = tl.load(sine_ptr + at, mask=turning, other=0.0)
+    rotated = inside[:, None] & (column < 2 * HALF)[None, :]
+    cosine = tl.load(cosine_ptr + at, mask=rotated, other=1.0)
+    sine = tl.load(sine_ptr + at, mask=rotated, other=0.0)
     return cosine, tl.where((column < HALF)[None, :], -sine, sine)
 
 
 @triton.jit
 def _partner(column, HALF: tl.constexpr):
-    """The column that cos_sin with each column."""
+    """The column with which each column is rotated."""
     other = tl.where(column < HALF, column + HALF, column - HALF)
     return tl.where(column < 2 * HALF, other, column)
 
 
 @triton.jit
-def turn_kernel(
+def norm_rope_kernel(
     x_ptr, gain_ptr, cosine_ptr, sine_ptr, y_ptr, T, x_stride, HEADS: tl.constexpr,
     ALL: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
     EPSILON: tl.constexpr, TOKENS: tl.constexpr,
@@ -54,7 +54,7 @@ def turn_kernel(
     inside, wide = token < T, token.to(tl.int64)[:, None]
     mask = inside[:, None]
     if HALF > 0:
-        cosine, sine = _turn(cosine_ptr, sine_ptr, token, inside, column, HALF)
+        cosine, sine = _cos_sin(cosine_ptr, sine_ptr, token, inside, column, HALF)
     first = tl.program_id(1) * PART
     for head in tl.range(first, tl.minimum(first + PART, ALL)):
         row = x_ptr + wide * x_stride + head * WIDTH
@@ -69,7 +69,7 @@ def turn_kernel(
 
 
 @triton.jit
-def turn_backward_kernel(
+def norm_rope_backward_kernel(
     dy_ptr, x_ptr, gain_ptr, cosine_ptr, sine_ptr, dx_ptr, dgain_ptr, T, x_stride, dx_stride,
     HEADS: tl.constexpr, ALL: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr,
     HALF: tl.constexpr, EPSILON: tl.constexpr, TOKENS: tl.constexpr,
@@ -80,7 +80,7 @@ def turn_backward_kernel(
     inside, wide = token < T, token.to(tl.int64)[:, None]
     mask = inside[:, None]
     if HALF > 0:
-        cosine, sine = _turn(cosine_ptr, sine_ptr, token, inside, column, HALF)
+        cosine, sine = _cos_sin(cosine_ptr, sine_ptr, token, inside, column, HALF)
     first = tl.program_id(1) * PART
     for head in tl.range(first, tl.minimum(first + PART, ALL)):
         here = head * WIDTH + column[None, :]
@@ -103,15 +103,15 @@ def turn_backward_kernel(
 def prepare(
     x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, heads: int, width: int
 ) -> Tensor:
-    """Queries and keys normed, scaled and turned: x (T, all heads · width) → the same, contiguous.
+    """Queries and keys normed, scaled and rotated: x (T, all heads · width) → the same, contiguous.
 
     x: queries first, rows any distance apart; gain: fp32 (heads,); cosines, sines: fp32
-    (T, 1, half the columns that turn).
+    (T, 1, half the columns that are rotated).
     """
     tokens, columns = x.shape
     y = x.new_empty(tokens, columns)
     grid, sizes = _launch(x, cosines, heads, width)
-    turn_kernel[grid](x, gain, cosines, sines, y, tokens, x.stride(0), **sizes, num_warps=4)
+    norm_rope_kernel[grid](x, gain, cosines, sines, y, tokens, x.stride(0), **sizes, num_warps=4)
     return y
 
 
@@ -132,7 +132,7 @@ def prepare_backward(
     tokens, heads = x.shape[0], gain.numel()
     grid, sizes = _launch(x, cosines, heads, width)
     partial = gain.new_empty(grid[0], heads)
-    turn_backward_kernel[grid](
+    norm_rope_backward_kernel[grid](
         dy, x, gain, cosines, sines, dx, partial, tokens, x.stride(0), dx.stride(0), **sizes,
         num_warps=4,
     )  # fmt: skip
@@ -151,18 +151,20 @@ def _launch(
 
 
 @operation("turned")
-def turned_operation(x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, width: int) -> Tensor:
+def norm_rope_operation(
+    x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, width: int
+) -> Tensor:
     """`prepare` of x (T, heads·width), whose first columns have gains."""
     return prepare(x, gain, cosines, sines, gain.numel(), width)
 
 
-@turned_operation.register_fake
+@norm_rope_operation.register_fake
 def _(x: Tensor, *_others: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @operation("turned_backward")
-def turned_backward(
+def norm_rope_backward(
     dy: Tensor, x: Tensor, gain: Tensor, cosines: Tensor, sines: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x, contiguous, and shares of that of the gains."""
@@ -170,7 +172,7 @@ def turned_backward(
     return dx, prepare_backward(dy.contiguous(), x, gain, cosines, sines, dx, width)
 
 
-@turned_backward.register_fake
+@norm_rope_backward.register_fake
 def _(dy: Tensor, x: Tensor, gain: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     programs = (x.shape[0] + TOKENS - 1) // TOKENS
     return x.new_empty(x.shape), gain.new_empty(programs, gain.numel())
@@ -182,14 +184,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, shares = turned_backward(dy, *ctx.saved_tensors, ctx.width)
+    dx, shares = norm_rope_backward(dy, *ctx.saved_tensors, ctx.width)
     return dx, shares.sum(0) if ctx.needs_input_grad[1] else None, None, None, None
 
 
-turned_operation.register_autograd(_backward, setup_context=_save)
+norm_rope_operation.register_autograd(_backward, setup_context=_save)
 
 
 def qk_norm_rope(x: Tensor, gain: Tensor | None, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """`model.kernels.reference.qk_norm_rope` of x (T, heads, width) in one kernel each way."""
     gain = cos_sin[0].new_empty(0) if gain is None else gain
-    return turned_operation(x.flatten(1), gain, *cos_sin, x.shape[2]).view_as(x)
+    return norm_rope_operation(x.flatten(1), gain, *cos_sin, x.shape[2]).view_as(x)

@@ -1,11 +1,11 @@
 """Everything between the product with W_q, W_k, W_v and that with W_o, as one operation.
 
     projected (T, (heads + 2·kv_heads)·d): q, k and v of each token side by side
-    q, k normed, scaled, turned (`model.kernels.qk_norm_rope`); attention and exclusion
+    q, k normed, scaled, rotated (`model.kernels.qk_norm_rope`); attention and exclusion
     (`model.kernels.varlen_attention_triton`) → z (T, heads·d)
 
 The kernels read and write inside the one tensor: nothing is cut out of `projected` or joined for
-its gradient. Kept for the backward pass are projected, the turned queries and keys, z, and two
+its gradient. Kept for the backward pass are projected, the rotated queries and keys, z, and two
 scalars a head.
 """
 
@@ -26,7 +26,7 @@ def _split(x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
     return whole[:, :heads], whole[:, heads:]
 
 
-def _turning(projected: Tensor, heads: int, width: int) -> int:
+def _query_key_columns(projected: Tensor, heads: int, width: int) -> int:
     """Columns of queries and keys, which come before the values."""
     return (projected.shape[1] // width + heads) // 2 * width
 
@@ -41,15 +41,15 @@ def fused_attention(
     width: int,
     exclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z (T, heads, width), turned q and k (T, (heads + kv_heads)·width), lse and w (heads, T)."""
+    """z (T, heads, width), rotated q and k (T, (heads + kv_heads)·width), lse and w (heads, T)."""
     heads = gain.numel()
     projected = projected.contiguous()
-    turning = _turning(projected, heads, width)
-    turned = qk_norm_rope.prepare(projected[:, :turning], gain, cosines, sines, heads, width)
-    q, k = _split(turned, heads, width)
-    v = projected[:, turning:].unflatten(1, (-1, width))
+    columns = _query_key_columns(projected, heads, width)
+    rotated = qk_norm_rope.prepare(projected[:, :columns], gain, cosines, sines, heads, width)
+    q, k = _split(rotated, heads, width)
+    v = projected[:, columns:].unflatten(1, (-1, width))
     z, lse, share = attention_forward(q, k, v, tiles, exclusive)
-    return z, turned, lse, share
+    return z, rotated, lse, share
 
 
 @fused_attention.register_fake
@@ -63,11 +63,11 @@ def _(
     exclusive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, heads = projected.shape[0], gain.numel()
-    turning = _turning(projected, heads, width)
+    columns = _query_key_columns(projected, heads, width)
     z = projected.new_empty(tokens, heads, width)
     lse = projected.new_empty(heads, tokens, dtype=torch.float32)
     share = torch.empty_like(lse) if exclusive else lse.new_empty(0)
-    return z, projected.new_empty(tokens, turning), lse, share
+    return z, projected.new_empty(tokens, columns), lse, share
 
 
 @operation("fused_attention_backward")
@@ -79,21 +79,21 @@ def fused_attention_backward(
     sines: Tensor,
     tiles: Tensor,
     z: Tensor,
-    turned: Tensor,
+    rotated: Tensor,
     lse: Tensor,
     share: Tensor,
     trained: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of projected and, if it is trained, of gain (else empty)."""
     heads, width = z.shape[1:]
-    projected, turning = projected.contiguous(), turned.shape[1]
-    gradient, dturned = torch.empty_like(projected), torch.empty_like(turned)
-    dv = gradient[:, turning:].unflatten(1, (-1, width))
-    v = projected[:, turning:].unflatten(1, (-1, width))
-    gradients = (*_split(dturned, heads, width), dv)
-    attention_backward(dz, *_split(turned, heads, width), v, z, lse, share, tiles, gradients)
+    projected, columns = projected.contiguous(), rotated.shape[1]
+    gradient, drotated = torch.empty_like(projected), torch.empty_like(rotated)
+    dv = gradient[:, columns:].unflatten(1, (-1, width))
+    v = projected[:, columns:].unflatten(1, (-1, width))
+    gradients = (*_split(drotated, heads, width), dv)
+    attention_backward(dz, *_split(rotated, heads, width), v, z, lse, share, tiles, gradients)
     dgain = qk_norm_rope.prepare_backward(
-        dturned, projected[:, :turning], gain, cosines, sines, gradient[:, :turning], width
+        drotated, projected[:, :columns], gain, cosines, sines, gradient[:, :columns], width
     )
     return gradient, dgain.sum(0) if trained else gain.new_empty(0)
 

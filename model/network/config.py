@@ -20,7 +20,9 @@ class ModelConfig(Settings):
         "documents are cut here in training and evaluation", "tokens", ge=1
     )
     rope_width: int = setting("dimensions of a head that are rotated; 0 = off", "values", ge=0)
-    rope_base: float = setting("pair i turns by rope_base^(-2i/rope_width) radians per token", gt=0)
+    rope_base: float = setting(
+        "pair i is rotated by rope_base^(-2i/rope_width) radians per token", gt=0
+    )
     query_gain: float = setting("initial gain of the RMS-normed queries, learned per head", gt=0)
     exclusive_attention: bool = setting("XSA: remove the own value's direction from each head")
     bigram_buckets: int = setting("rows of the hashed bigram embedding; 0 = off", "rows", ge=0)

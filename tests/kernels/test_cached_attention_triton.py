@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from model.kernels import cached_attention_triton as ca
 
 SHAPES = [  # rows, new, heads, kv_heads, d, capacity, filled
-    pytest.param((2, 16, 4, 2, 16, 100, 0), id="empty ring"),
+    pytest.param((2, 16, 4, 2, 16, 100, 0), id="empty cache"),
     pytest.param((2, 16, 4, 2, 16, 100, 37), id="partly filled"),
     pytest.param((2, 16, 4, 2, 16, 100, 100), id="full"),
     pytest.param((3, 1, 4, 2, 16, 70, 65), id="one token"),
@@ -30,7 +30,7 @@ SHAPES = [  # rows, new, heads, kv_heads, d, capacity, filled
     pytest.param((2, 64, 4, 2, 16, 65, 40), id="two tiles of queries"),
     pytest.param((1, 100, 2, 1, 8, 10, 10), id="two tiles of new keys"),
     pytest.param((2, 5, 6, 2, 16, 20, 7), id="groups of three"),
-    pytest.param((2, 7, 2, 1, 16, 0, 0), id="no ring"),
+    pytest.param((2, 7, 2, 1, 16, 0, 0), id="no cache"),
 ]
 PARTS = pytest.mark.parametrize("parts", ["whole", "parts"])
 
@@ -45,7 +45,7 @@ def cut(monkeypatch, parts):
 
 
 def inputs(shape, dtype=torch.float32):
-    """q, k, v, the ring and how much of it is filled, and the gradient of y.
+    """q, k, v, the cache and how much of it is filled, and the gradient of y.
 
     What lies behind the filled slots must not matter.
     """
@@ -68,8 +68,8 @@ def kernel(*operands, exclusive=True):
     return ca.chunk_attention(*operands, exclusive)[0]
 
 
-def reference(q, k, v, ring_keys, ring_values, filled, exclusive=True):
-    past = (ring[:, : int(filled)] for ring in (ring_keys, ring_values))
+def reference(q, k, v, cached_keys, cached_values, filled, exclusive=True):
+    past = (ring[:, : int(filled)] for ring in (cached_keys, cached_values))
     keys, values = (torch.cat(pair, 1) for pair in zip(past, (k, v), strict=True))
     new, total = q.shape[1], keys.shape[1]
     visible = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
@@ -183,7 +183,7 @@ def test_keeps_no_copy_of_the_ring():
         ca.chunk_attention(q, k, v, keys, values, filled, True)
     pointers = {x.untyped_storage().data_ptr() for x in kept}
     assert {x.untyped_storage().data_ptr() for x in (keys, values)} <= pointers
-    assert len(kept) == 9  # q, k, v, the ring, how much is filled, z, lse, c
+    assert len(kept) == 9  # q, k, v, the cache, how much is filled, z, lse, c
 
 
 @PARTS
@@ -202,8 +202,8 @@ def test_kernels_compile_for_hopper(tmp_path):
     program = """
 from model.kernels.cached_attention_triton import *
 
-names = ["q", "k", "v", "ring_k", "ring_v", "y", "z", "dz", "dq", "dk", "dv"]
-numbers = ["parts", "new", "q_stride", "k_stride", "v_stride", "ring_stride", "size"]
+names = ["q", "k", "v", "cached_k", "cached_v", "y", "z", "dz", "dq", "dk", "dv"]
+numbers = ["parts", "new", "q_stride", "k_stride", "v_stride", "cached_stride", "size"]
 for rows, new in ((64, 1), (1, 32), (360, 64)):
     cut = plan(rows, new, group=2, kv_heads=4, capacity=2016, processors=132)
     types = {f"{name}_ptr": "*bf16" for name in names} | {"filled_ptr": "*i64"}

@@ -41,7 +41,7 @@ def frozen_norm() -> Case:
 
 def norm_rope() -> Case:
     cos_sin = [random(9, 4).cos(), random(9, 4).sin()]
-    return qk_norm_rope.turned_operation, [random(9, 64), random(2), *cos_sin, 16], [0]
+    return qk_norm_rope.norm_rope_operation, [random(9, 64), random(2), *cos_sin, 16], [0]
 
 
 def attention() -> Case:

@@ -189,7 +189,7 @@ def test_operations_keep_what_they_promise_the_compiler(exclusive):
         qkv_attention.fused_attention.sealed, (projected, gain, *cos_sin, tiles, 16, exclusive)
     )
     torch.library.opcheck(
-        qk_norm_rope.turned_operation.sealed, (projected[:, :64], gain, *cos_sin, 16)
+        qk_norm_rope.norm_rope_operation.sealed, (projected[:, :64], gain, *cos_sin, 16)
     )
     q, k, v = (torch.randn(8, n, 16, requires_grad=True) for n in (4, 2, 2))
     torch.library.opcheck(varlen_attention_triton.attention.sealed, (q, k, v, tiles, exclusive))
