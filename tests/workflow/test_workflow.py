@@ -316,6 +316,7 @@ def test_row_8_edit_the_model(checkout: Checkout, engine: list[str]) -> None:
     assert checkout.steps_run_by(*engine) == FROM_TRAIN
 
 
+@second_engine_in_campaign
 def test_row_8_given_files(checkout: Checkout, engine: list[str]) -> None:
     """A baseline and a tokenizer are noticed; what else lies in records/ is not."""
     record = checkout.path / "records/own.json"
@@ -360,6 +361,7 @@ def test_row_10_two_runs_at_once(checkout: Checkout, pair: tuple[str, str]) -> N
     assert checkout.steps_run_by(*ENGINES["dvc"]) == []
 
 
+@second_engine_in_campaign
 def test_row_11_a_value_of_the_evaluation(checkout: Checkout, engine: list[str]) -> None:
     checkout.set("evaluate.documents", "3")
     assert checkout.steps_run_by(*engine) == sorted([*EVALUATE, *TTT, *REPORT])
