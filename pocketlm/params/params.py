@@ -46,6 +46,11 @@ class Params(Settings):
     ops: OpsConfig
 
     def __post_init__(self) -> None:
+        self._check_seeds()
+        self._check_vocabulary_and_budget()
+        self._check_lengths()
+
+    def _check_seeds(self) -> None:
         require(bool(self.seeds), "seeds", "is empty", "name at least two, e.g. [0, 1, 2]")
         require(
             len(set(self.seeds)) == len(self.seeds),
@@ -59,6 +64,8 @@ class Params(Settings):
             f"{self.seeds} is one seed, but report.baseline asks for a significance test",
             "add a seed, or set report.baseline to none",
         )
+
+    def _check_vocabulary_and_budget(self) -> None:
         require(
             self.model.vocabulary == self.tokenizer.vocabulary,
             "model.vocabulary",
@@ -82,6 +89,8 @@ class Params(Settings):
             "each",
             "raise budget_bytes, or make the model smaller",
         )
+
+    def _check_lengths(self) -> None:
         per_round = self.execution.processes * self.train.tokens_per_microbatch
         require(
             self.train.tokens_per_step % per_round == 0,
