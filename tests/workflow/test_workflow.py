@@ -26,9 +26,13 @@ BIN = Path(sys.executable).parent
 SNAKEMAKE = ["snakemake", "report", "--cores", "2", "--resources", "gpu=2"]
 ENGINES = {"snakemake": SNAKEMAKE, "dvc": ["dvc", "repro"]}
 ACCEPT = [str(BIN / "python"), "-m", "pocketlm", "accept"]
-# Of rows that run most stages, `make test` sees one engine and `make test-all` both.
+# Of long rows `make test` sees one engine, the quicker where several runs follow each other, and
+# `make test-all` both.
 second_engine_in_campaign = pytest.mark.parametrize(
     "engine", ["snakemake", pytest.param("dvc", marks=pytest.mark.campaign)], indirect=True
+)
+snakemake_in_campaign = pytest.mark.parametrize(
+    "engine", [pytest.param("snakemake", marks=pytest.mark.campaign), "dvc"], indirect=True
 )
 TTT = ["ttt_eval@0", "ttt_eval@1"]
 REPORT = ["report"]
@@ -240,6 +244,7 @@ def test_row_1_dvc_then_snakemake(fresh: Checkout, tmp_path: Path) -> None:
     assert checkout.results() == before
 
 
+@second_engine_in_campaign
 def test_row_2_a_ttt_value(checkout: Checkout, engine: list[str]) -> None:
     checkout.set("ttt.lr", "5e-4")
     assert checkout.steps_run_by(*engine) == sorted([*TTT, *REPORT])
@@ -310,13 +315,13 @@ def test_row_8_edit_quantization_then_the_report(checkout: Checkout, engine: lis
     assert checkout.steps_run_by(*engine) == REPORT
 
 
-@second_engine_in_campaign
+@pytest.mark.campaign  # what a changed value of train runs, row 3, by the same way
 def test_row_8_edit_the_model(checkout: Checkout, engine: list[str]) -> None:
     checkout.append("model/network/gpt.py", "# edited\n")
     assert checkout.steps_run_by(*engine) == FROM_TRAIN
 
 
-@second_engine_in_campaign
+@snakemake_in_campaign
 def test_row_8_given_files(checkout: Checkout, engine: list[str]) -> None:
     """A baseline and a tokenizer are noticed; what else lies in records/ is not."""
     record = checkout.path / "records/own.json"
@@ -335,6 +340,7 @@ def test_row_8_given_files(checkout: Checkout, engine: list[str]) -> None:
     assert checkout.steps_run_by(*engine) == ["tokenize"]
 
 
+@second_engine_in_campaign
 def test_row_9_a_step_dies(checkout: Checkout, engine: list[str]) -> None:
     checkout.set("ttt.lr", "5e-4")
     first = checkout.steps_run_by(*engine, succeeds=False, DIE_IN="ttt_eval@1")
@@ -346,7 +352,13 @@ def test_row_9_a_step_dies(checkout: Checkout, engine: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", [("snakemake", "snakemake"), ("dvc", "dvc"), ("snakemake", "dvc")], ids="-".join
+    "pair",
+    [
+        pytest.param(("snakemake", "snakemake"), marks=pytest.mark.campaign),
+        ("dvc", "dvc"),
+        ("snakemake", "dvc"),
+    ],
+    ids="-".join,
 )
 def test_row_10_two_runs_at_once(checkout: Checkout, pair: tuple[str, str]) -> None:
     checkout.set("ttt.lr", "5e-4")
