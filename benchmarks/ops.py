@@ -114,9 +114,8 @@ def attention(bench: Bench) -> None:
         heads = (model.heads, model.kv_heads, model.kv_heads)
         return [bench.random(total, count, model.head_width) for count in heads]
 
-    flops = floors.attention_flops(model, common.causal_pairs(documents)) / len(
-        model.executed_layers
-    )
+    pairs = common.causal_pairs(documents)
+    flops = floors.attention_flops(model, pairs) / len(model.executed_layers)
     widths = model.heads + model.kv_heads
     moved = 6.0 * floors.BF16 * bench.tokens * widths * model.head_width
     large, small = inputs(bench.tokens), inputs(few.total)

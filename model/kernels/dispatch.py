@@ -8,7 +8,7 @@ cannot: shapes and dtypes that a kernel does not take are decided here, never by
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ class _Bound:
     """The functions chosen for a device; an operation without a kernel is its formula."""
 
     attention: varlen.Attention
-    kernels: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    kernels: Mapping[str, Callable[..., Any]]
 
 
 _bound: dict[str, _Bound] = {}

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from model.runtime.settings import Settings, require, setting
 
+GATE_INPUTS = 12  # values of a block's input that its output gate sees
+
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
@@ -105,8 +107,8 @@ class ModelConfig(Settings):
             "let the recurrence end before the lanes begin",
         )
         require(
-            not self.output_gate or self.width >= 12,
+            not self.output_gate or self.width >= GATE_INPUTS,
             "output_gate",
-            f"the gates see 12 values of the input, but width is {self.width}",
+            f"the gates see {GATE_INPUTS} values of the input, but width is {self.width}",
             "make the model wider, or set output_gate to false",
         )

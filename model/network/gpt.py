@@ -103,8 +103,8 @@ class GPT(nn.Module):
             for layer in range(config.layers)
         )
         self.execute(config.executed_layers)
-        half = len(config.executed_layers) // 2
-        self.skip_weights = nn.Parameter(torch.ones(half, width)) if config.skips and half else None
+        skips = sum(visit.pushes for visit in self.visits)
+        self.skip_weights = nn.Parameter(torch.ones(skips, width)) if skips else None
         self.head = TiedHead()
         self.roles = parameter_roles(name for name, _ in self.named_parameters())
         self._input: Callable[..., BlockInputs] = self._embed

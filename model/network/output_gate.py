@@ -12,7 +12,8 @@ Source: parameter-golf records of April 2026; gated attention (Qiu et al. 2025) 
 import torch
 from torch import Tensor, nn
 
-INPUTS = 12  # values of n that the gates see
+from model.network.config import GATE_INPUTS
+
 SLOPE = 0.5
 
 
@@ -21,9 +22,11 @@ class OutputGate(nn.Module):
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(heads, INPUTS))
+        self.weight = nn.Parameter(torch.zeros(heads, GATE_INPUTS))
 
     def forward(self, y: Tensor, n: Tensor) -> Tensor:
         """Gate y (T, heads·d) by n (T, width); same shape and dtype as y."""
-        gates = torch.sigmoid(SLOPE * nn.functional.linear(n[:, :INPUTS], self.weight.to(n.dtype)))
+        gates = torch.sigmoid(
+            SLOPE * nn.functional.linear(n[:, :GATE_INPUTS], self.weight.to(n.dtype))
+        )
         return (y.unflatten(1, (gates.shape[1], -1)) * gates[:, :, None]).flatten(1)

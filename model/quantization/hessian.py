@@ -82,8 +82,10 @@ def collect_hessians(
                 model(rows.flatten(), documents)
             moments.forget_input()
     widths = group.broadcast_object({name: len(total) for name, total in moments.sums.items()})
-    for name, width in widths.items():  # a process without text adds zeros
+    counts = torch.tensor([moments.counts.get(name, 0) for name in widths], device=model.device)
+    counts = group.all_reduce(counts)
+    for (name, width), count in zip(widths.items(), counts, strict=True):
+        # A process without text adds zeros.
         zeros = torch.zeros(width, width, dtype=torch.float64, device=model.device)
-        count = group.all_reduce(torch.tensor(moments.counts.get(name, 0), device=model.device))
         moments.sums[name] = group.all_reduce(moments.sums.get(name, zeros)) / count
     return moments.sums

@@ -13,10 +13,12 @@ from this, be one missing or too wide.
 import ast
 import re
 from collections.abc import Collection, Iterable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from model.runtime.files import write_bytes
 from pocketlm.workflow.dvcstate import stages
 
 PACKAGES = ("steps", "pocketlm", "model")
@@ -96,8 +98,9 @@ def update(path: Path = Path("dvc.yaml")) -> list[str]:
                 listed.insert(0, dep)
             changed.append(name)
     if changed:
-        with path.open("w", encoding="utf-8") as file:
-            editor.dump(pipeline, file)
+        text = BytesIO()
+        editor.dump(pipeline, text)
+        write_bytes(path, text.getvalue())
     return changed
 
 

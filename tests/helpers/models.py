@@ -35,14 +35,13 @@ TECHNIQUES: list[dict[str, Any]] = [
     {"layer_order": [0, 1, 2, 1, 2, 3]},
     {"parallel_from_layer": 2},
     {"output_gate": True},
+    {"layer_order": [0, 1, 2, 1, 2, 3], "parallel_from_layer": 3, "output_gate": True},
 ]
-TECHNIQUES.append({key: value for one in reversed(TECHNIQUES) for key, value in one.items()})
-TECHNIQUES[-1]["parallel_from_layer"] = 3
 
 
-def next_key(changes: dict[str, Any]) -> str:
-    """Name of a test case: the first key."""
-    return next(iter(changes), "as it is") if len(changes) < 2 else "all"
+def case_name(changes: dict[str, Any]) -> str:
+    """Name of a test case: the key that it changes, or `all`."""
+    return next(iter(changes)) if len(changes) == 1 else "all"
 
 
 def record_params(**changes: Any) -> ModelConfig:
@@ -74,6 +73,11 @@ def ttt_params(**changes: Any) -> TTTConfig:
 def train_params(**changes: Any) -> TrainConfig:
     """The train section of the record preset with `changes`."""
     return TrainConfig(**{**yaml.safe_load(RECORD.read_text())["train"], **changes})
+
+
+def random_tokens(count: int, seed: int = 1) -> torch.Tensor:
+    """Tokens for `small_model`, int64 (count,)."""
+    return torch.randint(0, SMALL["vocabulary"], (count,), generator=torch.manual_seed(seed))
 
 
 def random_documents(lengths: list[int], seed: int = 0) -> list[np.ndarray]:

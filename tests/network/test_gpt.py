@@ -5,7 +5,7 @@ from model.data.packing import Documents
 from model.kernels.reference import exclude_own_value, rotate, rotation
 from model.network.embeddings import BigramEmbedding
 from model.network.gpt import GPT
-from tests.helpers.models import SMALL, record_params, small_model
+from tests.helpers.models import SMALL, random_tokens, record_params, small_model
 
 LENGTHS = [7, 1, 20, 32, 2]
 OFF = [
@@ -20,10 +20,6 @@ OFF = [
     {"skips": False},
     {"softcap": 0.0},
 ]
-
-
-def random_tokens(count: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, SMALL["vocabulary"], (count,), generator=torch.manual_seed(seed))
 
 
 def test_record_preset_has_the_published_number_of_parameters():

@@ -19,15 +19,18 @@ from model.quantization.hessian import collect_hessians
 from model.quantization.quantize_model import solved_modules, store_model
 from model.runtime.distributed import Group
 from model.runtime.settings import ImpossibleValue
-from tests.helpers.models import SMALL, TECHNIQUES, next_key, record_params, small_model
+from tests.helpers.models import (
+    SMALL,
+    TECHNIQUES,
+    case_name,
+    random_tokens,
+    record_params,
+    small_model,
+)
 
 LENGTHS = [7, 1, 20, 32, 2]
 ALONE = Group(0, 1, torch.device("cpu"))
-each_technique = pytest.mark.parametrize("technique", TECHNIQUES, ids=next_key)
-
-
-def random_tokens(count: int) -> Tensor:
-    return torch.randint(0, SMALL["vocabulary"], (count,), generator=torch.manual_seed(1))
+each_technique = pytest.mark.parametrize("technique", TECHNIQUES, ids=case_name)
 
 
 @each_technique

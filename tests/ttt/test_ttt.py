@@ -50,7 +50,7 @@ from model.ttt.loop import Session, ttt_losses
 from model.ttt.reader import READERS
 from model.ttt.session_plan import PASS, STEP, SessionPlan, session_plan
 from model.ttt.window_mode import WindowReader
-from tests.helpers.models import TECHNIQUES, next_key, random_documents, small_model, ttt_params
+from tests.helpers.models import TECHNIQUES, case_name, random_documents, small_model, ttt_params
 from tests.helpers.processes import run_processes
 
 CPU = torch.device("cpu")
@@ -320,7 +320,7 @@ def test_batched_loop_equals_the_naive_one(
     equals_the_naive_loop(small_model(), changes)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES, ids=next_key)
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=case_name)
 @pytest.mark.parametrize(
     "changes",
     [
