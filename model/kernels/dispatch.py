@@ -247,31 +247,41 @@ def mix_residual_norm(
     mix: Tensor | None,
     scale: Tensor,
     skip: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """What a block does to its input x (T, width): returns the residual stream and its norm.
+    adapters: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a block does to its input x (T, width): the residual stream, its norm n, and nA.
 
     skip: an earlier block's output e (T, width) and weights w (width,), for x ← x + w⊙e; mix:
-    fp32 (2, width), for x ← mix₀⊙x + mix₁⊙x0; scale: fp32, 0-dimensional factor of the norm.
+    fp32 (2, width), for x ← mix₀⊙x + mix₁⊙x0; scale: fp32, 0-dimensional factor of the norm;
+    adapters: A of each document (documents, width, columns), for nA (documents, n, columns), or
+    None. The kernel takes adapters of a model whose weights are frozen.
     """
     fused = kernel("mix_residual_norm", x.device)
-    if fused is None or mix is None or x.dtype not in varlen.DTYPES:
-        return reference.mix_residual_norm(x, x0, mix, scale, skip)
-    return fused(x, x0, mix, scale, *(skip or (None, None)))
+    trained = mix is None or (adapters is not None and mix.requires_grad)
+    if fused is None or trained or x.dtype not in varlen.DTYPES:
+        return reference.mix_residual_norm(x, x0, mix, scale, skip, adapters)
+    return fused(x, x0, mix, scale, *(skip or (None, None)), adapters)
 
 
 def add_residual_norm(
-    x: Tensor, branch: Tensor, delta: Tensor | None, weight: Tensor | None, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The residual stream x (T, width) after a branch, and its norm times scale (0-dimensional).
+    x: Tensor,
+    branch: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor,
+    adapters: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The residual stream x (T, width) after a branch, its norm n times scale, and nA.
 
-    delta: what an adapter adds to the branch, times weight (width,), or None. The kernel runs where
-    there is one, as passes with adapters are made of many small operations; where not, the
-    compiler makes one of the sum and the norm.
+    delta: what an adapter adds to the branch, times weight (width,), or None; scale: fp32,
+    0-dimensional; adapters: as of `mix_residual_norm`. The kernel runs where there is a delta, as
+    passes with adapters are made of many small operations; where not, the compiler makes one of
+    the sum and the norm.
     """
     fused = kernel("add_residual_norm", x.device)
     if fused is None or delta is None or weight is None or x.dtype not in varlen.DTYPES:
-        return reference.add_residual_norm(x, branch, delta, weight, scale)
-    return fused(x, branch, delta, weight, scale)
+        return reference.add_residual_norm(x, branch, delta, weight, scale, adapters)
+    return fused(x, branch, delta, weight, scale, adapters)
 
 
 def grad_fanout(x: Tensor, readers: int) -> tuple[Tensor, ...]:

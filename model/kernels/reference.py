@@ -65,7 +65,8 @@ def mix_residual_norm(
     mix: Tensor | None,
     scale: Tensor,
     skip: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
+    adapters: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `model.kernels.dispatch.mix_residual_norm`."""
     if skip is not None:
         earlier, weight = skip
@@ -73,19 +74,33 @@ def mix_residual_norm(
     if mix is not None:
         mix = mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-    return x, rms_norm(x) * scale.to(x.dtype)
+    n = rms_norm(x) * scale.to(x.dtype)
+    return x, n, None if adapters is None else low_rank_hidden(n, adapters)
 
 
 def add_residual_norm(
-    x: Tensor, branch: Tensor, delta: Tensor | None, weight: Tensor | None, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    branch: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor,
+    adapters: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `model.kernels.dispatch.add_residual_norm`."""
     if delta is not None:
         branch = branch + (delta if weight is None else delta * weight.to(x.dtype))
     # Not a sum, of which and the product before it the compiler would make one call, for which x
     # must be copied: so the addition becomes part of the norm.
     x = torch.sub(x, branch, alpha=-1)
-    return x, rms_norm(x) * scale.to(x.dtype)
+    return mix_residual_norm(x, x, None, scale, None, adapters)
+
+
+def low_rank_hidden(x: Tensor, adapters: Tensor) -> Tensor:
+    """xA of each document: x (documents·n, width), A (documents, width, columns), of one dtype.
+
+    Returns (documents, n, columns).
+    """
+    return torch.bmm(x.unflatten(0, (adapters.shape[0], -1)), adapters)
 
 
 def low_rank_sum(

@@ -18,6 +18,10 @@ Between its two branches a block sums and norms, too: with m = 1 and the branch 
     u = x + branch + w ⊙ δ,  n = s·u/rms(u)          δ what an adapter adds to the branch
 
 and dx is the branch's gradient as well.
+
+Adapters read n, too: h = nA, with an A of its own for each document. Autograd would add the two
+gradients of n in a pass of its own over memory; here h is made with n, and its share dh·Aᵀ is added
+to dn in registers.
 """
 
 from functools import cache
@@ -29,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.custom_op import operation
-from model.kernels.reference import EPSILON
+from model.kernels.reference import EPSILON, low_rank_hidden
 from model.kernels.triton_common import multiprocessors, whole_rows
 
 ROWS, WARPS = 1, 2  # tokens of a program at a time, and what works on them
@@ -128,17 +132,23 @@ def _weight(ptr, column, here, GIVEN: tl.constexpr):
 
 @triton.jit
 def frozen_mix_backward_kernel(
-    du_ptr, dn_ptr, u_ptr, weight_ptr, mix_ptr, scale_ptr, dx_ptr, dx0_ptr, dearlier_ptr, T,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, EPSILON: tl.constexpr,
-    SKIP: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr,
+    du_ptr, dn_ptr, dn_adapters_ptr, u_ptr, weight_ptr, mix_ptr, scale_ptr, dx_ptr, dx0_ptr,
+    dearlier_ptr, T, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    EPSILON: tl.constexpr, SKIP: tl.constexpr, MIXED: tl.constexpr, APART: tl.constexpr,
+    ADAPTERS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of some tokens; APART: that of x0 is wanted, and not the same as that of x."""
+    """Gradients of some tokens.
+
+    APART: that of x0 is wanted, and not the same as that of x; ADAPTERS: they read n, too.
+    """
     column = tl.arange(0, COLUMNS)
     here = column < WIDTH
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     at, mask = token[:, None] * WIDTH + column[None, :], (token < T)[:, None] & here[None, :]
     u = tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
     dn = tl.load(dn_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if ADAPTERS:
+        dn += tl.load(dn_adapters_ptr + at, mask=mask, other=0.0).to(tl.float32)
     d = tl.load(du_ptr + at, mask=mask, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(u * u, 1) / WIDTH + EPSILON)
     u *= inverse[:, None]
@@ -166,7 +176,7 @@ def _ones(width: int, device: torch.device) -> Tensor:
 
 
 @operation("mixed_norm")
-def mix_residual_norm(
+def mixed_norm(
     x: Tensor,
     x0: Tensor,
     mix: Tensor | None,
@@ -174,11 +184,7 @@ def mix_residual_norm(
     earlier: Tensor | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """u and n, both (T, width) in the dtype of x.
-
-    x, x0, earlier: (T, width), the last one's rows any distance apart; mix: fp32 (2, width), None:
-    ones; scale: fp32, 0-dimensional; weight: fp32 (width,), given if earlier is.
-    """
+    """u and n, see `mix_residual_norm`."""
     x, x0 = x.contiguous(), x0.contiguous()
     mix = _ones(x.shape[1], x.device) if mix is None else mix
     earlier, stride = whole_rows(earlier)
@@ -191,7 +197,7 @@ def mix_residual_norm(
     return u, n
 
 
-@mix_residual_norm.register_fake
+@mixed_norm.register_fake
 def _(x: Tensor, *_others: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
@@ -243,20 +249,25 @@ def _(
 def frozen_backward(
     du: Tensor,
     dn: Tensor,
+    dn_adapters: Tensor | None,
     u: Tensor,
     mix: Tensor | None,
     scale: Tensor,
     weight: Tensor | None,
     apart: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of x0 (empty if not `apart`) and of earlier (empty if there is none)."""
+    """Gradients of x, of x0 (empty if not `apart`) and of earlier (empty if there is none).
+
+    dn_adapters: the gradient of n by the adapters that read it, contiguous, or None.
+    """
     du, dn = du.contiguous(), dn.contiguous()
     wanted = (True, apart, weight is not None)
     dx, dx0, dearlier = (torch.empty_like(u) if want else u.new_empty(0) for want in wanted)
     if tokens := u.shape[0]:
         frozen_mix_backward_kernel[(triton.cdiv(tokens, ROWS),)](
-            du, dn, u, weight, mix, scale, dx, dx0, dearlier, tokens,
-            **_sizes(u, weight is not None), MIXED=mix is not None, APART=apart, num_warps=WARPS,
+            du, dn, dn_adapters, u, weight, mix, scale, dx, dx0, dearlier, tokens,
+            **_sizes(u, weight is not None), MIXED=mix is not None, APART=apart,
+            ADAPTERS=dn_adapters is not None, num_warps=WARPS,
         )  # fmt: skip
     return dx, dx0, dearlier
 
@@ -265,6 +276,7 @@ def frozen_backward(
 def _(
     du: Tensor,
     dn: Tensor,
+    dn_adapters: Tensor | None,
     u: Tensor,
     mix: Tensor | None,
     scale: Tensor,
@@ -290,19 +302,88 @@ def _backward(ctx: Any, du: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dx0, sums[:2], None, dearlier if skip else None, sums[2] if skip else None
 
 
-def _frozen(ctx: Any, du: Tensor, dn: Tensor) -> tuple[Tensor | None, ...]:
-    u, mix, scale, weight = ctx.saved_tensors
+def _frozen(
+    ctx: Any, du: Tensor, dn: Tensor, dn_adapters: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    u, mix, scale, weight = ctx.saved_tensors[:4]
     apart = mix is not None and ctx.needs_input_grad[1]
-    dx, dx0, dearlier = frozen_backward(du, dn, u, mix, scale, weight, apart)
+    dx, dx0, dearlier = frozen_backward(du, dn, dn_adapters, u, mix, scale, weight, apart)
     others = dx0 if apart else dx if mix is None else None
     return dx, others, None, None, None if weight is None else dearlier, None
 
 
-mix_residual_norm.register_autograd(_backward, setup_context=_save)
+mixed_norm.register_autograd(_backward, setup_context=_save)
+
+
+@operation("adapted_mixed_norm")
+def adapted_mixed_norm(
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor | None,
+    scale: Tensor,
+    earlier: Tensor | None,
+    weight: Tensor | None,
+    adapters: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u, n and h, see `mix_residual_norm`; mix and weight are frozen."""
+    u, n = mixed_norm(x, x0, mix, scale, earlier, weight)
+    return u, n, low_rank_hidden(n, adapters)
+
+
+@adapted_mixed_norm.register_fake
+def _(x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    adapters = others[-1]
+    assert adapters is not None
+    documents, _, columns = adapters.shape
+    hidden = x.new_empty(documents, x.shape[0] // documents, columns)
+    return x.new_empty(x.shape), x.new_empty(x.shape), hidden
+
+
+def _save_adapted(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, _, mix, scale, _, weight, adapters = inputs
+    u, n, _ = output
+    ctx.save_for_backward(u, mix, scale, weight, n, adapters)
+
+
+def _backward_adapted(
+    ctx: Any, du: Tensor, dn: Tensor, dhidden: Tensor
+) -> tuple[Tensor | None, ...]:
+    n, adapters = ctx.saved_tensors[4:]
+    dadapters = torch.bmm(n.unflatten(0, (adapters.shape[0], -1)).mT, dhidden)
+    return *_frozen(ctx, du, dn, torch.bmm(dhidden, adapters.mT).flatten(0, 1)), dadapters
+
+
+adapted_mixed_norm.register_autograd(_backward_adapted, setup_context=_save_adapted)
+
+
+def mix_residual_norm(
+    x: Tensor,
+    x0: Tensor,
+    mix: Tensor | None,
+    scale: Tensor,
+    earlier: Tensor | None,
+    weight: Tensor | None,
+    adapters: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """u and n, both (T, width) in the dtype of x, and h (documents, n, columns) or None.
+
+    x, x0, earlier: (T, width), the last one's rows any distance apart; mix: fp32 (2, width), None:
+    ones; scale: fp32, 0-dimensional; weight: fp32 (width,), given if earlier is; adapters: A of
+    each document (documents, width, columns), in the dtype of x, or None. With adapters mix and
+    weight are constants.
+    """
+    if adapters is None:
+        return *mixed_norm(x, x0, mix, scale, earlier, weight), None
+    return adapted_mixed_norm(x, x0, mix, scale, earlier, weight, adapters)
 
 
 def add_residual_norm(
-    x: Tensor, branch: Tensor, delta: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """u = x + branch + weight⊙delta and its norm; shapes and dtypes as for `mix_residual_norm`."""
-    return mix_residual_norm(x, branch, None, scale, delta, weight)
+    x: Tensor,
+    branch: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    adapters: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """u = x + branch + weight⊙delta, its norm n, and h; as for `mix_residual_norm`."""
+    return mix_residual_norm(x, branch, None, scale, delta, weight, adapters)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import dispatch
+from model.kernels.reference import low_rank_hidden
 from model.network.config import ModelConfig
 
 PROJECTIONS = ("query", "key", "value")
@@ -51,7 +52,7 @@ class LowRank(NamedTuple):
 
         x (documents·n, inputs): every document has the same n tokens.
         """
-        return torch.bmm(x.unflatten(0, (self.a.shape[0], -1)), self.a)
+        return low_rank_hidden(x, self.a)
 
     def add(
         self,
@@ -80,6 +81,11 @@ class LowRank(NamedTuple):
                 of_site = of_site.index_select(1, query_positions)
             found[site] = torch.bmm(of_site, b).flatten(0, 1)
         return found
+
+
+def first_factors(adapters: LowRank | None) -> Tensor | None:
+    """The A of adapters, for where their input is made; None if there are none."""
+    return None if adapters is None else adapters.a
 
 
 class BlockAdapters(NamedTuple):

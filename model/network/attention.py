@@ -41,14 +41,17 @@ class Attention(nn.Module):
         self.value_gain = nn.Parameter(torch.ones(())) if uses_values else None
         self.output_gate = OutputGate(config.heads) if config.output_gate else None
 
-    def forward(self, n: Tensor, context: BlockContext) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, n: Tensor, hidden: Tensor | None, context: BlockContext
+    ) -> tuple[Tensor, Tensor | None]:
         """From n (T, width) to (T, width), or (documents·m, width) at the query positions.
 
-        The second result is what adapters add in parallel to the attention, or None.
+        hidden: of n and the adapters (`LowRank.hidden`), or None. The second result is what
+        adapters add in parallel to the attention, or None.
         """
         documents, cos_sin, cache = context.documents, context.cos_sin, context.kv_cache
         if self._is_one_product(context):
-            qkv, parallel_delta = self._project(n, context)
+            qkv, parallel_delta = self._project(n, hidden, context)
             if cache is None:
                 y = dispatch.self_attention(
                     qkv, documents, self.gain, cos_sin, self.head_width, self.exclusive
@@ -58,7 +61,7 @@ class Attention(nn.Module):
             both = dispatch.qk_norm_rope(both, self.gain, cos_sin)
             q, k = both.split([self.heads, self.kv_heads], dim=1)
         else:
-            q, k, v, parallel_delta = self._project_apart(n, context)
+            q, k, v, parallel_delta = self._project_apart(n, hidden, context)
             selected = [select_positions(x, documents, context.query_positions) for x in cos_sin]
             q = dispatch.qk_norm_rope(q, self.gain, (selected[0], selected[1]))
             k = dispatch.qk_norm_rope(k, None, cos_sin)
@@ -71,7 +74,9 @@ class Attention(nn.Module):
         all_adapt = adapters is None or adapters.sites[: len(PROJECTIONS)] == PROJECTIONS
         return context.query_positions is None and all_adapt
 
-    def _project(self, n: Tensor, context: BlockContext) -> tuple[Tensor, Tensor | None]:
+    def _project(
+        self, n: Tensor, hidden: Tensor | None, context: BlockContext
+    ) -> tuple[Tensor, Tensor | None]:
         """q, k and v of each token side by side, and what adapters add in parallel."""
         if self.compute_weight is None:
             qkv = torch.cat([layer(n) for layer in (self.query, self.key, self.value)], 1)
@@ -79,20 +84,20 @@ class Attention(nn.Module):
             qkv = F.linear(n, self.compute_weight)
         parallel_delta = None
         adapters = context.adapters.attention
-        if adapters is not None:
-            qkv, rest = adapters.add(adapters.hidden(n), qkv)
+        if adapters is not None and hidden is not None:
+            qkv, rest = adapters.add(hidden, qkv)
             parallel_delta = rest if rest.shape[1] else None
         return self._add_value_embeddings(qkv, context), parallel_delta
 
     def _project_apart(
-        self, n: Tensor, context: BlockContext
+        self, n: Tensor, hidden: Tensor | None, context: BlockContext
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k and v (tokens, heads, d) each, and what adapters add in parallel."""
         q, k, v = self._products(n, context)
         deltas: dict[str, Tensor] = {}
-        if context.adapters.attention is not None:
-            adapters = context.adapters.attention
-            deltas = adapters.deltas(adapters.hidden(n), context.query_positions)
+        adapters = context.adapters.attention
+        if adapters is not None and hidden is not None:
+            deltas = adapters.deltas(hidden, context.query_positions)
         q = q + deltas["query"] if "query" in deltas else q
         k = k + deltas["key"] if "key" in deltas else k
         v = v + deltas["value"] if "value" in deltas else v

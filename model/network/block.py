@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.data.packing import select_positions
 from model.kernels import dispatch
+from model.network.adapters import first_factors
 from model.network.attention import Attention
 from model.network.block_context import BlockContext
 from model.network.config import ModelConfig
@@ -51,21 +52,30 @@ class Block(nn.Module):
         x0 (T, width): the normed input embedding; skip: an earlier block's output (T, width) and
         its weights (width,), or None.
         """
-        x, n = dispatch.mix_residual_norm(x, x0, self.mix, self.depth_scale, skip)
-        branch, parallel_delta = self.attend(n, context)
-        x = select_positions(x, context.documents, context.query_positions)
-        x, r = dispatch.add_residual_norm(
-            x, branch, parallel_delta, self.attention_scale, self.depth_scale
+        adapters = context.adapters
+        x, n, hidden = dispatch.mix_residual_norm(
+            x, x0, self.mix, self.depth_scale, skip, first_factors(adapters.attention)
         )
-        adapters = context.adapters.mlp
-        if adapters is None:
+        branch, parallel_delta = self.attend(n, hidden, context)
+        x = select_positions(x, context.documents, context.query_positions)
+        x, r, hidden = dispatch.add_residual_norm(
+            x,
+            branch,
+            parallel_delta,
+            self.attention_scale,
+            self.depth_scale,
+            first_factors(adapters.mlp),
+        )
+        if adapters.mlp is None or hidden is None:
             return x + self.feed_forward(r)
-        x, _ = adapters.add(adapters.hidden(r), self.feed_forward(r), self.mlp_scale, x)
+        x, _ = adapters.mlp.add(hidden, self.feed_forward(r), self.mlp_scale, x)
         return x
 
-    def attend(self, n: Tensor, context: BlockContext) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, n: Tensor, hidden: Tensor | None, context: BlockContext
+    ) -> tuple[Tensor, Tensor | None]:
         """The scaled attention of n, and what adapters add in parallel, which is not scaled yet."""
-        branch, parallel_delta = self.attention(n, context)
+        branch, parallel_delta = self.attention(n, hidden, context)
         return _scaled(branch, self.attention_scale, self.attention.output), parallel_delta
 
     def feed_forward(self, r: Tensor) -> Tensor:

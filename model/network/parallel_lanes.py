@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model.data.packing import select_positions
 from model.kernels import dispatch
 from model.kernels.reference import rms_norm
+from model.network.adapters import first_factors
 from model.network.block import Block
 from model.network.block_context import BlockContext
 from model.network.config import ModelConfig
@@ -53,8 +54,15 @@ class ParallelLanesBlock(Block):
     ) -> Lanes:
         """Map lanes, or one residual stream that becomes both, to lanes; see `Block.forward`."""
         first, second = x if isinstance(x, Lanes) else (x, x)
-        first, n = dispatch.mix_residual_norm(first, x0, self.mix, self.depth_scale, skip)
-        attention, parallel_delta = self.attend(n, context)
+        first, n, hidden = dispatch.mix_residual_norm(
+            first,
+            x0,
+            self.mix,
+            self.depth_scale,
+            skip,
+            first_factors(context.adapters.attention),
+        )
+        attention, parallel_delta = self.attend(n, hidden, context)
         if parallel_delta is not None:
             scale = self.attention_scale
             scaled = parallel_delta if scale is None else parallel_delta * scale.to(first.dtype)

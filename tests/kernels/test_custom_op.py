@@ -31,12 +31,17 @@ def mlp() -> Case:
 
 def mix_residual_norm() -> Case:
     tensors = [random(9, 16), random(9, 16), random(2, 16), torch.tensor(0.5)]
-    return residual_norm.mix_residual_norm, [*tensors, random(9, 16), random(16)], [0, 1, 4, 2, 5]
+    return residual_norm.mixed_norm, [*tensors, random(9, 16), random(16)], [0, 1, 4, 2, 5]
 
 
 def frozen_norm() -> Case:
     operation, arguments, _ = mix_residual_norm()
     return operation, arguments, [0, 1, 4]
+
+
+def adapted_norm() -> Case:
+    _, arguments, wanted = frozen_norm()
+    return residual_norm.adapted_mixed_norm, [*arguments, random(3, 16, 4)], wanted
 
 
 def norm_rope() -> Case:
@@ -50,7 +55,9 @@ def attention() -> Case:
     return qkv_attention.fused_attention, [*arguments, tiles, 16, True], [0]
 
 
-EVERY = pytest.mark.parametrize("case", [mlp, mix_residual_norm, frozen_norm, norm_rope, attention])
+EVERY = pytest.mark.parametrize(
+    "case", [mlp, mix_residual_norm, frozen_norm, adapted_norm, norm_rope, attention]
+)
 
 
 def outcome(function: Any, arguments: list[Any], wanted: list[int]) -> list[Tensor]:

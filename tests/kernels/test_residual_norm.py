@@ -26,7 +26,7 @@ def operands(shape, skip, dtype=torch.float32):
 def results(function, leaves):
     x, x0, mix, *skip = leaves
     scale = torch.tensor(0.5, device=DEVICE)
-    outputs = function(x, x0, mix, scale, *skip)
+    outputs = [y for y in function(x, x0, mix, scale, *skip) if y is not None]
     generator = torch.Generator().manual_seed(1)
     seeds = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -58,12 +58,36 @@ def test_gradients_of_activations_alone(skip, input_adapts):
     def gradients(function):
         mine = operands((7, 48), skip)
         mine = [x.requires_grad_(i not in frozen) for i, x in enumerate(mine)]
-        outputs = function(*mine[:3], torch.tensor(0.5, device=DEVICE), *mine[3:])
+        outputs = function(*mine[:3], torch.tensor(0.5, device=DEVICE), *mine[3:])[:2]
         seeds = [torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y) for y in outputs]
         return torch.autograd.grad(outputs, [x for x in mine if x.requires_grad], seeds)
 
     for a, b in zip(gradients(fused), gradients(composed), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["first half", "second half"])
+def test_adapters_that_read_the_norm_equal_the_reference(skip):
+    """Gradients by both readers of n, of A, and of all that is not frozen."""
+
+    def outcome(module):
+        mine = operands((12, 48), skip)
+        mine = [x.requires_grad_(i not in (2, 4)) for i, x in enumerate(mine)]
+        x, x0, mix, *rest = mine
+        generator = torch.Generator().manual_seed(2)
+        a = torch.randn(3, 48, 10, generator=generator).to(DEVICE).requires_grad_()
+        skips = (rest or [None, None]) if module is residual_norm else (rest or None,)
+        outputs = module.mix_residual_norm(
+            x, x0, mix, torch.tensor(0.5, device=DEVICE), *skips, adapters=a
+        )
+        seeds = [torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y) for y in outputs]
+        leaves = [leaf for leaf in (*mine, a) if leaf.requires_grad]
+        return *outputs, *torch.autograd.grad(outputs, leaves, seeds)
+
+    found, expected = outcome(residual_norm), outcome(reference)
+    assert found[2].shape == (3, 4, 10)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["first half", "second half"])
@@ -88,18 +112,16 @@ def test_bf16_is_as_exact_as_the_unfused_path(skip, frozen):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sum_of_a_branch_and_what_is_added_to_it_equals_the_reference(shape):
-    def outcome(function):
+    def outcome(module):
         x, branch, _, wider, weight = operands(shape, skip=True)
         delta = torch.cat((wider, torch.full_like(wider, torch.nan)), 1)[:, : shape[1]]
         scale = torch.tensor(0.5, device=DEVICE)
-        outputs = function(x, branch, delta, weight.detach(), scale)
+        a = torch.linspace(-1, 1, shape[1] * 3, device=DEVICE).view(1, -1, 3).requires_grad_()
+        outputs = module.add_residual_norm(x, branch, delta, weight.detach(), scale, a)
         seeds = [torch.linspace(-1, 1, y.numel()).view_as(y).to(y) for y in outputs]
-        return *outputs, *torch.autograd.grad(outputs, [x, branch, delta], seeds)
+        return *outputs, *torch.autograd.grad(outputs, [x, branch, delta, a], seeds)
 
-    pairs = zip(
-        outcome(residual_norm.add_residual_norm), outcome(reference.add_residual_norm), strict=True
-    )
-    for a, b in pairs:
+    for a, b in zip(outcome(residual_norm), outcome(reference), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -109,8 +131,11 @@ def test_operation_keeps_what_it_promises_the_compiler(skip):
     x, x0, mix, *rest = operands((5, 16), skip)
     rest = rest or [None, None]
     scale = torch.tensor(0.5)
-    torch.library.opcheck(residual_norm.mix_residual_norm.sealed, (x, x0, mix, scale, *rest))
+    torch.library.opcheck(residual_norm.mixed_norm.sealed, (x, x0, mix, scale, *rest))
     du, dn, u, mix, *rest = (t if t is None else t.detach() for t in (x, x0, x, mix, *rest))
-    for given in (None, mix):
-        arguments = (du, dn, u, given, scale, rest[1], given is not None)
+    for given, by_adapters in ((None, None), (mix, None), (mix, dn)):
+        arguments = (du, dn, by_adapters, u, given, scale, rest[1], given is not None)
         torch.library.opcheck(residual_norm.frozen_backward.sealed, arguments)
+    adapters = torch.ones(1, 16, 4, requires_grad=True)
+    arguments = (x, x0, mix, scale, *rest, adapters)
+    torch.library.opcheck(residual_norm.adapted_mixed_norm.sealed, arguments)

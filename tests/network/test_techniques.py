@@ -176,7 +176,7 @@ def test_a_block_with_lanes_by_its_definition() -> None:
     u = block.mix[0] * (first + weight * pushed) + block.mix[1] * x0
     scale = 3**-0.5
     n, r = (scale * nn.functional.rms_norm(x, (32,), eps=1e-7) for x in (u, second))
-    attention = block.attention(n, context)[0] * block.attention_scale
+    attention = block.attention(n, None, context)[0] * block.attention_scale
     mlp = block.mlp(r) * block.mlp_scale
     for lane, old, (keep, of_attention, of_mlp) in zip(
         found, (u, second), block.lane_weights, strict=True
