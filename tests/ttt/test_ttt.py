@@ -69,10 +69,15 @@ Weights = Mapping[str, Tensor]
 
 
 class Added:
-    """What `LowRank` makes of `deltas`, which a class made of this one defines."""
+    """What `LowRank` makes of `of`, the deltas of x (n, width) that a derived class defines.
+
+    A is the identity, so that `hidden` is x itself.
+    """
+
+    a = torch.eye(32)[None]
 
     def hidden(self, x: Tensor) -> Tensor:
-        return x
+        return x[None]
 
     def add(
         self,
@@ -84,6 +89,9 @@ class Added:
         return added(self.deltas(x), base if residual is None else base + residual, scale)
 
     def deltas(self, x: Tensor, query_positions: Tensor | None = None) -> dict[str, Tensor]:
+        return self.of(x[0], query_positions)
+
+    def of(self, x: Tensor, query_positions: Tensor | None) -> dict[str, Tensor]:
         raise NotImplementedError
 
 
@@ -101,7 +109,7 @@ class NaiveSites(Added):
         self.sites = tuple(ordered)
         self.names = {site: site_name(site, layer) for site in ordered}
 
-    def deltas(self, x: Tensor, query_positions: Tensor | None = None) -> dict[str, Tensor]:
+    def of(self, x: Tensor, query_positions: Tensor | None) -> dict[str, Tensor]:
         found = {}
         for site, name in self.names.items():
             matrix = self.weights[f"{name}.b"] @ self.weights[f"{name}.a"]
@@ -199,9 +207,9 @@ class Spliced(Added):
         self.sizes, self.parts = sizes, parts
         self.sites = getattr(parts[0], "sites", None)
 
-    def deltas(self, x: Tensor, query_positions: Tensor | None = None) -> dict[str, Tensor]:
+    def of(self, x: Tensor, query_positions: Tensor | None) -> dict[str, Tensor]:
         assert query_positions is None
-        found = [part.deltas(p) for part, p in zip(self.parts, x.split(self.sizes), strict=True)]
+        found = [part.of(p, None) for part, p in zip(self.parts, x.split(self.sizes), strict=True)]
         return {site: torch.cat([deltas[site] for deltas in found]) for site in found[0]}
 
     def rows(self, tokens: Tensor, before: Tensor) -> Tensor:
