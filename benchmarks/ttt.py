@@ -1,9 +1,10 @@
-"""Speed and loss of test-time training, per reading (a setting of `ttt`), with lower bounds.
+"""Speed and loss of test-time training, per reading (its settings), with lower bounds.
 
     python -m benchmarks.ttt --reading mode=window --reading mode=cached,chunk=16,lr=4e-4
 
-on one GPU or CPU; keys that a reading does not name are the preset's. The model is that of
---artifact, the documents are those of artifacts/tokenize; without them, random ones.
+on one GPU or CPU. A reading names keys of `ttt` and of `execution`, e.g. ttt_documents=64; the
+others are the preset's. The model is that of --artifact, the documents are those of
+artifacts/tokenize; without them, random ones.
 
 Under `torchrun --standalone --nproc-per-node 2` each reading is run by one process and by both
 together, twice each: the first time, libraries load the kernels of every new shape, which
@@ -42,6 +43,7 @@ from model.kernels import dispatch
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
 from model.network.linear import Linear
+from model.runtime.config import ExecutionConfig
 from model.runtime.cuda_graphs import graph_runner
 from model.runtime.distributed import Group, process_group
 from model.runtime.files import read_json, write_json
@@ -75,6 +77,7 @@ class Reading:
     """One way of reading the documents, and what it took."""
 
     ttt: TTTConfig
+    execution: ExecutionConfig
     seconds: float
     nats: float
     memory: float
@@ -104,7 +107,7 @@ def main() -> None:
     )
     parser.add_argument("--documents", type=int, default=None, help="how many; default: preset's")
     parser.add_argument("--tokens", type=int, default=200_000, help="of random documents")
-    parser.add_argument("--reading", action="append", help="KEY=VALUE,… of section ttt")
+    parser.add_argument("--reading", action="append", help="KEY=VALUE,… of ttt or execution")
     parser.add_argument("--queue", action="store_true", help="simulate several processes")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
@@ -141,7 +144,7 @@ def measure(
     """Print the tables; after every reading, write the figures so far to --json."""
     alone = Group(0, 1, group.device)
     named = options.reading or ["mode=window", "mode=cached"]
-    wanted = {text: varied(params.ttt, text) for text in named}
+    wanted = {text: varied(params, text) for text in named}
     if group.size > 1:
         compare(wanted, options.json, model, documents, group)
         return
@@ -161,7 +164,11 @@ def measure(
             "two_gpu_speedup": None,
             "tokens": tokens,
             "readings": [
-                {**dict(zip(COLUMNS, row, strict=True)), "ttt": dataclasses.asdict(one.ttt)}
+                {
+                    **dict(zip(COLUMNS, row, strict=True)),
+                    "ttt": dataclasses.asdict(one.ttt),
+                    "execution": dataclasses.asdict(one.execution),
+                }
                 for one, row in zip(readings, rows, strict=True)
             ],
         }
@@ -177,8 +184,8 @@ def write_figures(path: Path | None, figures: dict[str, Any]) -> None:
         write_json(path, figures)
 
 
-def varied(ttt: TTTConfig, text: str) -> TTTConfig:
-    """The parameters with KEY=VALUE,… changed.
+def varied(params: Params, text: str) -> Params:
+    """The parameters with KEY=VALUE,… of `ttt` or `execution` changed.
 
     A chunk that is named grows only if that is named, too; windows have no truncated BPTT.
     """
@@ -190,7 +197,10 @@ def varied(ttt: TTTConfig, text: str) -> TTTConfig:
     if changes.get("mode") == "window":
         changes.setdefault("bptt_chunks", 0)
     numbers = {k: float(v) for k, v in changes.items() if isinstance(v, str) and k != "mode"}
-    return checked(TTTConfig, {**dataclasses.asdict(ttt), **changes, **numbers}, text)
+    values = dataclasses.asdict(params)
+    for key, value in {**changes, **numbers}.items():
+        values["execution" if key in values["execution"] else "ttt"][key] = value
+    return checked(Params, values, text)
 
 
 def summary(readings: Sequence["Reading"], lengths: Sequence[int]) -> dict[str, float | None]:
@@ -236,7 +246,7 @@ def fastest(readings: Sequence["Reading"], nats: float | None) -> "Reading | Non
 
 
 def read_all(
-    wanted: Mapping[str, TTTConfig],
+    wanted: Mapping[str, Params],
     options: Any,
     model: GPT,
     documents: list[np.ndarray],
@@ -247,17 +257,17 @@ def read_all(
         common.product_rate(group.device, model.dtype, options.repeats),
         common.copy_rate(group.device, options.repeats),
     )
-    for text, ttt in wanted.items():
+    for text, params in wanted.items():
         found = None
         with common.section(text, options.limit):
-            found = read_once(ttt, model, documents, group, rates)
+            found = read_once(params, model, documents, group, rates)
             say(f"{found.nats:.4f} nats, {found.seconds:.2f} s, {found.memory:.0f} MiB")
         if found is not None:
             yield found
 
 
 def read_once(
-    ttt: TTTConfig,
+    params: Params,
     model: GPT,
     documents: list[np.ndarray],
     group: Group,
@@ -267,22 +277,24 @@ def read_once(
 
     Before that, a few chunks are read to compile the passes, which `startup_s` counts once.
     """
-    warm_up(ttt, model, documents, group)
+    ttt, execution = params.ttt, params.execution
+    warm_up(params, model, documents, group)
     if group.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(group.device)
     began = time.perf_counter()
-    losses = ttt_losses(model, documents, ttt, group)
+    losses = ttt_losses(model, documents, ttt, execution, group)
     seconds = time.perf_counter() - began
     flops, moved = floor_work(model, ttt, [document.size for document in documents])
     floor = (flops / rates[0], moved / rates[1])
-    return Reading(ttt, seconds, mean_loss(losses), peak_memory_mib(group.device), floor)
+    memory = peak_memory_mib(group.device)
+    return Reading(ttt, execution, seconds, mean_loss(losses), memory, floor)
 
 
-def warm_up(ttt: TTTConfig, model: GPT, documents: Sequence[np.ndarray], group: Group) -> None:
+def warm_up(params: Params, model: GPT, documents: Sequence[np.ndarray], group: Group) -> None:
     """Compile and load the kernels, by running passes of every kind."""
-    warm_up_kernels(model, documents, ttt)
-    for alike, texts in excerpts(documents, ttt):
-        ttt_losses(model, texts, alike, group)
+    warm_up_kernels(model, documents, params.ttt, params.execution)
+    for alike, texts in excerpts(documents, params.ttt):
+        ttt_losses(model, texts, alike, params.execution, group)
 
 
 def mean_loss(losses: Sequence[np.ndarray]) -> float:
@@ -323,7 +335,7 @@ def floor_work(model: GPT, ttt: TTTConfig, lengths: Sequence[int]) -> tuple[floa
 
 
 def compare(
-    wanted: Mapping[str, TTTConfig],
+    wanted: Mapping[str, Params],
     path: Path | None,
     model: GPT,
     documents: list[np.ndarray],
@@ -332,8 +344,8 @@ def compare(
     """Write the speed-up of all processes over one, after every reading."""
     known = read_json(path) if path and path.exists() else {}
     times: dict[str, list[list[float]]] = {}
-    for text, ttt in wanted.items():
-        times[text] = alone, together = measured_times(ttt, model, documents, group)
+    for text, params in wanted.items():
+        times[text] = alone, together = measured_times(params, model, documents, group)
         if group.is_main:
             say(f"{text}: {alone} s alone, {together} s by {group.size} processes")
             speed_ups = {name: before[1] / after[1] for name, (before, after) in times.items()}
@@ -343,11 +355,11 @@ def compare(
 
 
 def measured_times(
-    ttt: TTTConfig, model: GPT, documents: list[np.ndarray], group: Group
+    params: Params, model: GPT, documents: list[np.ndarray], group: Group
 ) -> list[list[float]]:
     """Seconds of the first and second time by the main process alone, and by all together."""
     alone = Group(0, 1, group.device)
-    warm_up(ttt, model, documents, alone)
+    warm_up(params, model, documents, alone)
     times: list[list[float]] = []
     for members in (alone, group):
         times.append([])
@@ -355,20 +367,22 @@ def measured_times(
             group.barrier()
             began = time.perf_counter()
             if group.is_main or members is group:
-                ttt_losses(model, documents, ttt, members)
+                ttt_losses(model, documents, params.ttt, params.execution, members)
             group.barrier()
             times[-1].append(time.perf_counter() - began)
     return times
 
 
-def simulated(wanted: Sequence[TTTConfig], model: GPT, lengths: list[int]) -> None:
+def simulated(wanted: Sequence[Params], model: GPT, lengths: list[int]) -> None:
     """Simulate several processes sharing the queue of these documents, and print the times."""
     rows = []
-    for changed in wanted:
-        fitting = min(len(lengths), rows_that_fit(model, changed))
+    for params in wanted:
+        changed, execution = params.ttt, params.execution
+        fitting = min(len(lengths), rows_that_fit(model, changed, execution.ttt_documents))
+        execution = dataclasses.replace(execution, ttt_documents=fitting)
         read = READERS[changed.mode].tokens_at_once(changed.context, changed)
-        limit = min(fitting, max(1, changed.tokens_per_batch // read))
-        one, many = chunk_seconds(model, changed, 1), chunk_seconds(model, changed, limit)
+        limit = min(fitting, max(1, execution.ttt_tokens // read))
+        one, many = (chunk_seconds(model, params, count) for count in (1, limit))
         slope = (many - one) / max(1, limit - 1)
 
         def seconds(
@@ -382,7 +396,7 @@ def simulated(wanted: Sequence[TTTConfig], model: GPT, lengths: list[int]) -> No
             share = min(1.0, end / ttt.context) if ttt.mode == "window" else 1.0
             return share * (one + slope * (count - 1))
 
-        captured = model.device.type == "cuda"
+        captured = execution.cuda_graphs and model.device.type == "cuda"
 
         def planned(
             members: Sequence[int], ttt: TTTConfig = changed, captured: bool = captured
@@ -391,7 +405,7 @@ def simulated(wanted: Sequence[TTTConfig], model: GPT, lengths: list[int]) -> No
             return found, session_plan(found, ttt, model.device, captured)
 
         for processes in QUEUE_SIZES:
-            batches = document_batches(lengths, changed, fitting, processes, model.device)
+            batches = document_batches(lengths, changed, execution, processes, model.device)
             plan = simulate([planned(batch.members) for batch in batches], processes, seconds)
             efficiency = plan.busy / processes / plan.makespan
             cells = (1000 * one, 1000 * many, plan.makespan, plan.longest, efficiency)
@@ -403,14 +417,16 @@ def simulated(wanted: Sequence[TTTConfig], model: GPT, lengths: list[int]) -> No
     table("Simulated queue, the longest documents first", columns, rows)
 
 
-def chunk_seconds(model: GPT, ttt: TTTConfig, rows: int, chunks: int = 16) -> float:
+def chunk_seconds(model: GPT, params: Params, rows: int, chunks: int = 16) -> float:
     """Seconds of a chunk at full context for a batch of so many documents."""
+    ttt = params.ttt
     generator = np.random.default_rng(0)
     length = ttt.context + chunks * ttt.chunk
     documents = [generator.integers(4, 256, length, dtype=np.uint16) for _ in range(rows)]
     short = [document[: ttt.context] for document in documents]
     with fixed_weights(model):
-        session = Session(model, ttt, rows, graph_runner(model.device, cuda_graphs=True))
+        runner = graph_runner(model.device, params.execution.cuda_graphs)
+        session = Session(model, ttt, rows, runner)
         times = []
         for part in (short, short, documents):
             began = time.perf_counter()

@@ -17,11 +17,10 @@ KEYS = ("evaluate.documents", "evaluate.offset", "ttt", "ops")
 def main(stage: StageRun) -> None:
     """Score, and publish losses and metrics."""
     job = Evaluation(stage, KEYS)
-    params, group = stage.params.ttt, stage.group
-    graphs = stage.params.execution.cuda_graphs
-    warm_up_kernels(job.model, job.documents, params, graphs)
+    params, execution, group = stage.params.ttt, stage.params.execution, stage.group
+    warm_up_kernels(job.model, job.documents, params, execution)
     stage.log.event("warm", startup_seconds=seconds_since_start(group.device))
-    job.score(TTT, partial(ttt_losses, job.model, job.documents, params, group, cuda_graphs=graphs))
+    job.score(TTT, partial(ttt_losses, job.model, job.documents, params, execution, group))
 
     def metrics(scores: Mapping[str, Score]) -> dict[str, Any]:
         score = scores[TTT]

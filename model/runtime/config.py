@@ -23,3 +23,14 @@ class ExecutionConfig(Settings):
     evaluation_tokens: int = setting(
         "packed tokens run at once where nothing is trained", "tokens", ge=1
     )
+    ttt_documents: int = setting(
+        "largest batch of documents in TTT; on CUDA smaller if memory does not suffice",
+        "documents",
+        ge=1,
+    )
+    ttt_tokens: int = setting(
+        "upper bound of a TTT batch's tokens per forward pass: fewer documents where windows are "
+        "long",
+        "tokens",
+        ge=1,
+    )

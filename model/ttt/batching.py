@@ -25,6 +25,7 @@ import torch
 
 from model.network.adapters import adapter_values
 from model.network.gpt import GPT
+from model.runtime.config import ExecutionConfig
 from model.ttt.config import TTTConfig
 from model.ttt.reader import READERS
 from model.ttt.session_plan import session_plan
@@ -44,23 +45,27 @@ class Batch:
 
 
 def document_batches(
-    lengths: Sequence[int], ttt: TTTConfig, rows: int, processes: int, device: torch.device
+    lengths: Sequence[int],
+    ttt: TTTConfig,
+    execution: ExecutionConfig,
+    processes: int,
+    device: torch.device,
 ) -> list[Batch]:
     """Batches of all documents, the longest first.
 
-    A batch that adapts has up to `rows` documents, fewer if the tokens of a pass would exceed
-    ttt.tokens_per_batch or, among the first, to balance several processes. A packed batch has at
-    most ttt.tokens_per_batch tokens. device: where they run, for estimates of time.
+    A batch that adapts has up to execution.ttt_documents, fewer if the tokens of a pass would
+    exceed execution.ttt_tokens or, among the first, to balance several processes. A packed batch
+    has at most execution.ttt_tokens tokens. device: where they run, for estimates of time.
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     long = [number for number in order if lengths[number] > ttt.chunk]
     if processes > 1 and len(long) > 1:
-        cut = _balanced(long, lengths, ttt, rows, processes, device)
+        cut = _balanced(long, lengths, ttt, execution, processes, device)
     else:
-        cut = _cut(long, lengths, ttt, rows)
+        cut = _cut(long, lengths, ttt, execution)
     adapting = [Batch(list(members), True) for members in cut]
     short = order[len(long) :]
-    count = max(1, ttt.tokens_per_batch // ttt.chunk)
+    count = max(1, execution.ttt_tokens // ttt.chunk)
     packed = [short[at : at + count] for at in range(0, len(short), count)]
     return adapting + [Batch(members, False) for members in packed]
 
@@ -69,7 +74,7 @@ def _balanced(
     long: list[int],
     lengths: Sequence[int],
     ttt: TTTConfig,
-    rows: int,
+    execution: ExecutionConfig,
     processes: int,
     device: torch.device,
 ) -> Cut:
@@ -86,7 +91,7 @@ def _balanced(
 
     @cache
     def cut_at(at: int) -> tuple[float, Cut]:
-        cut = _cut(long, lengths, ttt, rows, SHARES[at] * even, processes - 1)
+        cut = _cut(long, lengths, ttt, execution, SHARES[at] * even, processes - 1)
         return makespan(map(work_of, cut), processes), cut
 
     def first_end_last(at: int) -> bool:
@@ -101,7 +106,7 @@ def _cut(
     long: list[int],
     lengths: Sequence[int],
     ttt: TTTConfig,
-    rows: int,
+    execution: ExecutionConfig,
     limit: float = math.inf,
     limited: int = 0,
 ) -> Cut:
@@ -109,7 +114,7 @@ def _cut(
 
     These take the longest documents that still fit. Every batch has at least one document.
     """
-    batches, left = list[tuple[int, ...]](), long
+    batches, left, rows = list[tuple[int, ...]](), long, execution.ttt_documents
     tokens_at_once = READERS[ttt.mode].tokens_at_once
     while left:
         room = limit if len(batches) < limited else math.inf
@@ -117,7 +122,7 @@ def _cut(
         for number in left[:rows]:
             # Tokens of a pass at the end of this document, when only the longer ones are left.
             read = (len(members) + 1) * tokens_at_once(lengths[number], ttt)
-            if members and read > ttt.tokens_per_batch:
+            if members and read > execution.ttt_tokens:
                 break
             if not members or lengths[number] <= room:
                 members.append(number)
@@ -136,13 +141,13 @@ def makespan(times: Iterable[float], processes: int) -> float:
     return max(clocks)
 
 
-def rows_that_fit(model: GPT, ttt: TTTConfig) -> int:
-    """Most documents of a batch: ttt.batch, or on CUDA fewer if the free memory requires it."""
+def rows_that_fit(model: GPT, ttt: TTTConfig, most: int) -> int:
+    """Most documents of a batch: `most`, or on CUDA fewer if the free memory requires it."""
     if model.device.type != "cuda":
-        return ttt.batch
+        return most
     free, _ = torch.cuda.mem_get_info(model.device)
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    return max(1, min(ttt.batch, int(MEMORY_SHARE * free / bytes_per_document(model, ttt))))
+    return max(1, min(most, int(MEMORY_SHARE * free / bytes_per_document(model, ttt))))
 
 
 def bytes_per_document(model: GPT, ttt: TTTConfig) -> int:
@@ -151,7 +156,7 @@ def bytes_per_document(model: GPT, ttt: TTTConfig) -> int:
     Masters and second moments in fp32; compute weights and gradients, the latter both separately
     and as one matrix, in the activations' dtype, except that the hash table is fp32 throughout and
     its own compute weight; cached keys and values; activations of a pass saved for its gradient
-    (mode `window`: bounded by ttt.tokens_per_batch, so only those of a chunk are counted here).
+    (mode `window`: bounded by execution.ttt_tokens, so only those of a chunk are counted here).
     """
     params, size = model.config, model.dtype.itemsize
     table = ttt.hash_buckets * params.width

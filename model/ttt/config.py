@@ -46,16 +46,6 @@ class TTTConfig(Settings):
     weight_decay: float = setting("decoupled", "1/(lr*step)", ge=0)
     hash_buckets: int = setting("rows of the eval-time hash embedding; 0 = off", "rows", ge=0)
     hash_rate: float = setting("rate of the hash embedding, times lr", gt=0)
-    batch: int = setting(
-        "largest batch of documents; on CUDA smaller if memory does not suffice",
-        "documents",
-        ge=1,
-    )
-    tokens_per_batch: int = setting(
-        "upper bound of a batch's tokens per forward pass: fewer documents where windows are long",
-        "tokens",
-        ge=1,
-    )
     seed: int = setting("of the adapters' initial A", ge=0)
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """The loop over chunks, the same for both modes and every number of processes."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from model.evaluation.losses import targets_of, to_indices
 from model.evaluation.work_sharing import SharedProgress, gather_losses, shared_queue
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
+from model.runtime.config import ExecutionConfig
 from model.runtime.cuda_graphs import GraphRunner, graph_runner
 from model.runtime.distributed import Group
 from model.runtime.progress import ReportProgress
@@ -25,30 +27,31 @@ def ttt_losses(
     model: GPT,
     documents: Sequence[np.ndarray],
     ttt: TTTConfig,
+    execution: ExecutionConfig,
     group: Group,
     progress: ReportProgress | None = None,
-    cuda_graphs: bool = True,
 ) -> list[np.ndarray]:
     """Losses of documents, each adapting the model as it is read; the model itself is unchanged.
 
-    documents: token ids, each (n,) with BOS first. progress: called with the number of targets
-    newly scored, by all processes together. cuda_graphs: capture and replay chunks of equal shapes,
-    if the model is on a GPU. Returns one fp32 array (n,) per document, in nats:
-    loss i is that of target i. The processes of `group` share the work; all but the main process
-    return an empty list. Raises InputError if there is no document or a loss is not
-    finite.
+    documents: token ids, each (n,) with BOS first. execution: how large batches are, and whether
+    chunks of equal shapes are captured and replayed, if the model is on a GPU; neither changes a
+    loss beyond rounding. progress: called with the number of targets newly scored, by all processes
+    together. Returns one fp32 array (n,) per document, in nats: loss i is that of target i. The
+    processes of `group` share the work; all but the main process return an empty list. Raises
+    InputError if there is no document or a loss is not finite.
     """
     lengths = [document.size for document in documents]
     # All processes must form the same batches, even if their free memory differs.
-    fitting = group.gather_objects(rows_that_fit(model, ttt))
+    fitting = group.gather_objects(rows_that_fit(model, ttt, execution.ttt_documents))
     rows = group.broadcast_object(min(fitting, default=1))
-    batches = document_batches(lengths, ttt, rows, group.size, model.device)
+    fitted = dataclasses.replace(execution, ttt_documents=rows)
+    batches = document_batches(lengths, ttt, fitted, group.size, model.device)
     sizes = [sum(lengths[member] for member in batch.members) for batch in batches]
     shared = SharedProgress(progress)
     scored: list[tuple[int, int, np.ndarray]] = []
     widest = max((len(batch.members) for batch in batches if batch.adapts), default=0)
     with fixed_weights(model):
-        runner = graph_runner(model.device, cuda_graphs)
+        runner = graph_runner(model.device, execution.cuda_graphs)
         session = Session(model, ttt, widest, runner) if widest else None
         for number in shared_queue(group, sizes, shared):
             batch = batches[number]

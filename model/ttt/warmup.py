@@ -14,6 +14,7 @@ from model.evaluation.work_sharing import SharedProgress
 from model.kernels.precompile import precompile
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
+from model.runtime.config import ExecutionConfig
 from model.runtime.cuda_graphs import GraphRunner
 from model.ttt.batching import rows_that_fit
 from model.ttt.chunking import chunks
@@ -24,7 +25,7 @@ FEW = 2  # documents of a small batch, for which some kernels are specialized di
 
 
 def warm_up_kernels(
-    model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig, cuda_graphs: bool = True
+    model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig, execution: ExecutionConfig
 ) -> None:
     """Compile the kernels that scoring the documents, with and without adapters, will launch.
 
@@ -32,18 +33,19 @@ def warm_up_kernels(
     """
     if model.device.type == "cuda" and documents:
         with fixed_weights(model), precompile():
-            read_excerpts(model, documents, ttt, cuda_graphs)
+            read_excerpts(model, documents, ttt, execution)
 
 
 def read_excerpts(
-    model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig, captured: bool
+    model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig, execution: ExecutionConfig
 ) -> None:
     """Run passes of every kind that reading the documents involves."""
     packed_losses(model, [document[: ttt.chunk] for document in documents[:FEW]])
-    rows = rows_that_fit(model, ttt)
+    rows = rows_that_fit(model, ttt, execution.ttt_documents)
     for constant, texts in excerpts(documents, ttt):
         fitting = texts[:rows]
-        session = Session(model, constant, len(fitting), UncapturedRunner(captured))
+        runner = UncapturedRunner(execution.cuda_graphs)
+        session = Session(model, constant, len(fitting), runner)
         session.losses(fitting, SharedProgress(None))
         del session  # frees its memory before the next one allocates as much
 

@@ -12,6 +12,8 @@ RENAMED = {
     "train.compile": "execution.compile",
     "train.log_every": "execution.log_every",
     "train.save_every_seconds": "execution.save_every_seconds",
+    "ttt.batch": "execution.ttt_documents",
     "ttt.cuda_graphs": "execution.cuda_graphs",
     "ttt.reach": "ttt.bptt_chunks",
+    "ttt.tokens_per_batch": "execution.ttt_tokens",
 }

@@ -27,6 +27,7 @@ PACKAGES = ("steps", "pocketlm", "model")
 NO_RESULT = {
     "pocketlm/params": "reads and checks params.yaml, whose values count key by key",
     "model/runtime/settings.py": "describes the sections of params.yaml and checks their values",
+    "model/runtime/config.py": "says how a run is executed, on which no result depends",
     "model/runtime/errors.py": "shows messages",
     "model/runtime/files.py": "writes what it is given, atomically",
     "model/runtime/run_log.py": "writes the log and the provenance",

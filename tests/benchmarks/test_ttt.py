@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.ttt import Reading, compare, floor_work, read_tokens, summary
+from benchmarks.ttt import Reading, compare, floor_work, read_tokens, summary, varied
 from model.network.linear import Linear
+from model.runtime.errors import InputError
 from model.ttt.document_adapters import initial_parameters
 from pocketlm.params.presets import compose, render
-from tests.helpers.models import random_documents, small_model, ttt_params
+from tests.helpers.models import execution_params, random_documents, small_model, ttt_params
 from tests.helpers.processes import Group, run_processes
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_be
         settings: dict[str, Any] = {"mode": "window", "bptt_chunks": 0, "largest_chunk": 32}
         settings |= {"hash_buckets": 0, **changes}
         ttt = dataclasses.replace(compose("record").ttt, **settings)
-        return Reading(ttt, seconds, nats, 0.0, (0.0, 0.0))
+        return Reading(ttt, execution_params(), seconds, nats, 0.0, (0.0, 0.0))
 
     published = {"lr": 2e-4, "beta2": 0.999, "weight_decay": 0.5}
     window = [reading(40.0, 1.9, **published), reading(50.0, 1.8, lr=3e-4)]
@@ -71,8 +72,22 @@ def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_be
     assert summary(cached, [60])["published_window_nats"] is None
 
 
+def test_a_reading_names_keys_of_ttt_and_of_execution() -> None:
+    record = compose("record")
+    changed = varied(record, "mode=window,chunk=16,lr=4e-4,ttt_documents=64")
+    assert (changed.ttt.mode, changed.ttt.chunk, changed.ttt.largest_chunk) == ("window", 16, 16)
+    assert (changed.ttt.bptt_chunks, changed.ttt.lr) == (0, 4e-4)
+    assert changed.execution == dataclasses.replace(record.execution, ttt_documents=64)
+    with pytest.raises(InputError, match=r"ttt\.batch: was renamed to execution\.ttt_documents"):
+        varied(record, "batch=64")
+
+
 def _compare(group: Group, path: str) -> None:
-    wanted = {"a": ttt_params(), "b": ttt_params(mode="cached")}
+    record = dataclasses.replace(compose("record"), execution=execution_params())
+    modes = {"a": "window", "b": "cached"}
+    wanted = {
+        name: dataclasses.replace(record, ttt=ttt_params(mode=mode)) for name, mode in modes.items()
+    }
     compare(wanted, Path(path), small_model(), random_documents([40, 30, 9]), group)
 
 
@@ -96,7 +111,11 @@ def test_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
     params = compose("miniature", ["execution.processes=1"], tmp_path / "conf")
     (tmp_path / "params.yaml").write_text(render(params))
     sizes = ["--tokens", "2000", "--repeats", "1", "--queue", "--json", "ttt.json"]
-    for text in ("mode=window,chunk=16", "mode=cached,chunk=16,lr=4e-4", "mode=cached,chunk=8"):
+    for text in (
+        "mode=window,chunk=16",
+        "mode=cached,chunk=16,lr=4e-4",
+        "mode=cached,chunk=8,ttt_documents=2",
+    ):
         sizes += ["--reading", text]
     command = ["-m", "benchmarks.ttt", "--preset", "params.yaml", *sizes]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -107,6 +126,7 @@ def test_benchmark_runs_and_writes_its_figures(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "ttt.json").read_text())
     assert set(found) >= KEYS
     assert [reading["lr"] for reading in found["readings"]][1] == 4e-4
+    assert [one["execution"]["ttt_documents"] for one in found["readings"]] == [4, 4, 2]
     assert found["best_nats"] == min(reading["nats"] for reading in found["readings"])
     assert found["cached_tokens_per_s"] > 0 < found["window_tokens_per_s"]
     assert "Simulated queue" in done.stdout

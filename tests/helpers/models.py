@@ -9,6 +9,7 @@ import yaml
 
 from model.network.config import ModelConfig
 from model.network.gpt import GPT
+from model.runtime.config import ExecutionConfig
 from model.training.config import TrainConfig
 from model.ttt.config import TTTConfig
 
@@ -64,10 +65,16 @@ def ttt_params(**changes: Any) -> TTTConfig:
 
     Mode `window`, of which the other is a variation, without a hash embedding.
     """
-    small: dict[str, Any] = {"chunk": 8, "context": 32, "rank": 4, "lr": 0.005, "batch": 4}
+    small: dict[str, Any] = {"chunk": 8, "context": 32, "rank": 4, "lr": 0.005}
     small |= {"mode": "window", "bptt_chunks": 0, "hash_buckets": 0, "hash_rate": 1.0}
     small["largest_chunk"] = changes.get("chunk", 8)
     return TTTConfig(**{**yaml.safe_load(RECORD.read_text())["ttt"], **small, **changes})
+
+
+def execution_params(**changes: Any) -> ExecutionConfig:
+    """The execution section of the record preset, TTT in small batches, with `changes`."""
+    record = yaml.safe_load(RECORD.read_text())["execution"]
+    return ExecutionConfig(**{**record, "ttt_documents": 4, **changes})
 
 
 def train_params(**changes: Any) -> TrainConfig:

@@ -109,7 +109,7 @@ params = compose("demo")
 with torch.device("meta"):
     GPT(params.model)
 model, alone = GPT(params.model), Group(0, 1, torch.device("cpu"))
-ttt_losses(model, [np.arange(1, 50, dtype=np.uint16)], params.ttt, alone)
+ttt_losses(model, [np.arange(1, 50, dtype=np.uint16)], params.ttt, params.execution, alone)
 assert bytes_per_document(model, params.ttt) > 0
 r, up, down = (torch.ones(16, 16, requires_grad=True) for _ in range(3))
 fused_mlp.fused_mlp(r, up, down).sum().backward()

@@ -17,7 +17,14 @@ from model.runtime.cuda_graphs import GraphRunner
 from model.runtime.distributed import Group
 from model.ttt.loop import ttt_losses
 from tests.helpers.kernels import DEVICE, recorder
-from tests.helpers.models import SMALL, random_documents, record_params, small_model, ttt_params
+from tests.helpers.models import (
+    SMALL,
+    execution_params,
+    random_documents,
+    record_params,
+    small_model,
+    ttt_params,
+)
 
 
 @pytest.mark.parametrize("new", [1, 5])
@@ -190,7 +197,8 @@ def test_losses_of_adapting_documents_are_the_same(
 ) -> None:
     documents, ttt = random_documents([33, 20]), ttt_params(mode="cached", chunk=4, context=16)
     alone = Group(0, 1, torch.device(DEVICE))
-    mine = ttt_losses(two_layers(), documents, ttt, alone)
+    mine = ttt_losses(two_layers(), documents, ttt, execution_params(), alone)
     use_dense_attention(monkeypatch)
-    for a, b in zip(mine, ttt_losses(two_layers(), documents, ttt, alone), strict=True):
+    dense = ttt_losses(two_layers(), documents, ttt, execution_params(), alone)
+    for a, b in zip(mine, dense, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

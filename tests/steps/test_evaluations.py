@@ -142,7 +142,7 @@ def test_columns_hold_the_losses_of_the_artifact(place: Path, results: Results) 
     losses = {
         "plain": plain_losses(model, documents, tokens, group),
         "sliding": sliding_losses(model, documents, evaluate.sliding_stride, tokens, group),
-        "ttt": ttt_losses(model, documents, params.ttt, group),
+        "ttt": ttt_losses(model, documents, params.ttt, params.execution, group),
     }
     for step, names in STEPS.items():
         for name in names:

@@ -50,7 +50,14 @@ from model.ttt.loop import Session, ttt_losses
 from model.ttt.reader import READERS
 from model.ttt.session_plan import PASS, STEP, SessionPlan, session_plan
 from model.ttt.window_mode import WindowReader
-from tests.helpers.models import TECHNIQUES, case_name, random_documents, small_model, ttt_params
+from tests.helpers.models import (
+    TECHNIQUES,
+    case_name,
+    execution_params,
+    random_documents,
+    small_model,
+    ttt_params,
+)
 from tests.helpers.processes import run_processes
 
 CPU = torch.device("cpu")
@@ -285,7 +292,7 @@ class NaiveCached(Naive):
     [
         {},
         {"chunk": 5, "context": 13},
-        {"chunk": 8, "context": 8, "batch": 3},
+        {"chunk": 8, "context": 8},
         # A first token that attends to itself alone has no gradient but rounding, which RMSProp
         # would blow up to a full step: no attention sites.
         {"chunk": 1, "context": 6, "sites": ["mlp", "head"]},
@@ -295,7 +302,7 @@ class NaiveCached(Naive):
         {"steps": 3, "lr_decay_tokens": 20, "hash_buckets": 16, "hash_rate": 3.0},
         {"mode": "cached", "context": 64, "hash_buckets": 16},
         {"mode": "cached", "chunk": 5, "context": 13},
-        {"mode": "cached", "chunk": 7, "context": 31, "batch": 3, "steps": 2},
+        {"mode": "cached", "chunk": 7, "context": 31, "steps": 2},
         {"mode": "cached", "chunk": 8, "context": 8},
         {"mode": "cached", "chunk": 8, "context": 12, "lr_decay_tokens": 9},
         {
@@ -346,7 +353,7 @@ def test_documents_adapt_with_every_technique(
 def equals_the_naive_loop(model: GPT, changes: dict[str, Any]) -> None:
     ttt = ttt_params(**changes)
     documents = random_documents(LENGTHS)
-    losses = ttt_losses(model, documents, ttt, ALONE)
+    losses = ttt_losses(model, documents, ttt, execution_params(ttt_documents=3), ALONE)
     naive = NaiveCached if ttt.mode == "cached" else Naive
     for document, loss in zip(documents, losses, strict=True):
         assert loss.dtype == np.float32
@@ -385,7 +392,7 @@ def test_adaptation_changes_every_score_after_the_first_chunk_and_none_in_it(mod
     model = small_model()
     documents = random_documents([64])
     (plain,) = plain_losses(model, documents, 64, ALONE)
-    (adapted,) = ttt_losses(model, documents, ttt_params(mode=mode), ALONE)
+    (adapted,) = ttt_losses(model, documents, ttt_params(mode=mode), execution_params(), ALONE)
     np.testing.assert_allclose(adapted[:8], plain[:8], atol=1e-5)
     assert (np.abs(adapted[8:32] - plain[8:32]) > 1e-4).mean() > 0.9
 
@@ -397,7 +404,8 @@ def test_zero_learning_rate_scores_as_the_model_alone(mode: str, hash_buckets: i
     documents = random_documents([32, 20, 3])
     ttt = dataclasses.replace(ttt_params(mode=mode, hash_buckets=hash_buckets), lr=0.0)
     plain = plain_losses(model, documents, 64, ALONE)
-    for one, other in zip(ttt_losses(model, documents, ttt, ALONE), plain, strict=True):
+    adapted = ttt_losses(model, documents, ttt, execution_params(), ALONE)
+    for one, other in zip(adapted, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
@@ -428,30 +436,41 @@ def test_later_tokens_leave_earlier_scores_bit_for_bit(
     model = small_model()
     ttt = ttt_params(hash_buckets=16, **changes)
     documents = random_documents([64, 60, 20])
-    before = ttt_losses(model, documents, ttt, ALONE)
+    before = ttt_losses(model, documents, ttt, execution_params(), ALONE)
     documents[0][position] = 4 + (documents[0][position] + 1) % 60
-    after = ttt_losses(model, documents, ttt, ALONE)
+    after = ttt_losses(model, documents, ttt, execution_params(), ALONE)
     np.testing.assert_array_equal(after[0][: position - 1], before[0][: position - 1])
     assert after[0][position - 1] != before[0][position - 1]
     np.testing.assert_array_equal(after[1], before[1])
     np.testing.assert_array_equal(after[2], before[2])
 
 
-@MODES
-def test_batch_mates_batch_size_and_order_change_nothing(mode: str) -> None:
-    model = small_model()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mode": "cached"},
+        {"mode": "cached", "bptt_chunks": 2, "refresh": 3, "hash_buckets": 16},
+    ],
+)
+def test_batch_mates_batch_size_and_order_change_nothing(changes: dict[str, Any]) -> None:
+    """So neither execution.ttt_documents nor execution.ttt_tokens needs to be a cache key."""
+    model, ttt = small_model(), ttt_params(**changes)
     documents = random_documents(LENGTHS)
-    together = ttt_losses(model, documents, ttt_params(mode=mode, batch=100), ALONE)
-    for batch in (1, 3):
-        ttt = ttt_params(mode=mode, batch=batch)
-        other = ttt_losses(model, documents[::-1], ttt, ALONE)[::-1]
+    whole = execution_params(ttt_documents=100)
+    together = ttt_losses(model, documents, ttt, whole, ALONE)
+    smaller = [dataclasses.replace(whole, ttt_documents=count) for count in (1, 3)]
+    smaller += [dataclasses.replace(whole, ttt_tokens=count) for count in (1, 24, 70)]
+    for execution in smaller:
+        other = ttt_losses(model, documents[::-1], ttt, execution, ALONE)[::-1]
         for one, two in zip(together, other, strict=True):
             np.testing.assert_allclose(one, two, atol=3e-5)
 
 
 def _adapt(group: Group, documents: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
     done: list[int] = []
-    losses = ttt_losses(small_model(), documents, ttt_params(batch=2), group, done.append)
+    execution = execution_params(ttt_documents=2)
+    losses = ttt_losses(small_model(), documents, ttt_params(), execution, group, done.append)
     return losses, sum(done)
 
 
@@ -471,8 +490,8 @@ def test_batches_hold_each_document_once_longest_first_within_both_bounds(
     mode: str, rows: list[int]
 ) -> None:
     lengths = [9, 90, 10, 40, 11, 5, 1, 33, 64]
-    ttt = ttt_params(mode=mode, tokens_per_batch=70)
-    batches = document_batches(lengths, ttt, 3, 1, CPU)
+    bounds = execution_params(ttt_documents=3, ttt_tokens=70)
+    batches = document_batches(lengths, ttt_params(mode=mode), bounds, 1, CPU)
     flat = [number for batch in batches for number in batch.members]
     assert sorted(flat) == list(range(len(lengths)))
     ordered = [lengths[number] for number in flat]
@@ -489,8 +508,9 @@ def test_batches_hold_each_document_once_longest_first_within_both_bounds(
 def test_what_is_read_at_once_is_bounded_pass_by_pass(
     lengths: list[int], processes: int, limit: int
 ) -> None:
-    ttt = ttt_params(chunk=32, context=2048, tokens_per_batch=limit)
-    batches = document_batches(lengths, ttt, 40, processes, CPU)
+    ttt = ttt_params(chunk=32, context=2048)
+    bounds = execution_params(ttt_documents=40, ttt_tokens=limit)
+    batches = document_batches(lengths, ttt, bounds, processes, CPU)
     assert sorted(n for batch in batches for n in batch.members) == list(range(len(lengths)))
     for batch in (batch for batch in batches if batch.adapts):
         members = np.array([lengths[number] for number in batch.members])
@@ -503,7 +523,7 @@ def test_what_is_read_at_once_is_bounded_pass_by_pass(
 
 
 def test_chunks_that_run_again_count_as_read() -> None:
-    ttt = ttt_params(mode="cached", chunk=8, context=64, tokens_per_batch=70)
+    ttt = ttt_params(mode="cached", chunk=8, context=64)
     tokens_at_once = READERS["cached"].tokens_at_once
     assert tokens_at_once(90, ttt) == 8
     assert tokens_at_once(90, dataclasses.replace(ttt, bptt_chunks=2)) == 24
@@ -530,13 +550,14 @@ def planned(lengths: Sequence[int], ttt: Any) -> tuple[Sequence[int], SessionPla
 def test_several_processes_get_batches_small_enough_to_keep_all_busy() -> None:
     generator = np.random.default_rng(0)
     lengths = np.exp(generator.normal(7, 1, 400)).astype(int).tolist()
-    ttt = ttt_params(mode="cached", chunk=32, context=2048, tokens_per_batch=65536)
+    ttt = ttt_params(mode="cached", chunk=32, context=2048)
+    bounds = execution_params(ttt_documents=256, ttt_tokens=65536)
 
     def seconds(rows: int, start: int, end: int) -> int:
         return PASS + rows * (end - start + STEP)
 
     def makespan(processes: int, known: int) -> float:
-        batches = document_batches(lengths, ttt, 256, known, CPU)
+        batches = document_batches(lengths, ttt, bounds, known, CPU)
         assert sorted(n for batch in batches for n in batch.members) == list(range(400))
         plans = [planned([lengths[n] for n in batch.members], ttt) for batch in batches]
         return simulate(plans, processes, seconds).makespan
@@ -550,9 +571,10 @@ def test_only_the_first_batches_are_smaller_for_several_processes(
 ) -> None:
     monkeypatch.setattr(dispatch, "skips_empty_slots", lambda device: True)  # as on a GPU
     lengths = [5000, 4000, 1000, *[300] * 40]
-    ttt = ttt_params(mode="cached", chunk=32, context=2048, tokens_per_batch=65536)
+    ttt = ttt_params(mode="cached", chunk=32, context=2048)
+    bounds = execution_params(ttt_documents=16, ttt_tokens=65536)
     for processes in (2, 3):
-        batches = document_batches(lengths, ttt, 16, processes, CPU)
+        batches = document_batches(lengths, ttt, bounds, processes, CPU)
         sizes = [len(batch.members) for batch in batches]
         assert 1 < len(sizes) <= processes + 3
         assert all(size == 16 for size in sizes[processes - 1 : -1])
@@ -776,8 +798,10 @@ def test_cuda_graphs_equal_the_eager_loop(
     documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
     group = Group(0, 1, device)
     ttt = ttt_params(mode=mode, context=40, rank=16)
-    expected = ttt_losses(model, documents, ttt, group, cuda_graphs=False)
-    graphs = ttt_losses(model, documents, ttt, group, cuda_graphs=True)
+    expected, graphs = (
+        ttt_losses(model, documents, ttt, execution_params(cuda_graphs=captured), group)
+        for captured in (False, True)
+    )
     for one, other in zip(graphs, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=3e-2)
 
@@ -786,10 +810,11 @@ def test_cuda_graphs_equal_the_eager_loop(
 def test_bf16_scores_are_near_and_the_weights_come_back(mode: str) -> None:
     model = small_model()
     documents = random_documents([50, 20])
-    expected = ttt_losses(model, documents, ttt_params(mode=mode, lr=1e-4), ALONE)
+    ttt, execution = ttt_params(mode=mode, lr=1e-4), execution_params()
+    expected = ttt_losses(model, documents, ttt, execution, ALONE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.compute_dtype = torch.bfloat16
-    found = ttt_losses(model, documents, ttt_params(mode=mode, lr=1e-4), ALONE)
+    found = ttt_losses(model, documents, ttt, execution, ALONE)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=0.3)
@@ -811,14 +836,14 @@ def test_a_repetitive_document_is_learned() -> None:
     model = small_model()
     document = np.array([1, *([7, 12, 5, 30] * 30)], np.uint16)
     (plain,) = plain_losses(model, [document], 64, ALONE)
-    (adapted,) = ttt_losses(model, [document], ttt_params(lr=0.01), ALONE)
+    (adapted,) = ttt_losses(model, [document], ttt_params(lr=0.01), execution_params(), ALONE)
     assert adapted[60:-1].mean() < plain[60:-1].mean() - 0.5
 
 
 def test_the_model_is_left_as_it_was() -> None:
     model = small_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ttt_losses(model, random_documents([20, 30]), ttt_params(), ALONE)
+    ttt_losses(model, random_documents([20, 30]), ttt_params(), execution_params(), ALONE)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
@@ -826,8 +851,8 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_no_documents_and_diverging_adapters_are_input_errors() -> None:
     model = small_model()
     with pytest.raises(InputError, match="no documents"):
-        ttt_losses(model, [], ttt_params(), ALONE)
+        ttt_losses(model, [], ttt_params(), execution_params(), ALONE)
     with torch.no_grad():
         model.embedding[0, 0] = math.nan  # an entry of all logits
     with pytest.raises(InputError, match=r"target 1 of document 0 is nan"):
-        ttt_losses(model, random_documents([20]), ttt_params(), ALONE)
+        ttt_losses(model, random_documents([20]), ttt_params(), execution_params(), ALONE)

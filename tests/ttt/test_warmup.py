@@ -13,7 +13,7 @@ from model.ttt import warmup
 from model.ttt.chunking import passes
 from model.ttt.warmup import excerpts, read_excerpts, warm_up_kernels
 from tests.helpers.kernels import CUDA, run_apart
-from tests.helpers.models import random_documents, small_model, ttt_params
+from tests.helpers.models import execution_params, random_documents, small_model, ttt_params
 
 
 @pytest.mark.parametrize("bptt_chunks", [0, 3])
@@ -39,8 +39,8 @@ def test_texts_are_the_beginnings_of_documents():
 def test_nothing_is_done_on_a_cpu_or_without_documents():
     model = small_model()
     before = torch.get_rng_state()
-    warm_up_kernels(model, [], ttt_params())
-    warm_up_kernels(model, random_documents([20]), ttt_params())
+    warm_up_kernels(model, [], ttt_params(), execution_params())
+    warm_up_kernels(model, random_documents([20]), ttt_params(), execution_params())
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -58,12 +58,13 @@ def test_one_session_at_a_time_takes_memory(mode, captured, monkeypatch):
             sizes.append((ttt.chunk, capacity))
 
     monkeypatch.setattr(warmup, "Session", Watched)
-    ttt = ttt_params(mode=mode, chunk=2, largest_chunk=4, batch=4)
+    ttt = ttt_params(mode=mode, chunk=2, largest_chunk=4)
+    execution = execution_params(ttt_documents=4, cuda_graphs=captured)
     model = small_model()
     gc.disable()
     try:
         with fixed_weights(model):
-            read_excerpts(model, random_documents([300, *[9] * 8]), ttt, captured)
+            read_excerpts(model, random_documents([300, *[9] * 8]), ttt, execution)
     finally:
         gc.enable()
     assert not alive
@@ -82,7 +83,7 @@ from model.kernels import dispatch
 from model.runtime.distributed import Group
 from model.ttt.warmup import warm_up_kernels
 from model.ttt.loop import ttt_losses
-from tests.helpers.models import random_documents, small_model, ttt_params
+from tests.helpers.models import execution_params, random_documents, small_model, ttt_params
 
 compiled = []
 triton.knobs.runtime.jit_post_compile_hook = lambda **found: compiled.append(found["repr"])
@@ -91,15 +92,16 @@ dispatch.configure("auto", device)
 model = small_model(width=256, head_width=64).cuda()
 documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
 ttt = ttt_params(mode="{mode}", chunk=16, context=64, rank=16)
-warm_up_kernels(model, documents, ttt)
+execution = execution_params()
+warm_up_kernels(model, documents, ttt, execution)
 print(len(compiled))
 compiled.clear()
 before = torch.cuda.memory_allocated()
-warm_up_kernels(model, documents, ttt)
+warm_up_kernels(model, documents, ttt, execution)
 print(torch.cuda.memory_allocated() - before)
-found = ttt_losses(model, documents, ttt, Group(0, 1, device))
+found = ttt_losses(model, documents, ttt, execution, Group(0, 1, device))
 print(len(compiled))
-again = ttt_losses(model, documents, ttt, Group(0, 1, device))
+again = ttt_losses(model, documents, ttt, execution, Group(0, 1, device))
 print(int(all(np.allclose(a, b, atol=3e-2) for a, b in zip(found, again, strict=True))))
 """
     before, memory, after, same = run_apart(program, tmp_path)
