@@ -13,7 +13,7 @@ compared with what is stored. Only if that is equal is the stage recorded as up 
 On one and the same kind of CPU, with as many processes, the losses of training must be equal to the
 bit, those of documents to rounding, as other documents run beside them. Elsewhere, and so on GPUs,
 whose sums have no order, they may differ by `ROUNDING`, and so may the loss of quantize, whose
-bytes are not compared.
+bytes are not compared; those of training by `DIVERGENCE`, as every step starts from the last.
 """
 
 import dataclasses
@@ -43,6 +43,7 @@ from pocketlm.workflow.dvcstate import outs, stages, status
 
 DOCUMENTS = 8  # scored at most
 ROUNDING = 1e-3  # [nats/token] between devices, and on GPUs
+DIVERGENCE = 5e-3  # [nats/token] the same in training: two runs on an H100 were .0013 apart at step 40
 PACKING = 1e-5  # [nats/token] on one CPU, where other documents run beside a document
 
 
@@ -249,7 +250,7 @@ def compare_training(trial: Trial) -> tuple[str, list[str]]:
         dataclasses.replace(params, execution=execution),
         lambda: bool(expected) and max(expected) in found(),
     )
-    here, rounding = found(), 0.0 if same_machine(trial) else ROUNDING
+    here, rounding = found(), 0.0 if same_machine(trial) else DIVERGENCE
     differences = [
         f"loss of step {step}: {here.get(step)}, in {trial.log} {loss}"
         for step, loss in expected.items()
