@@ -43,7 +43,7 @@ from pocketlm.workflow.dvcstate import outs, stages, status
 
 DOCUMENTS = 8  # scored at most
 ROUNDING = 1e-3  # [nats/token] between devices, and on GPUs
-DIVERGENCE = 5e-3  # [nats/token] the same in training: two runs on an H100 were .0013 apart at step 40
+DIVERGENCE = 5e-3  # [nats/token] the same in training; seen on an H100: .0013 at step 40
 PACKING = 1e-5  # [nats/token] on one CPU, where other documents run beside a document
 
 
