@@ -13,5 +13,8 @@ def main(
 ) -> None:
     """After an edit that changes no result: compare, and keep what is stored if it is equal."""
     from pocketlm.workflow.accept import accept
+    from pocketlm.workflow.preconditions import check_checkout, complete_environment
 
+    check_checkout()
+    complete_environment()
     accept(stage, steps)

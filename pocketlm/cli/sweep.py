@@ -13,6 +13,8 @@ def main(
     output: Annotated[Path, Option(help="folder of the tables and the figure")] = SWEEP,
 ) -> None:
     """Run a grid of parameters as DVC experiments; write a table and a Pareto front."""
+    from pocketlm.workflow.preconditions import complete_environment
     from pocketlm.workflow.sweep import run_sweep
 
+    complete_environment()
     run_sweep(file, output)

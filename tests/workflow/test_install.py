@@ -1,9 +1,14 @@
-"""The wheel beside a project that has packages called `data` and `workflow` of its own."""
+"""What is installed, by a wheel or by make, and what a clone holds.
 
+The wheel stands beside a project that has packages called `data` and `workflow` of its own.
+"""
+
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -27,6 +32,19 @@ for name in ("tokenize", "train", "quantize", "ttt_eval", "report"):
 assert not {"data", "workflow"} & set(sys.modules), "imported the project's own packages"
 import data, workflow
 print(data.OWNER, workflow.OWNER, sys.modules["model"].__file__, sys.modules["steps"].__file__)
+"""
+
+# Stands for a Python without network: its environments have a pip that installs only this package.
+PYTHON = """#!/bin/sh
+[ "$1 $2" = "-m venv" ] || exec {python} "$@"
+{python} -m venv --without-pip "$3"
+cd "$3"/lib/python3.*/site-packages
+mkdir pip
+cat > pip/__main__.py <<END
+import os, sysconfig
+with open(sysconfig.get_path("purelib") + "/editable.pth", "w") as file:
+    file.write(os.getcwd())
+END
 """
 
 
@@ -72,3 +90,83 @@ def test_a_project_keeps_its_own_data_and_workflow(installed: Path, tmp_path: Pa
     owners = done.stdout.split()
     assert owners[:2] == ["project", "project"]
     assert all(Path(file).is_relative_to(installed) for file in owners[2:])
+
+
+def make(checkout: Path, **environment: str) -> str:
+    """What `make setup` prints; afterwards the environment is that of the checkout."""
+    python = checkout.parent / "python"
+    python.write_text(PYTHON.format(python=sys.executable))
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "setup", f"PYTHON={python}"],
+        cwd=checkout,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    program = "import pocketlm; print(*pocketlm.__path__)"
+    used = subprocess.run(
+        [checkout / ".venv/bin/python", "-I", "-c", program], capture_output=True, text=True
+    )
+    assert used.stdout == f"{checkout / 'pocketlm'}\n", used.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What make needs of a checkout, set up."""
+    place = tmp_path / "checkout"
+    place.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, place / name)
+    (place / "pocketlm").mkdir()
+    (place / "pocketlm/__init__.py").touch()
+    assert "installing" in make(place)
+    assert "Nothing to be done" in make(place)
+    return place
+
+
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_make_sets_up_a_checkout_again_in_its_new_place(checkout: Path, how: str) -> None:
+    new = checkout.parent / "new"
+    if how == "moved":
+        checkout.rename(new)
+    else:
+        shutil.copytree(checkout, new, symlinks=True)
+    assert "making .venv again" in make(new)
+    assert "Nothing to be done" in make(new)
+
+
+@pytest.mark.parametrize("what", ["is gone", "does not run", "lacks the package"])
+def test_make_sets_up_an_environment_again_whose_python(checkout: Path, what: str) -> None:
+    python = checkout / ".venv/bin/python"
+    if what == "lacks the package":
+        next(checkout.rglob("editable.pth")).unlink()
+    else:
+        python.unlink()
+        python.symlink_to("/nonexistent/python" if what == "is gone" else "/bin/false")
+    assert "making .venv again" in make(checkout)
+
+
+def test_make_keeps_an_environment_whatever_the_path_says(checkout: Path) -> None:
+    assert "Nothing to be done" in make(checkout, PYTHONPATH=str(ROOT))
+
+
+def test_a_clone_has_the_bytes_of_the_repository(tmp_path: Path) -> None:
+    """Stages go by hashes of files, so `core.autocrlf` must change none."""
+    clone = tmp_path / "clone"
+    command = ["git", "clone", "-q", "-c", "core.autocrlf=true", str(ROOT), str(clone)]
+    subprocess.run(command, check=True)
+    archive = subprocess.run(
+        ["git", "archive", "HEAD"], cwd=clone, capture_output=True, check=True
+    ).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        names = [member.name for member in files if member.isfile()]
+        assert len(names) > 100
+        for name in names:
+            stored = files.extractfile(name)
+            assert stored is not None
+            content = stored.read()
+            assert b"\r\n" not in content, name
+            assert (clone / name).read_bytes() == content, name
