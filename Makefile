@@ -8,10 +8,16 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# An environment holds absolute paths: after a move or a copy of this directory it is of no use.
+OWN := import os, pocketlm; os.path.samefile(pocketlm.__path__[0], "pocketlm") or exit(1)
+ifneq ($(wildcard .venv),)
+$(INSTALLED): $(shell $(BIN)/python -I -c '$(OWN)' 2>/dev/null || echo unusable)
+endif
+
 # As many workers as cores, each with whole files of tests; whole-workflow tests begin.
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: report test test-all campaigns checks setup
+.PHONY: report test test-all campaigns checks setup unusable
 .DEFAULT_GOAL := report
 
 report: $(INSTALLED)
@@ -35,6 +41,10 @@ checks: $(INSTALLED)
 	$(BIN)/lint-imports
 
 setup: $(INSTALLED)
+
+unusable:
+	@echo "making .venv again: it lacks its Python, is incomplete, or was made in another directory"
+	@rm -rf .venv
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: $(PYTHON) is Python %d.%d, but 3.11 or newer is needed\n  repair: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
