@@ -22,7 +22,7 @@ PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 
 report: $(INSTALLED)
 	@[ -e params.yaml ] || $(BIN)/pocketlm preset demo
-	@$(BIN)/snakemake --cores all report --quiet host reason
+	@$(BIN)/snakemake --cores all report
 	@cat artifacts/report/headline.txt
 
 test: checks

@@ -1,10 +1,12 @@
-"""The order of the steps and their resources.
+"""The order of the stages and their resources.
 
 tokenize > train > quantize > evaluate, ttt_eval > report; of the two evaluations neither waits for
 the other.
 
-What a step runs, reads and writes is defined in dvc.yaml alone. A rule asks DVC to bring its stage
-up to date, so a step whose inputs have the same content as before is restored instead of run.
+What a stage runs, reads and writes is defined in dvc.yaml alone, and DVC decides by content what is
+stale. The rules' inputs and outputs are markers without content (pocketlm/workflow/plan.py): one is
+there if its stage is up to date, and each rule brings a stage up to date. A stage that runs for each
+seed has a rule for one, and one of its own name that asks for all.
 """
 
 import os
@@ -13,24 +15,35 @@ import sys
 from pathlib import Path
 
 from model.runtime.errors import InputError
-from pocketlm.workflow.dvcstate import deps, flagged_outs, outs, sync
-from pocketlm.params.load import load_params
+from pocketlm.workflow.scheduler import (
+    begin,
+    is_forced,
+    is_shown,
+    marker,
+    markers_before,
+    markers_of,
+)
+from pocketlm.workflow.stages import outs
 
 try:
-    PARAMS = load_params()
-    if workflow.is_main_process:
-        sync(PARAMS)
+    PARAMS = begin(workflow)
 except InputError as error:
     sys.exit(f"error: {error}")
 
 shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 SEEDS = PARAMS.seeds
-REPRODUCE = "python -m pocketlm.workflow.reproduce " + ("--force " if config.get("force") else "")
-IN_PROCESSES = REPRODUCE + f"--processes {PARAMS.execution.processes} "
-# Slots of this machine (GPUs, or 1); a step takes one per process, and its share of the cores.
+# Slots of this machine (GPUs, or 1); a stage takes one per process, and its share of the cores.
 GPUS = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 1
 CORES = workflow.resource_settings.cores or os.cpu_count()
 THREADS = max(1, CORES * min(PARAMS.execution.processes, GPUS) // GPUS)
+
+
+def reproduce(stage, seeded=True):
+    """The command of a rule."""
+    target = f"{stage}@{{wildcards.seed}}" if seeded else stage
+    options = f"--processes {PARAMS.execution.processes} " if seeded else ""
+    options += "--force " if is_forced(stage) else ""
+    return f"python -m pocketlm.workflow.reproduce {options}{target}"
 
 
 def embedded(path):
@@ -44,81 +57,100 @@ wildcard_constraints:
     seed=r"\d+",
 
 
-rule tokenize:
+rule report:
+    default_target: True
     input:
-        deps("tokenize", SEEDS),
+        markers_before("report", SEEDS),
     output:
-        flagged_outs("tokenize"),
+        touch(marker("report")),
+        [embedded(out) for out in outs("report")] if is_shown() else [],
+    message:
+        "report: artifacts/report/report.md, and in short headline.txt"
+    shell:
+        reproduce("report", seeded=False)
+
+
+rule tokenize:
+    output:
+        touch(marker("tokenize")),
     threads: THREADS
     message:
         "tokenize"
     shell:
-        REPRODUCE + "tokenize"
+        reproduce("tokenize", seeded=False)
 
 
 rule train:
     input:
-        deps("train", SEEDS),
+        markers_of("train", SEEDS),
+
+
+rule train_seed:
+    input:
+        markers_before("train", SEEDS),
     output:
-        outs("train"),
+        touch(marker("train@{seed}")),
     threads: THREADS
     resources:
         gpu=PARAMS.execution.processes,
     message:
         "train, seed {wildcards.seed}"
     shell:
-        IN_PROCESSES + "train@{wildcards.seed}"
+        reproduce("train")
 
 
 rule quantize:
     input:
-        deps("quantize", SEEDS),
+        markers_of("quantize", SEEDS),
+
+
+rule quantize_seed:
+    input:
+        markers_before("quantize", SEEDS),
     output:
-        outs("quantize"),
+        touch(marker("quantize@{seed}")),
     threads: THREADS
     resources:
         gpu=PARAMS.execution.processes,
     message:
         "quantize, seed {wildcards.seed}"
     shell:
-        IN_PROCESSES + "quantize@{wildcards.seed}"
+        reproduce("quantize")
 
 
 rule evaluate:
     input:
-        deps("evaluate", SEEDS),
+        markers_of("evaluate", SEEDS),
+
+
+rule evaluate_seed:
+    input:
+        markers_before("evaluate", SEEDS),
     output:
-        outs("evaluate"),
+        touch(marker("evaluate@{seed}")),
     threads: THREADS
     resources:
         gpu=PARAMS.execution.processes,
     message:
         "evaluate, seed {wildcards.seed}"
     shell:
-        IN_PROCESSES + "evaluate@{wildcards.seed}"
+        reproduce("evaluate")
 
 
 rule ttt_eval:
     input:
-        deps("ttt_eval", SEEDS),
+        markers_of("ttt_eval", SEEDS),
+
+
+rule ttt_eval_seed:
+    input:
+        markers_before("ttt_eval", SEEDS),
     output:
-        outs("ttt_eval"),
+        touch(marker("ttt_eval@{seed}")),
     threads: THREADS
     resources:
         gpu=PARAMS.execution.processes,
     message:
         "ttt_eval, seed {wildcards.seed}"
     shell:
-        IN_PROCESSES + "ttt_eval@{wildcards.seed}"
-
-
-rule report:
-    default_target: True
-    input:
-        deps("report", SEEDS),
-    output:
-        [embedded(out) for out in outs("report")],
-    message:
-        "report: artifacts/report/report.md, and in short headline.txt"
-    shell:
-        REPRODUCE + "report"
+        reproduce("ttt_eval")

@@ -17,7 +17,8 @@ from typing import Any
 from model.runtime.distributed import Group, process_group
 from model.runtime.errors import user_errors
 from model.runtime.files import write_bytes, write_json
-from model.runtime.process import end_with_launcher, only_writer
+from model.runtime.lock import held
+from model.runtime.process import end_with_launcher
 from model.runtime.run_log import RunLog, write_provenance
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
@@ -123,7 +124,8 @@ def run(name: str, main: Callable[[StageRun], None], seeded: bool = True) -> Non
     ):
         stage = StageRun(name, getattr(arguments, "seed", None), load_params(), group)
         try:
-            with only_writer(stage.work) if group.is_main else nullcontext():
+            waiting = f"{stage.work}: another run of this stage is using it; waiting"
+            with held(stage.work / "lock", waiting) if group.is_main else nullcontext():
                 main(stage)
         except Exception as error:
             problem, repair = getattr(error, "problem", str(error)), getattr(error, "repair", None)

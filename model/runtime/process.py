@@ -1,18 +1,15 @@
-"""Process-level settings and measurements: compile cache, allocator, age, memory, signals, lock.
+"""Process-level settings and measurements: compile cache, allocator, age, memory, signals.
 
 Compiled graphs and kernels are cached in one directory. A later run of the same code with the same
 torch on the same kind of device reads them instead of compiling; torch's cache keys ensure that.
 """
 
 import ctypes
-import fcntl
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,16 +73,3 @@ def end_with_launcher() -> None:
     """Let the kernel end this process if torchrun is killed, which starts it in its own session."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-@contextmanager
-def only_writer(directory: Path) -> Iterator[None]:
-    """Wait until no other run uses `directory`, and hold it for the block by a lock file in it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{directory}: another run of this stage is using it; waiting", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -17,10 +17,8 @@ bytes are not compared; those of training by `DIVERGENCE`, as every step starts 
 """
 
 import dataclasses
-import logging
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -38,8 +36,10 @@ from pocketlm.params.params import Params
 from pocketlm.params.paths import ARTIFACTS, COMPILE_CACHE, LOGS, WORK
 from pocketlm.params.presets import render
 from pocketlm.params.renamed import RENAMED
+from pocketlm.workflow import dvc_repo
 from pocketlm.workflow.closure import is_code
-from pocketlm.workflow.dvcstate import outs, stages, status
+from pocketlm.workflow.launch import program
+from pocketlm.workflow.stages import node, outs, seeds_of, stages
 
 DOCUMENTS = 8  # scored at most
 ROUNDING = 1e-3  # [nats/token] between devices, and on GPUs
@@ -92,10 +92,11 @@ def accept(name: str, steps: int | None = None) -> None:
     Raises InputError, with nothing recorded, if a result differs, if something else than code was
     changed, or if the stage was never run.
     """
-    changes = status()
-    trials = [trial for trial in _trials(name, steps) if trial.target in changes]
+    states = dvc_repo.inspect()
+    trials = [trial for trial in _trials(name, steps) if not states[trial.target].is_fresh]
     for trial in trials:
-        require_only_code(trial, changes[trial.target])
+        require_only_code(trial, states[trial.target])
+    read = {trial.target: dvc_repo.start(trial.target, restore=False).inputs for trial in trials}
     for trial in trials:
         print(f"{trial.target}: running it in {trial.place}", file=sys.stderr, flush=True)
         compared, differences = COMPARISONS[trial.stage](trial)
@@ -106,46 +107,34 @@ def accept(name: str, steps: int | None = None) -> None:
             )
         print(f"{trial.target}: equal: {compared}")
         shutil.rmtree(trial.place)
-    _record([trial.target for trial in trials])
+    for trial in trials:
+        dvc_repo.finish(trial.target, read[trial.target], record=True, holding=False)
     print(f"recorded as up to date: {', '.join(t.target for t in trials) or 'all was already'}")
 
 
 def _trials(name: str, steps: int | None) -> list[Trial]:
     stage, _, seed = name.partition("@")
-    seeds = load_params().seeds if "matrix" in stages().get(stage, ()) else [None]
+    seeds = seeds_of(stage, load_params().seeds) if stage in stages() else []
     chosen = [one for one in seeds if not seed or str(one) == seed]
     if stage not in stages() or not chosen:
         raise InputError(f"{name}: no such stage", f"name one of {', '.join(stages())}, or train@0")
     return [Trial(stage, one, steps) for one in chosen]
 
 
-def _record(targets: list[str]) -> None:
-    from dvc.repo import Repo
-
-    logging.getLogger("dvc").setLevel(logging.WARNING)
-    with Repo(_wait_for_lock=True) as repo:
-        for target in targets:
-            repo.commit(target, force=True)
-
-
 # What may have changed
 
 
-def require_only_code(trial: Trial, changes: list[Any]) -> None:
+def require_only_code(trial: Trial, state: dvc_repo.State) -> None:
     """Raise InputError unless the stage's inputs and outputs are those recorded, but for code."""
-    lock = Path("dvc.lock")
-    recorded = read_yaml(lock, "")["stages"] if lock.exists() else {}
-    if trial.target not in recorded:
+    if not state.recorded:
         raise InputError(f"{trial.target}: was never run, there is nothing to keep", "run it")
-    values = recorded[trial.target].get("params", {}).get("params.yaml", {})
-    others = changed_values(trial.stage, values)
-    for change in changes:
-        for kind, files in change.items() if isinstance(change, dict) else ():
-            others += [
-                f"{file} is {how}" if kind == "changed outs" else f"{file} was changed"
-                for file, how in files.items()
-                if file != "params.yaml" and not is_code(file)
-            ]
+    recorded = read_yaml(Path("dvc.lock"), "")["stages"][trial.target]
+    others = changed_values(trial.stage, recorded.get("params", {}).get("params.yaml", {}))
+    inputs = [dep for dep in stages()[trial.stage]["deps"] if not is_code(dep)]
+    read = [dep.replace("${item.seed}", str(trial.seed)) for dep in inputs]
+    others += [f"{path} was changed" for path in read if path in state.changes]
+    others += [f"{path} was changed" for path in state.modified]
+    others += [f"{path} is not here" for path in state.absent]
     if others:
         raise InputError(
             f"{trial.target}: not only code was changed: {'; '.join(others)}",
@@ -190,9 +179,9 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(trial: Trial, params: Params, enough: Callable[[], bool] = lambda: False) -> None:
-    """Run the stage's own command with `params` in its scratch directory, until it is `enough`."""
+    """Run the stage's program with `params` in its scratch directory, until it is `enough`."""
     _prepare(trial, params)
-    words = shlex.split(stages()[trial.stage]["cmd"].replace("${item.seed}", str(trial.seed)))
+    words = program(node(trial.target), params.execution.processes if trial.seed is not None else 1)
     paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     process = subprocess.Popen(words, cwd=trial.place, env=os.environ | paths)
     try:

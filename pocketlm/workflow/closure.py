@@ -19,7 +19,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from model.runtime.files import write_bytes
-from pocketlm.workflow.dvcstate import stages
+from pocketlm.workflow.stages import stages
 
 PACKAGES = ("steps", "pocketlm", "model")
 
@@ -32,7 +32,8 @@ NO_RESULT = {
     "model/runtime/files.py": "writes what it is given, atomically",
     "model/runtime/run_log.py": "writes the log and the provenance",
     "model/runtime/progress.py": "shows progress",
-    "model/runtime/process.py": "measures memory and age, chooses caches and locks directories",
+    "model/runtime/process.py": "measures memory and age, chooses caches",
+    "model/runtime/lock.py": "lets runs of a stage take turns",
 }
 # What is counted in bytes is a dep of the stage that counts, imported or not.
 SHIPPED = {"report": list(PACKAGES)}

@@ -1,54 +1,207 @@
 """Start a stage in its processes: `python -m pocketlm.workflow.launch -m steps.train --seed 0`.
 
-How many, `execution.processes`, is read here and is no part of the command in dvc.yaml, so that
-what eight processes have trained is evaluated by one without being stale. One process needs no
-launcher, so the stage takes this one's place. More are started by torchrun; of a stage that failed,
-only its own message is shown, and its exit status is passed on.
+This is the command of every stage in dvc.yaml, so that both engines start stages in the same way:
+
+1. One run of a stage at a time; a second waits, in other containers as well.
+2. What it reads is noted, and compared after the run. If an input was edited meanwhile, the run
+   fails, and DVC records nothing.
+3. A result that is there already is kept instead of computed: one of which the record failed, one
+   that DVC's cache has lost, one that can be fetched from the remote.
+
+How many processes, `execution.processes`, is read here and is no part of the command, so that
+what eight processes have trained is evaluated by one without being stale. The stage ends when the
+engine that started it does, and its exit status is passed on.
 """
 
 import argparse
-import logging
+import ctypes
+import json
 import os
+import select
+import shutil
+import signal
+import subprocess
 import sys
+import threading
+from pathlib import Path
+from typing import Any
 
-from model.runtime.errors import user_errors
+from model.runtime.errors import InputError, user_errors
+from model.runtime.files import read_json, write_json
+from model.runtime.lock import held
 from pocketlm.params.load import load_params
+from pocketlm.workflow import dvc_repo
+from pocketlm.workflow.preconditions import check_checkout, complete_environment
+from pocketlm.workflow.stages import RUN_LOCK, Node, node
+
+FINISHED = "finished"  # in `Node.work`: what the last run has made, and what it had read
+RECORD = "record.json"
+ENGINES = ("dvc", "snakemake")
 
 
-def launch(processes: int, module: str, arguments: list[str]) -> int:
-    """Run `python -m module arguments` in so many processes of this host; returns the status."""
-    # Imported here, as one process does without torch until it is the stage.
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+def launch(target: str, processes: int, record: bool = False, force: bool = False) -> None:
+    """Bring a stage's outputs here: restore them, keep what is there, or run it.
 
-    from model.runtime.distributed import require_gpus
+    record: look into DVC's run cache before, and record the result; DVC does so itself for a stage
+    that it has started. force: run it in any case. Raises InputError if inputs changed during the
+    run, SystemExit with the stage's status if it fails.
+    """
+    one = node(target)
+    waiting = f"{target}: another run of this stage is going on; waiting for it"
+    with held(one.work / RUN_LOCK, waiting):
+        found, entries = dvc_repo.start(target, record and not force), dvc_repo.lock_entries()
+        if record and not force and (found.restored or found.state.is_fresh):
+            how = "restored from DVC's run cache" if found.restored else "up to date"
+            print(f"{target}: {how}", file=sys.stderr, flush=True)
+            return
+        if not force and (reason := kept(one, found)):
+            print(f"{target}: {reason}", file=sys.stderr, flush=True)
+        else:
+            run(one, processes)
+            keep(one, found.inputs)
+        dvc_repo.finish(target, found.inputs, record)
+        dvc_repo.keep_lock_entries(entries, engine())
 
-    with user_errors():
-        require_gpus(processes)
-    quiet = logging.getLogger("torch.distributed.elastic")  # its children log through it
-    quiet.addHandler(logging.NullHandler())
-    quiet.propagate = False
-    options = ["--standalone", "--nproc-per-node", str(processes), "-m", module, *arguments]
+
+def kept(one: Node, found: dvc_repo.Start) -> str:
+    """Why the stage need not run: its result is here, or was brought back; empty if it must run.
+
+    Where DVC starts a stage it has removed the outputs, and had they been in its cache it would
+    have restored them, but when it was told to run the stage by force.
+    """
+    state = found.state
+    recorded = state.recorded and not (state.changes or state.modified)
+    if recorded and not state.uncached:
+        return ""
+    if put_back(one, found.inputs):
+        return "was computed before from the same inputs; the result is kept"
+    if recorded and not state.absent:
+        return "the result is here as it was recorded, and goes back to the cache"
+    if recorded and not dvc_repo.download(state.absent):
+        return "the result was fetched from the remote"
+    return ""
+
+
+def keep(one: Node, before: dict[str, Any]) -> None:
+    """Link the outputs of a run, which costs no space, as DVC may remove them unrecorded."""
+    place = one.work / FINISHED
+    shutil.rmtree(place, ignore_errors=True)
+    for out in one.outs:
+        _link(Path(out), place / out)
+    made = dvc_repo.hashes(one.outs)
+    write_json(place / RECORD, {"inputs": before, "outputs": made})
+
+
+def put_back(one: Node, before: dict[str, Any]) -> bool:
+    """Bring back what the last run has made if it had read the same; whether that was so."""
+    place = one.work / FINISHED
     try:
-        torchrun.main(options)
-    except ChildFailedError as error:
-        return max(1, error.get_first_failure()[1].exitcode)  # negative: ended by a signal
-    except SignalException:
-        return 130
+        record = read_json(place / RECORD)
+    except InputError:
+        return False
+    if record["inputs"] != json.loads(json.dumps(before)):
+        return False
+    if record["outputs"] != dvc_repo.hashes(one.outs):
+        for out in one.outs:
+            _link(place / out, Path(out))
+    return bool(record["outputs"] == dvc_repo.hashes(one.outs))
+
+
+def _link(source: Path, target: Path) -> None:
+    """Let `target`, a file or folder, have the content of `source`; a copy if links cannot be."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_file)
+    elif source.exists():
+        _link_file(source, target)
+
+
+def _link_file(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def run(one: Node, processes: int) -> None:
+    """Run the stage's program in so many processes of this host; SystemExit if it fails."""
+    process = subprocess.Popen(program(one, processes), preexec_fn=_end_with_parent)
+    watch_engine(process)
+    handlers = {
+        number: signal.signal(number, lambda number, _: process.send_signal(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if status:
+        sys.exit(status if status > 0 else 128 - status)
+
+
+def program(one: Node, processes: int) -> list[str]:
+    """The command line of a stage's program in so many processes."""
+    words = ["-m", f"steps.{one.stage}", *([] if one.seed is None else ["--seed", str(one.seed)])]
+    several = ["-m", "pocketlm.workflow.torchrun", str(processes)] if processes > 1 else []
+    return [sys.executable, *several, *words]
+
+
+def _end_with_parent() -> None:
+    """In a new process: let Linux end it when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def engine() -> int:
+    """Number of the process of DVC or Snakemake that has started this one; 0 if none has."""
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            status = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return 0
+        if any(Path(word).name in ENGINES for word in words[:3]):
+            return pid
+        pid = int(status.rpartition(")")[2].split()[1])
     return 0
+
+
+def watch_engine(process: subprocess.Popen[bytes]) -> None:
+    """End `process` when the engine that has started this one is killed."""
+    pid = engine()
+    if not pid:
+        return
+    try:
+        handle = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # not Linux, or it has ended
+        return
+
+    def wait() -> None:
+        select.select([handle], [], [])
+        process.terminate()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def main() -> None:
     """Parse the command line and start."""
     parser = argparse.ArgumentParser(prog="python -m pocketlm.workflow.launch")
     parser.add_argument("-m", dest="module", required=True, help="the stage, e.g. steps.train")
-    options, arguments = parser.parse_known_args()
+    parser.add_argument("--seed", type=int)
+    options = parser.parse_args()
+    stage = options.module.removeprefix("steps.")
     with user_errors():
+        if "DVC_STAGE" in os.environ:  # else who starts this has looked
+            check_checkout()
+        complete_environment()
         processes = load_params().execution.processes
-    if processes == 1:
-        os.execv(sys.executable, [sys.executable, "-m", options.module, *arguments])
-    sys.exit(launch(processes, options.module, arguments))
+        seeded = options.seed is not None
+        launch(f"{stage}@{options.seed}" if seeded else stage, processes if seeded else 1)
 
 
 if __name__ == "__main__":

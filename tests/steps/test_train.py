@@ -313,11 +313,9 @@ def test_state_file_is_for_its_own_run_only(tmp_path):
 
 def test_processes_that_do_not_share_a_step_evenly_are_refused(tokens, tmp_path):
     directory = workplace(tmp_path / "odd", tokens, tokens_per_step=128, tokens_per_microbatch=128)
-    started = (
-        "from pocketlm.workflow.launch import launch; exit(launch(2, 'steps.train', ['--seed=0']))"
-    )
+    torchrun = ["-m", "pocketlm.workflow.torchrun", "2", "-m", "steps.train", "--seed=0"]
     done = subprocess.run(
-        [sys.executable, "-c", started],
+        [sys.executable, *torchrun],
         cwd=directory,
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pocketlm.workflow.closure import NO_RESULT, closure, code_deps, imports, is_code, update
-from pocketlm.workflow.dvcstate import stages
+from pocketlm.workflow.stages import stages
 
 ROOT = Path(__file__).parents[2]
 STAGES: dict[str, dict[str, list[str]]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]

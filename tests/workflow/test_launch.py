@@ -12,15 +12,15 @@ from torch.distributed.elastic.utils.logging import get_logger
 from model.runtime.distributed import require_gpus
 from model.runtime.errors import InputError
 from pocketlm.params.presets import compose, render
-from pocketlm.workflow.launch import launch, main
+from pocketlm.workflow.launch import main
+from pocketlm.workflow.torchrun import torchrun
 
 ROOT = Path(__file__).parents[2]
 
 
-def started(directory: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pocketlm.workflow.launch", "-m", "steps.train", "--seed=0"]
+def started(directory: Path, *program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command,
+        [sys.executable, "-m", *program, "--seed=0"],
         cwd=directory,
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -33,7 +33,8 @@ def started(directory: Path) -> subprocess.CompletedProcess[str]:
 def test_a_failing_stage_says_why_and_nothing_else_does(tmp_path: Path, processes: int) -> None:
     settings = [f"execution.processes={processes}", "train.tokens_per_microbatch=512"]
     (tmp_path / "params.yaml").write_text(render(compose("demo", settings, ROOT / "conf")))
-    done = started(tmp_path)
+    torchrun = ["pocketlm.workflow.torchrun", str(processes), "-m"] if processes > 1 else []
+    done = started(tmp_path, *torchrun, "steps.train")
     assert done.returncode == 2
     assert done.stderr.count("manifest.json: no such file") == 1
     assert done.stderr.count("repair: ") == 1
@@ -42,7 +43,7 @@ def test_a_failing_stage_says_why_and_nothing_else_does(tmp_path: Path, processe
 
 
 def test_without_parameters_nothing_is_started(tmp_path: Path) -> None:
-    done = started(tmp_path)
+    done = started(tmp_path, "pocketlm.workflow.launch", "-m", "steps.train")
     assert done.returncode == 2
     assert done.stderr.startswith(
         "error: params.yaml: no such file\n  repair: write it from a preset"
@@ -54,18 +55,13 @@ def test_the_number_of_processes_is_that_of_the_parameters(
 ) -> None:
     calls: list[Any] = []
 
-    def launched(*call: Any) -> int:
-        calls.append(call)
-        return 0
-
-    monkeypatch.setattr("pocketlm.workflow.launch.launch", launched)
+    monkeypatch.setattr("pocketlm.workflow.launch.launch", lambda *call: calls.append(call))
     settings = ["execution.processes=4", "train.tokens_per_microbatch=256"]
     (tmp_path / "params.yaml").write_text(render(compose("demo", settings, ROOT / "conf")))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["launch", "-m", "steps.train", "--seed", "7"])
-    with pytest.raises(SystemExit):
-        main()
-    assert calls == [(4, "steps.train", ["--seed", "7"])]
+    main()
+    assert calls == [("train@7", 4)]
 
 
 def test_the_launcher_keeps_quiet_whatever_level_its_loggers_have(monkeypatch):
@@ -74,13 +70,13 @@ def test_the_launcher_keeps_quiet_whatever_level_its_loggers_have(monkeypatch):
     monkeypatch.setattr(seen, "emit", said.append)
     monkeypatch.setattr(parent, "handlers", [seen])
 
-    def torchrun(arguments):
+    def run(arguments):
         get_logger("torch.distributed.elastic.made_later").error("noise")
         get_logger("torch.distributed.other").error("not noise")
         assert arguments[-3:] == ["-m", "steps.train", "--help"]
 
-    monkeypatch.setattr("torch.distributed.run.main", torchrun)
-    assert launch(2, "steps.train", ["--help"]) == 0
+    monkeypatch.setattr("torch.distributed.run.main", run)
+    assert torchrun(2, ["-m", "steps.train", "--help"]) == 0
     assert [record.getMessage() for record in said] == ["not noise"]
 
 
@@ -91,6 +87,6 @@ def test_too_few_gpus_are_said_once_and_before_anything_starts(monkeypatch, capf
     with pytest.raises(InputError, match="2 processes on this host, but it has 1 GPUs"):
         require_gpus(2)
     with pytest.raises(SystemExit) as ended:
-        launch(2, "steps.train", [])
+        torchrun(2, ["-m", "steps.train"])
     assert ended.value.code == 2
     assert capfd.readouterr().err.count("2 processes on this host") == 1

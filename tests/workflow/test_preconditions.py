@@ -15,7 +15,7 @@ import pytest
 from model.runtime.errors import InputError
 from pocketlm.workflow.preconditions import NEEDED, cache_directory, check_checkout
 from tests.helpers.accounts import USER, give_away, run_unnamed
-from tests.workflow.test_workflow import make_checkout
+from tests.helpers.checkout import make_checkout
 
 ROOT = Path(__file__).parents[2]
 STAGE = """
@@ -303,7 +303,6 @@ def environment_of(place: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(place), "DVC_SITE_CACHE_DIR": site}
 
 
-@pytest.mark.xfail(strict=True, reason="Snakefile and launcher do not call check_checkout yet")
 @pytest.mark.workflow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_look_before_they_work(miniature: Path, tmp_path: Path, engine: str) -> None:
@@ -319,7 +318,6 @@ def test_engines_look_before_they_work(miniature: Path, tmp_path: Path, engine: 
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="Snakefile does not call complete_environment yet")
 @pytest.mark.workflow
 def test_snakemake_needs_neither_name_nor_home(miniature: Path) -> None:
     give_away(miniature.parent)

@@ -11,9 +11,9 @@ import typer
 import yaml
 
 from pocketlm.cli import app
-from pocketlm.params.presets import compose, presets
-from pocketlm.workflow.dvcstate import deps, outs, stages, sync
+from pocketlm.params.presets import presets
 from pocketlm.workflow.reproduce import claim_gpus
+from pocketlm.workflow.stages import nodes, stages, upstream
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -36,13 +36,20 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def test_stages_are_the_rules_in_the_order_of_the_data_flow() -> None:
-    rules = re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), re.MULTILINE)
-    assert rules == list(stages()) == STEPS
+def test_stages_are_rules_and_stand_in_the_order_of_the_data_flow() -> None:
+    """A stage that runs for each seed has a rule for one seed, and one for all."""
+    rules = set(re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), re.MULTILINE))
+    assert list(stages()) == STEPS
+    assert rules == {*STEPS, *(f"{name}_seed" for name in STEPS if "matrix" in stages()[name])}
     for position, stage in enumerate(STEPS):
-        later = {out for other in STEPS[position:] for out in outs(other)}
-        read = set(deps(stage, [0]))
-        assert not read & (later | {out.format(seed=0) for out in later}), stage
+        assert set(upstream(stage)) <= set(STEPS[:position]), stage
+
+
+def test_every_stage_is_started_by_the_launcher() -> None:
+    """Only so its inputs are compared after the run, and a failure loses nothing."""
+    for name, stage in stages().items():
+        seeded = " --seed ${item.seed}" if "matrix" in stage else ""
+        assert stage["cmd"] == f"python -m pocketlm.workflow.launch -m steps.{name}{seeded}"
 
 
 def test_every_step_is_a_module_that_is_started_as_one() -> None:
@@ -62,22 +69,12 @@ def test_how_a_run_is_executed_is_no_cache_key() -> None:
         assert not [key for key in stage["params"] if key.split(".")[0] == "execution"], name
 
 
-def test_a_folder_of_results_means_every_seed() -> None:
-    found = deps("report", [0, 7])
-    assert "artifacts/ttt_eval/seed7/metrics.json" in found
-    assert "artifacts/train/seed0/curve.csv" in found
-    assert not [path for path in found if "{seed}" in path or "__pycache__" in path]
-
-
-def test_times_are_left_alone_while_another_run_holds_the_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    lock = tmp_path / ".snakemake/locks/0.output.lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    sync(compose("demo", directory=ROOT / "conf"))  # no DVC repository here: it must not ask
-    assert "snakemake --unlock" in capsys.readouterr().err
+def test_the_report_reads_every_seed_and_no_stage_another_one() -> None:
+    graph = nodes([0, 7])
+    assert all(graph["report"].reads(one) for t, one in graph.items() if "@" in t)
+    assert graph["quantize@7"].reads(graph["train@7"])
+    assert not graph["quantize@7"].reads(graph["train@0"])
+    assert not graph["ttt_eval@0"].reads(graph["train@0"])
 
 
 def test_steps_side_by_side_get_gpus_of_their_own(

@@ -1,64 +1,30 @@
 """The whole workflow on a miniature, by both engines: what must run after each thing a user does.
 
-A checkout that has been run once is shared; every test works on a copy of it. Which steps really
-ran is recorded by `sitecustomize` in the steps' own processes, so nothing is believed of what an
-engine prints. The rows are those of the table in docs/workflow.md.
+The rows are those of the table in docs/workflow.md.
 """
 
 import json
-import os
-import random
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.helpers.shared import made_once
-
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-SNAKEMAKE = ["snakemake", "report", "--cores", "2", "--resources", "gpu=2"]
-ENGINES = {"snakemake": SNAKEMAKE, "dvc": ["dvc", "repro"]}
-ACCEPT = [str(BIN / "python"), "-m", "pocketlm", "accept"]
-# Of long rows `make test` sees one engine, the quicker where several runs follow each other, and
-# `make test-all` both.
-second_engine_in_campaign = pytest.mark.parametrize(
-    "engine", ["snakemake", pytest.param("dvc", marks=pytest.mark.campaign)], indirect=True
+from tests.helpers.checkout import (
+    ACCEPT,
+    ENGINES,
+    EVALUATE,
+    FROM_QUANTIZE,
+    FROM_TRAIN,
+    REPORT,
+    SNAKEMAKE,
+    TTT,
+    Checkout,
+    second_engine_in_campaign,
 )
-snakemake_in_campaign = pytest.mark.parametrize(
-    "engine", [pytest.param("snakemake", marks=pytest.mark.campaign), "dvc"], indirect=True
-)
-TTT = ["ttt_eval@0", "ttt_eval@1"]
-REPORT = ["report"]
-EVALUATE = ["evaluate@0", "evaluate@1"]
-FROM_QUANTIZE = [*EVALUATE, "quantize@0", "quantize@1", *REPORT, *TTT]
-FROM_TRAIN = sorted([*FROM_QUANTIZE, "train@0", "train@1"])
-
-# Runs in every Python process of a checkout: notes which step it is, and dies in one if told to.
-SITECUSTOMIZE = """
-import os, signal, sys
-words = [word for word in sys.orig_argv[1:] if word != "-u"]
-if words[:1] == ["-m"] and os.environ.get("RANK", "0") == "0":
-    module = words[1]
-    seed = "@" + words[words.index("--seed") + 1] if "--seed" in words else ""
-    if module.startswith("steps."):
-        step = module.removeprefix("steps.") + seed
-        with open(os.environ["RECORD"], "a") as file:
-            file.write(step + "\\n")
-        if step == os.environ.get("DIE_IN"):
-            replace = os.replace
-            def replace_and_die(source, target, **options):
-                replace(source, target, **options)
-                if "artifacts" in str(target):
-                    os.kill(os.getpid(), signal.SIGKILL)
-            os.replace = replace_and_die
-"""
 
 OTHER_CALIBRATION = """
 
@@ -76,158 +42,6 @@ Schedule.multiplier = lambda self, *given: 0.5 * _multiplier(self, *given)
 """
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(600)]
-
-
-class Checkout:
-    """A working copy of the repository in a temporary directory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.record = path.parent / f"{path.name}.steps"
-        recorder = path.parent / f"{path.name}.recorder"
-        recorder.mkdir(exist_ok=True)
-        (recorder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-        self.environment = os.environ | {
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": f"{recorder}{os.pathsep}{path}",
-            "RECORD": str(self.record),
-            "OMP_NUM_THREADS": "1",
-            "DVC_SITE_CACHE_DIR": str(path.parent / f"{path.name}.dvc"),
-            "GIT_AUTHOR_NAME": "test",
-            "GIT_AUTHOR_EMAIL": "test@example.invalid",
-            "GIT_COMMITTER_NAME": "test",
-            "GIT_COMMITTER_EMAIL": "test@example.invalid",
-        }
-
-    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command,
-            cwd=self.path,
-            env=self.environment | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, *command: str, succeeds: bool = True, **environment: str) -> str:
-        """Run a command and return what it printed."""
-        process = self.start(*command, **environment)
-        output = process.communicate()[0]
-        assert (process.returncode == 0) == succeeds, f"{' '.join(command)}\n{output}"
-        return output
-
-    def steps_run_by(self, *command: str, succeeds: bool = True, **environment: str) -> list[str]:
-        """Run a command and return the steps that it started, sorted."""
-        self.record.write_text("")
-        self.run(*command, succeeds=succeeds, **environment)
-        return sorted(self.record.read_text().split())
-
-    def commit(self, message: str = "change") -> None:
-        self.run("git", "add", "-A")
-        self.run("git", "commit", "-q", "-m", message)
-
-    def set(self, key: str, value: object) -> None:
-        """Change one value of params.yaml as a person would."""
-        section, _, name = key.rpartition(".")
-        path = self.path / "params.yaml"
-        text = path.read_text()
-        start = text.index(f"\n{section}:") if section else 0
-        pattern = re.compile(rf"^(\s*{name}:) [^#]*", re.MULTILINE)
-        path.write_text(text[:start] + pattern.sub(rf"\1 {value} ", text[start:], count=1))
-
-    def append(self, file: str, text: str) -> None:
-        with (self.path / file).open("a") as opened:
-            opened.write(text)
-
-    def shuffle_times(self) -> None:
-        """Give every file a random time, as a clone or a checkout may."""
-        generator = random.Random(0)
-        for path in sorted(self.path.rglob("*")):
-            if path.is_file() and ".git" not in path.parts and ".dvc" not in path.parts:
-                when = time.time() - generator.uniform(0, 1e6)
-                os.utime(path, (when, when))
-
-    def results(self) -> dict[str, bytes]:
-        """Content of every output and of dvc.lock."""
-        folders = (self.path / "artifacts", self.path / "logs")
-        files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
-        kept = [file for file in files if file.name != ".snakemake_timestamp"]
-        return {str(file): file.read_bytes() for file in [*kept, self.path / "dvc.lock"]}
-
-    def copy(self, path: Path) -> "Checkout":
-        shutil.copytree(self.path, path, symlinks=True)
-        return Checkout(path)
-
-
-def write_texts(directory: Path) -> None:
-    """Some hundred documents of varied length."""
-    directory.mkdir()
-    generator = random.Random(1)
-    words = ["sea", "keeps", "its", "colors", "when", "evening", "falls", "nobody", "counts"]
-    with (directory / "all.jsonl").open("w") as file:
-        for length in range(20, 320):
-            text = " ".join(generator.choices(words, k=length))
-            file.write(json.dumps({"text": text}) + "\n")
-
-
-def make_checkout(path: Path) -> None:
-    """Copy the files that git tracks and choose the miniature experiment; nothing is run."""
-    listing = ["git", "ls-files", "-z"]
-    names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file() and name != "dvc.lock":
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, path / name)
-    shutil.copy(ROOT / "tests/miniature.yaml", path / "conf/miniature.yaml")
-    write_texts(path / "texts")
-    checkout = Checkout(path)
-    checkout.run("git", "init", "-q", "-b", "main")
-    checkout.run(str(BIN / "python"), "-m", "pocketlm", "preset", "miniature", "--force")
-    checkout.commit("miniature")
-
-
-@pytest.fixture(scope="session")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout in which nothing has been run."""
-    place = made_once(tmp_path_factory, "fresh", lambda place: make_checkout(place / "checkout"))
-    return Checkout(place / "checkout")
-
-
-@pytest.fixture(scope="session")
-def finished(fresh: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout in which Snakemake has run everything, committed and pushed to a local remote."""
-
-    def make(place: Path) -> None:
-        checkout = fresh.copy(place / "checkout")
-        ran = checkout.steps_run_by(*SNAKEMAKE)
-        assert ran == sorted(["tokenize", *FROM_TRAIN])
-        checkout.run("dvc", "remote", "add", "--default", "storage", str(place / "remote"))
-        checkout.commit("results")
-        checkout.run("dvc", "push", "-q")
-
-    return Checkout(made_once(tmp_path_factory, "finished", make) / "checkout")
-
-
-@pytest.fixture
-def checkout(finished: Checkout, tmp_path: Path) -> Checkout:
-    return finished.copy(tmp_path / "checkout")
-
-
-@pytest.fixture
-def clone(finished: Checkout, tmp_path: Path) -> Checkout:
-    """A clone with its data pulled and meaningless file times."""
-    path = tmp_path / "clone"
-    subprocess.run(["git", "clone", "-q", str(finished.path), str(path)], check=True)
-    cloned = Checkout(path)
-    cloned.run("dvc", "pull", "-q")
-    cloned.shuffle_times()
-    return cloned
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> list[str]:
-    """The command that brings the report up to date, by either engine."""
-    return ENGINES[request.param]
 
 
 def test_row_1_snakemake_then_dvc(checkout: Checkout) -> None:
@@ -262,7 +76,7 @@ def test_row_3_a_train_value_and_back(checkout: Checkout, engine: list[str]) -> 
     assert checkout.results() == before
 
 
-@second_engine_in_campaign
+@pytest.mark.campaign
 def test_row_4_another_seed(checkout: Checkout, engine: list[str]) -> None:
     checkout.set("seeds", "[0, 1, 7]")
     expected = ["evaluate@7", "quantize@7", "report", "train@7", "ttt_eval@7"]
@@ -276,10 +90,13 @@ def test_row_5_clone_and_pull(clone: Checkout, engine: list[str]) -> None:
     assert clone.run("git", "status", "--porcelain") == ""
 
 
-def test_clone_without_pull_says_so(finished: Checkout, tmp_path: Path) -> None:
+def test_clone_without_pull_fetches_what_is_asked_for(finished: Checkout, tmp_path: Path) -> None:
     path = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", str(finished.path), str(path)], check=True)
-    assert "`dvc pull` fetches them" in Checkout(path).run("snakemake", "-n")
+    cloned = Checkout(path)
+    assert cloned.steps_run_by(*SNAKEMAKE) == []
+    assert (path / "artifacts/report/headline.txt").exists()
+    assert not (path / "artifacts/train/seed0/model.safetensors").exists()
 
 
 def test_row_6_clone_and_a_ttt_value(clone: Checkout, engine: list[str]) -> None:
@@ -307,7 +124,7 @@ def test_row_8_edit_test_time_training(checkout: Checkout, engine: list[str]) ->
     assert checkout.steps_run_by(*engine) == sorted([*TTT, *REPORT])
 
 
-@second_engine_in_campaign
+@pytest.mark.campaign
 def test_row_8_edit_quantization_then_the_report(checkout: Checkout, engine: list[str]) -> None:
     checkout.append("model/quantization/calibration_text.py", OTHER_CALIBRATION)
     assert checkout.steps_run_by(*engine) == FROM_QUANTIZE
@@ -321,7 +138,7 @@ def test_row_8_edit_the_model(checkout: Checkout, engine: list[str]) -> None:
     assert checkout.steps_run_by(*engine) == FROM_TRAIN
 
 
-@snakemake_in_campaign
+@pytest.mark.campaign
 def test_row_8_given_files(checkout: Checkout, engine: list[str]) -> None:
     """A baseline and a tokenizer are noticed; what else lies in records/ is not."""
     record = checkout.path / "records/own.json"
@@ -351,14 +168,9 @@ def test_row_9_a_step_dies(checkout: Checkout, engine: list[str]) -> None:
     assert "up to date" in checkout.run("dvc", "status")
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(
-    "pair",
-    [
-        pytest.param(("snakemake", "snakemake"), marks=pytest.mark.campaign),
-        ("dvc", "dvc"),
-        ("snakemake", "dvc"),
-    ],
-    ids="-".join,
+    "pair", [("snakemake", "snakemake"), ("dvc", "dvc"), ("snakemake", "dvc")], ids="-".join
 )
 def test_row_10_two_runs_at_once(checkout: Checkout, pair: tuple[str, str]) -> None:
     checkout.set("ttt.lr", "5e-4")
@@ -373,7 +185,7 @@ def test_row_10_two_runs_at_once(checkout: Checkout, pair: tuple[str, str]) -> N
     assert checkout.steps_run_by(*ENGINES["dvc"]) == []
 
 
-@second_engine_in_campaign
+@pytest.mark.campaign
 def test_row_11_a_value_of_the_evaluation(checkout: Checkout, engine: list[str]) -> None:
     checkout.set("evaluate.documents", "3")
     assert checkout.steps_run_by(*engine) == sorted([*EVALUATE, *TTT, *REPORT])
@@ -428,7 +240,7 @@ def test_what_changes_results_is_not_accepted(checkout: Checkout) -> None:
 
 
 def test_a_killed_run_can_be_continued(checkout: Checkout) -> None:
-    """The lock that a killed Snakemake leaves is explained, and --unlock frees it."""
+    """Nothing that a killed Snakemake leaves must be removed by hand."""
     checkout.set("ttt.lr", "5e-4")
     checkout.record.write_text("")
     process = checkout.start(*SNAKEMAKE)
@@ -436,15 +248,13 @@ def test_a_killed_run_can_be_continued(checkout: Checkout) -> None:
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.communicate()  # ends when the steps it had started have ended
-    assert "snakemake --unlock" in checkout.run(*SNAKEMAKE, succeeds=False)
-    checkout.run("snakemake", "--unlock")
     assert not set(checkout.steps_run_by(*SNAKEMAKE)) - {*TTT, *REPORT}
     assert "up to date" in checkout.run("dvc", "status")
 
 
 def test_force_runs_a_step_again(checkout: Checkout) -> None:
-    forced = ["--forcerun", "report", "--config", "force=1"]
-    assert checkout.steps_run_by(*SNAKEMAKE, *forced) == REPORT
+    assert checkout.steps_run_by(*SNAKEMAKE, "--forcerun", "ttt_eval") == sorted([*TTT, *REPORT])
+    assert checkout.steps_run_by("dvc", "repro", "-f", "-s", "report") == REPORT
 
 
 def test_nothing_to_do_is_quick(checkout: Checkout) -> None:

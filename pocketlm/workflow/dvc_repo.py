@@ -1,0 +1,428 @@
+"""What is asked of DVC, through its Python API (whose version is pinned).
+
+`inspect` compares every stage with dvc.lock, by content, also while stages run. `record` writes
+down what a run has read and made, and refuses if the inputs are no longer those that the run began
+with; `restore_run` looks into the run cache, `fetch` brings recorded outputs back.
+
+DVC marks the files of running commands in `.dvc/tmp/rwlock` by the number of a process. That number
+means nothing in another container or on another host: there the entry is dropped, or taken for
+some other program's. So stages are run outside of it, and it is held for moments alone; a stage
+that `dvc repro` has started puts back the entry of its `dvc` before it ends (`keep_lock_entries`).
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.runtime.errors import InputError
+from model.runtime.files import write_json
+from model.runtime.lock import is_held
+from pocketlm.workflow.stages import RUN_LOCK, covers, node
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+RWLOCK = Path(".dvc/tmp/rwlock")
+
+
+@dataclass
+class State:
+    """How a stage differs from its record in dvc.lock.
+
+    recorded: whether there is one; changes: of command, values and inputs, a text by key or path;
+    modified, absent, uncached: outputs with other content, not here, not in the cache.
+    """
+
+    recorded: bool
+    changes: dict[str, str] = field(default_factory=dict)
+    modified: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    uncached: list[str] = field(default_factory=list)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the results here are those of the inputs here."""
+        return self.recorded and not (self.changes or self.modified or self.absent)
+
+
+@contextmanager
+def repository() -> "Iterator[Repo]":
+    """DVC's view of this checkout; raises InputError for what DVC cannot do or read.
+
+    Holds DVC's lock of the repository, which no command of a stage holds, as dvc.lock is written in
+    place: who read it meanwhile would see half of it.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo, lock_repo
+
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    try:
+        with Repo(_wait_for_lock=True) as repo, lock_repo(repo):
+            yield repo
+    except DvcException as error:
+        problem = ": ".join(str(cause) for cause in _chain(error) if str(cause))
+        raise InputError(f"dvc: {problem}", "make `dvc status` work, then run again") from error
+
+
+def inspect() -> dict[str, State]:
+    """The state of every stage by target (`train@0`)."""
+    from dvc.utils.serialize import load_path
+
+    with repository() as repo:
+        values = _flat(load_path("params.yaml", repo.fs))
+        states = {stage.addressing: _state(stage, values) for stage in repo.index.stages}
+        _drop_changes_by_absence(repo.index.stages, states)
+        return states
+
+
+def _drop_changes_by_absence(stages: Sequence[Any], states: Mapping[str, State]) -> None:
+    """Take those inputs out of `changes` that are as recorded once absent outputs are back."""
+    absent = [path for state in states.values() for path in state.absent]
+    outs = {str(out): out.hash_info for stage in stages for out in stage.outs}
+    for stage in stages:
+        changes = states[stage.addressing].changes
+        for dep in stage.deps:
+            path = str(dep)
+            incomplete = path in changes and any(covers(path, gone) for gone in absent)
+            if incomplete and _recorded_hash(path, outs) == dep.hash_info.value:
+                del changes[path]
+
+
+def _recorded_hash(path: str, outs: Mapping[str, Any]) -> str | None:
+    """The hash that a file or folder of outputs has once all of them are brought back.
+
+    outs: the recorded hashes. None if one is not recorded, or is a folder inside the folder.
+    """
+    from dvc_data.hashfile.tree import Tree
+
+    if path in outs:
+        return outs[path].value if outs[path] else None
+    tree = Tree()
+    for out, found in outs.items():
+        if covers(path, out):
+            if not found or found.isdir:
+                return None
+            tree.add(tuple(out.removeprefix(f"{path}/").split("/")), None, found)
+    tree.digest()
+    return str(tree.hash_info.value)
+
+
+def _state(stage: Any, values: Mapping[str, Any]) -> State:
+    recorded = any(out.hash_info for out in stage.outs)
+    changes = {"command": "the command"} if recorded and stage.changed_stage() else {}
+    for dep in stage.deps if recorded else ():
+        changes |= _changes(dep, values)
+    state = State(recorded, changes)
+    for out in stage.outs if recorded else ():
+        path = str(out)
+        if not out.exists:
+            state.absent.append(path)
+        elif out.changed_checksum():
+            state.modified.append(path)
+        if out.use_cache and out.changed_cache():
+            state.uncached.append(path)
+    return state
+
+
+def _changes(dep: Any, values: Mapping[str, Any]) -> dict[str, str]:
+    """How an input differs from the record: values by key, a file or folder by path.
+
+    values: those of params.yaml, which DVC would read again for every stage.
+    """
+    from dvc.dependency import ParamsDependency
+
+    path = str(dep)
+    if isinstance(dep, ParamsDependency):
+        before = _flat(dep.hash_info.value or {})
+        now = {key: v for key, v in values.items() if any(_within(key, one) for one in dep.params)}
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return {key: f"{key} {_value(before, key)} → {_value(now, key)}" for key in keys}
+    if not dep.exists:
+        return {path: f"{path} is missing"}
+    return {path: f"{path} changed"} if dep.changed_checksum() else {}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def _value(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "absent"
+
+
+@dataclass
+class Start:
+    """A stage before it runs: its state, and what it reads as dvc.lock would record it.
+
+    restored: whether its result was found in the run cache, and recorded.
+    """
+
+    state: State
+    inputs: dict[str, Any]
+    restored: bool = False
+
+
+def start(target: str, restore: bool) -> Start:
+    """Look at a stage; restore: bring its result back if the run cache knows it.
+
+    Raises InputError if an input is missing.
+    """
+    from dvc.utils.serialize import load_path
+
+    def look(repo: "Repo") -> Start:
+        (stage,) = repo.stage.collect(target)
+        state = _state(stage, _flat(load_path("params.yaml", repo.fs)))
+        if missing := [str(dep) for dep in stage.deps if not dep.exists]:
+            raise InputError(
+                f"{target}: not here: {', '.join(missing)}",
+                "`snakemake report --cores all` restores it or makes it again; or `dvc pull`",
+            )
+        restored = restore and not state.is_fresh and _restore(repo, stage)
+        stage.save_deps()
+        return Start(state, _inputs(stage), restored)
+
+    result: Start = when_free(target, look, holding=True)
+    return result
+
+
+def _restore(repo: "Repo", stage: Any) -> bool:
+    """Bring a stage's result back from the run cache, and record it; whether it was known.
+
+    The stage must be as it was read: DVC takes one whose inputs are saved for an unchanged one.
+    """
+    from dvc.stage.cache import RunCacheNotFoundError
+
+    try:
+        repo.stage_cache.restore(stage)
+    except RunCacheNotFoundError:
+        return False
+    stage.save(run_cache=False)
+    _store(repo, stage)
+    return True
+
+
+def _inputs(stage: Any) -> dict[str, Any]:
+    """Command, values and hashes of what a stage reads, once its inputs are saved."""
+    return {"command": stage.cmd, **{str(dep): dep.hash_info.value for dep in stage.deps}}
+
+
+def _store(repo: "Repo", stage: Any) -> None:
+    """Write a stage, as it was saved, into cache, run cache and dvc.lock."""
+    stage.commit()
+    repo.stage_cache.save(stage)
+    stage.dump(update_pipeline=False)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two results of `inputs`, in words."""
+    found = []
+    for path in sorted({**before, **now}):
+        old, new = before.get(path), now.get(path)
+        if isinstance(old, dict) and isinstance(new, dict):
+            old, new = _flat(old), _flat(new)
+            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            found += [f"{key} {_value(old, key)} → {_value(new, key)}" for key in keys]
+        elif old != new:
+            found.append(path)
+    return found
+
+
+def hashes(paths: Sequence[str]) -> dict[str, str | None]:
+    """DVC's hashes of outputs as they are here; None for one that is absent."""
+    with repository() as repo:
+        outs = {str(out): out for stage in repo.index.stages for out in stage.outs}
+        return {path: outs[path].get_hash().value if outs[path].exists else None for path in paths}
+
+
+def finish(target: str, before: dict[str, Any], record: bool, holding: bool = True) -> None:
+    """Compare what a stage reads with `before`; record: write its result into cache and dvc.lock.
+
+    Raises InputError, with nothing recorded, if an input has changed. Waits while another command
+    of DVC uses the stage's files. holding: as of `when_free`.
+    """
+
+    def save(repo: "Repo") -> None:
+        (stage,) = repo.stage.collect(target)
+        if record:
+            stage.save(run_cache=False)
+        else:
+            stage.save_deps()
+        if changes := differences(before, _inputs(stage)):
+            raise InputError(
+                f"{target}: changed while it ran: {', '.join(changes)}. The result is that of the "
+                "inputs before; it was not recorded",
+                "run again to compute it anew; or take the edit back and run again: then it is "
+                "recorded",
+            )
+        if record:
+            _store(repo, stage)
+
+    when_free(target, save, holding)
+
+
+def record_unseen(target: str) -> None:
+    """Record the outputs that are here as the result of the inputs that are here."""
+    finish(target, start(target, restore=False).inputs, record=True)
+
+
+def refill(target: str) -> None:
+    """Put the outputs that are here, as they were recorded, back into the cache."""
+    when_free(target, lambda repo: repo.stage.collect(target)[0].commit(allow_missing=True))
+
+
+def fetch(outputs: Mapping[str, str]) -> list[str]:
+    """Bring recorded outputs here, from the cache or else the remote; returns those it cannot.
+
+    outputs: the target of each path.
+    """
+
+    def bring(repo: "Repo") -> None:
+        if repo.config["core"].get("remote"):
+            repo.fetch(targets=[path])
+        repo.checkout(targets=[path])
+
+    for path, target in outputs.items():
+        try:
+            when_free(target, bring)
+        except Exception as error:  # whatever a remote's library raises
+            print(f"{path}: cannot be restored: {error}", file=sys.stderr)
+    return [path for path in outputs if not Path(path).exists()]
+
+
+def download(paths: Sequence[str]) -> list[str]:
+    """Bring recorded outputs here past DVC's list of files in use; returns those it cannot.
+
+    For a stage that DVC has started, which holds its outputs.
+    """
+    from dvc.api import DVCFileSystem
+
+    if not has_remote():
+        return list(paths)
+    files = DVCFileSystem(".")
+    for path in paths:
+        try:
+            files.get(path, path, recursive=True)
+        except Exception as error:  # whatever a remote's library raises
+            print(f"{path}: cannot be fetched: {error}", file=sys.stderr)
+    return [path for path in paths if not Path(path).exists()]
+
+
+@cache
+def has_remote() -> bool:
+    """Whether a default remote is configured."""
+    with repository() as repo:
+        return bool(repo.config["core"].get("remote"))
+
+
+# Locks
+
+
+def when_free(target: str, action: "Callable[[Repo], Any]", holding: bool = False) -> Any:
+    """Do something with DVC's repository once no other command uses the target's files.
+
+    Entries of processes that are other programs here are dropped, unless a run of the stage is
+    going on somewhere. holding: this process holds the lock of the stage's runs itself.
+    """
+    from dvc.lock import LockError
+
+    while True:
+        try:
+            with repository() as repo:
+                return action(repo)
+        except InputError as error:
+            if not any(isinstance(cause, LockError) for cause in _chain(error)):
+                raise
+        is_running = not holding and is_held(node(target).work / RUN_LOCK)
+        if is_running or not _drop_false_entries():
+            _say_once(f"{target}: another DVC command is using its files; waiting for it")
+            time.sleep(1)
+
+
+def _drop_false_entries() -> bool:
+    """Drop entries whose number is that of another program here; whether there were any."""
+    dropped = []
+    with _edit_lock_entries() as entries:
+        for path, entry in list(entries.get("write", {}).items()):
+            if not _is_running(entry):
+                dropped.append(entries["write"].pop(path))
+        for path, readers in entries.get("read", {}).items():
+            dropped += [entry for entry in readers if not _is_running(entry)]
+            entries["read"][path] = [entry for entry in readers if _is_running(entry)]
+    for name in sorted({f"{entry['cmd']} (process {entry['pid']})" for entry in dropped}):
+        print(f"{RWLOCK}: dropped {name}, which is not running here", file=sys.stderr)
+    return bool(dropped)
+
+
+def _is_running(entry: dict[str, Any]) -> bool:
+    """Whether the process of an entry is the command that the entry names."""
+    try:
+        words = Path(f"/proc/{entry['pid']}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return not Path("/proc/self").exists()  # another system: DVC itself looks at the number
+    return entry["cmd"] in " ".join(words)
+
+
+def lock_entries() -> dict[str, Any]:
+    """DVC's list of files in use by running commands."""
+    try:
+        return json.loads(RWLOCK.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def keep_lock_entries(before: dict[str, Any], pid: int) -> None:
+    """Put back those entries of process `pid` in `before` that somebody else has dropped."""
+    with _edit_lock_entries() as now:
+        writes, reads = now.setdefault("write", {}), now.setdefault("read", {})
+        for path, entry in before.get("write", {}).items():
+            if entry["pid"] == pid:
+                writes.setdefault(path, entry)
+        for path, entries in before.get("read", {}).items():
+            mine = [entry for entry in entries if entry["pid"] == pid]
+            known = reads.get(path, [])
+            reads[path] = [*known, *(entry for entry in mine if entry not in known)]
+
+
+@contextmanager
+def _edit_lock_entries() -> Iterator[dict[str, Any]]:
+    """DVC's list of files in use, written back if the block has changed it."""
+    from dvc.lock import make_lock
+    from dvc.rwlock import RWLOCK_LOCK
+
+    with make_lock(str(RWLOCK.with_name(RWLOCK_LOCK)), tmp_dir=str(RWLOCK.parent)):
+        entries = lock_entries()
+        before = json.dumps(entries)
+        yield entries
+        entries["read"] = {
+            path: readers for path, readers in entries.get("read", {}).items() if readers
+        }
+        if json.dumps(entries) != before:
+            write_json(RWLOCK, entries)
+
+
+@cache
+def _say_once(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found = []
+    while error is not None:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found

@@ -1,0 +1,131 @@
+"""What Snakemake is told before it plans: the Snakefile calls `begin`.
+
+A stage that DVC calls stale, and what `--forcerun` names, has no marker (`pocketlm.workflow.plan`),
+so that Snakemake must run it; `--touch` records results as they are. At the end of every call it is
+checked that each stale stage was planned.
+"""
+
+import atexit
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from model.runtime.errors import InputError
+from pocketlm.params.load import load_params
+from pocketlm.params.params import Params
+from pocketlm.workflow import dvc_repo
+from pocketlm.workflow.plan import VARIABLE, Plan, explain, fetch_needed, make_plan, set_markers
+from pocketlm.workflow.plan import marker as marker
+from pocketlm.workflow.preconditions import check_checkout, complete_environment
+from pocketlm.workflow.reproduce import visible_gpus
+from pocketlm.workflow.stages import seeds_of, stages, upstream
+
+FORCED = "forced.json"  # in the folder of markers
+
+
+def begin(workflow: Any) -> Params:
+    """Plan, bring back what is needed, say why what is stale, and set the markers.
+
+    Returns the parameters. Raises InputError if this directory, the parameters or DVC's files are
+    not as they must be, or if a target is no stage.
+    """
+    complete_environment()
+    if not workflow.is_main_process:
+        return load_params()
+    check_checkout()
+    params = load_params()
+    options = _options()
+    wanted = {target for name in options.targets or ["report"] for target in _of(name, params)}
+    forced = {target for name in options.forcerun for target in _of(name, params)}
+    if options.forceall or options.force:
+        forced |= wanted
+    plan = make_plan(params.seeds, wanted, dvc_repo.inspect(), forced)
+    if options.touch:
+        _record_unseen(plan)
+        plan = make_plan(params.seeds, wanted, dvc_repo.inspect())
+    elif not options.dryrun and not is_shown():
+        plan = fetch_needed(plan)
+    elif plan.fetched:
+        print("to be restored:", ", ".join(plan.fetched), file=sys.stderr)
+    if plan.reasons:
+        print(explain(plan), file=sys.stderr, flush=True)
+    set_markers(plan)
+    names = {target.partition("@")[0] for target in forced}
+    names |= set(stages()) if options.forceall else set()
+    Path(os.environ[VARIABLE], FORCED).write_text(json.dumps(sorted(names)))
+    if "gpu" not in workflow.global_resources:
+        workflow.register_resource("gpu", len(visible_gpus()) or 1)
+    if not (options.until or options.omit_from or options.batch or options.unlock or is_shown()):
+        atexit.register(_require_scheduled, workflow, plan, os.getpid())
+    return params
+
+
+@cache
+def _options() -> Namespace:
+    """The options of this call of `snakemake`; the default ones if another program called it."""
+    from snakemake.cli import get_argument_parser
+
+    called = Path(sys.argv[0]).name == "snakemake" or "snakemake" in Path(sys.argv[0]).parts
+    return get_argument_parser().parse_args(sys.argv[1:] if called else [])
+
+
+def _of(name: str, params: Params) -> list[str]:
+    """The targets of a stage; raises InputError if there is none of this name."""
+    if name not in stages():
+        raise InputError(
+            f"{name}: no stage of this workflow",
+            f"name stages, not files: {', '.join(stages())}; of one seed: `dvc repro -s train@0`",
+        )
+    return [name if seed is None else f"{name}@{seed}" for seed in seeds_of(name, params.seeds)]
+
+
+def _record_unseen(plan: Plan) -> None:
+    """Record the results of stale stages as up to date as they are, if they are all here."""
+    for target in plan.reasons:
+        if all(Path(out).exists() for out in plan.graph[target].outs):
+            dvc_repo.record_unseen(target)
+            print(f"{target}: recorded as up to date, unseen", file=sys.stderr)
+
+
+def markers_of(stage: str, seeds: Sequence[int]) -> list[str]:
+    """The markers of a stage, of all seeds."""
+    return [marker(stage if s is None else f"{stage}@{s}") for s in seeds_of(stage, seeds)]
+
+
+def markers_before(stage: str, seeds: Sequence[int]) -> list[str]:
+    """Markers of what `stage` reads; of the same seed, as a pattern, where it runs for each."""
+    found: list[str] = []
+    for other in upstream(stage):
+        if "matrix" in stages()[stage] and "matrix" in stages()[other]:
+            found.append(marker(f"{other}@{{seed}}"))
+        else:
+            found += markers_of(other, seeds)
+    return found
+
+
+def is_forced(stage: str) -> bool:
+    """Whether this call runs the stage even if its result is known."""
+    return stage in json.loads(Path(os.environ[VARIABLE], FORCED).read_text())
+
+
+def is_shown() -> bool:
+    """Whether this call makes Snakemake's own report, for which the results must be outputs."""
+    return _options().report is not None
+
+
+def _require_scheduled(workflow: Any, plan: Plan, pid: int) -> None:
+    """Fail if a stale stage was not planned, whatever Snakemake says."""
+    dag = getattr(workflow, "_dag", None)
+    if dag is None or os.getpid() != pid:
+        return
+    planned = {str(path) for job in dag.jobs if dag.needrun(job) for path in job.output}
+    forgotten = [target for target in plan.reasons if marker(target) not in planned]
+    if forgotten:
+        print(f"error: stale, but not planned: {', '.join(forgotten)}", file=sys.stderr)
+        print("  repair: `dvc repro` runs them; please report this", file=sys.stderr, flush=True)
+        os._exit(1)
