@@ -242,13 +242,6 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
-def hashes(paths: Sequence[str]) -> dict[str, str | None]:
-    """DVC's hashes of outputs as they are here; None for one that is absent."""
-    with repository() as repo:
-        outs = {str(out): out for stage in repo.index.stages for out in stage.outs}
-        return {path: outs[path].get_hash().value if outs[path].exists else None for path in paths}
-
-
 def finish(target: str, before: dict[str, Any], record: bool, holding: bool = True) -> None:
     """Compare what a stage reads with `before`; record: write its result into cache and dvc.lock.
 

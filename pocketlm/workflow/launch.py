@@ -82,29 +82,33 @@ def kept(one: Node, found: dvc_repo.Start) -> str:
     return ""
 
 
-def keep(one: Node, before: dict[str, Any]) -> None:
+def keep(one: Node, inputs: dict[str, Any]) -> None:
     """Link the outputs of a run, which costs no space, as DVC may remove them unrecorded."""
     place = one.work / FINISHED
     shutil.rmtree(place, ignore_errors=True)
     for out in one.outs:
         _link(Path(out), place / out)
-    made = dvc_repo.hashes(one.outs)
-    write_json(place / RECORD, {"inputs": before, "outputs": made})
+    write_json(place / RECORD, {"inputs": inputs, "files": _files(place)})
 
 
-def put_back(one: Node, before: dict[str, Any]) -> bool:
+def put_back(one: Node, inputs: dict[str, Any]) -> bool:
     """Bring back what the last run has made if it had read the same; whether that was so."""
     place = one.work / FINISHED
     try:
         record = read_json(place / RECORD)
     except InputError:
         return False
-    if record["inputs"] != json.loads(json.dumps(before)):
-        return False
-    if record["outputs"] != dvc_repo.hashes(one.outs):
-        for out in one.outs:
-            _link(place / out, Path(out))
-    return bool(record["outputs"] == dvc_repo.hashes(one.outs))
+    same = record["inputs"] == json.loads(json.dumps(inputs)) and record["files"] == _files(place)
+    for out in one.outs if same else ():
+        _link(place / out, Path(out))
+    return same
+
+
+def _files(place: Path) -> dict[str, list[int]]:
+    """Size and time of each file below a folder: what is linked is never written to again."""
+    found = (path for path in sorted(place.rglob("*")) if path.is_file() and path.name != RECORD)
+    stats = {path.relative_to(place).as_posix(): path.stat() for path in found}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
 
 def _link(source: Path, target: Path) -> None:
