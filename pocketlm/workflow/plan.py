@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from pocketlm.params.paths import WORK
 from pocketlm.workflow import dvc_repo
@@ -28,6 +29,7 @@ from pocketlm.workflow.dvc_repo import State
 from pocketlm.workflow.stages import Node, covers, nodes, with_ancestors, with_followers
 
 PLANS = WORK / "plan"
+_locks: list[TextIO] = []  # held while this process lives
 VARIABLE = "POCKETLM_PLAN"  # tells the processes of a call where its plan is
 
 
@@ -168,8 +170,9 @@ def set_markers(plan: Plan) -> None:
         _remove_if_left(old)
     place = Path(tempfile.mkdtemp(dir=PLANS))
     os.environ[VARIABLE] = str(place)
-    lock = open(place / "lock", "w")  # noqa: SIM115  # held while this process lives
+    lock = open(place / "lock", "w")  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_SH)
+    _locks.append(lock)
     atexit.register(_remove, place, os.getpid())
     for target in plan.graph:
         if target not in plan.reasons:

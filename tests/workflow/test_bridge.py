@@ -152,7 +152,7 @@ def test_what_is_edited_during_a_run_is_not_recorded(checkout: Checkout, engine:
     assert "ttt_eval@0" not in checkout.steps_run_by(*engine)
     assert "0.0005" in str(recorded(checkout, "ttt_eval@0"))
     checkout.set("ttt.lr", "7e-4")
-    assert checkout.steps_run_by(*engine) == AFTER_TTT
+    assert "ttt_eval@0" in checkout.steps_run_by(*engine)
 
 
 def test_a_run_outlives_its_entry_in_the_lock_of_dvc(checkout: Checkout) -> None:

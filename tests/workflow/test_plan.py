@@ -1,12 +1,14 @@
 """What is decided from the states of the stages, without running anything."""
 
+import gc
+import os
 from pathlib import Path
 
 import pytest
 
 from pocketlm.workflow import dvc_repo
 from pocketlm.workflow.dvc_repo import State
-from pocketlm.workflow.plan import Plan, explain, make_plan
+from pocketlm.workflow.plan import PLANS, VARIABLE, Plan, explain, make_plan, set_markers
 from pocketlm.workflow.stages import nodes
 
 ROOT = Path(__file__).parents[2]
@@ -130,3 +132,20 @@ def test_reasons_are_told_once_for_all_seeds() -> None:
         "train, seeds 0, 1: train.matrix_lr 0.02 → 0.03",
         "quantize, seeds 0, 1: after train",
     ]
+
+
+def test_markers_of_a_call_that_goes_on_are_left_alone_and_others_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(VARIABLE, "")
+    left = tmp_path / PLANS / "left"
+    left.mkdir(parents=True)
+    (left / "lock").touch()
+    empty = Plan({}, set(), {})
+    set_markers(empty)
+    mine = Path(os.environ[VARIABLE])
+    gc.collect()
+    set_markers(empty)
+    assert (mine.exists(), left.exists()) == (True, False)
+    assert Path(os.environ[VARIABLE]) != mine
