@@ -88,6 +88,7 @@ def test_a_clone_with_the_report_alone_notices_a_changed_value(
     assert ALL_AFTER_TRAIN in cloned.run(*PLAN)
 
 
+@pytest.mark.campaign
 def test_what_is_absent_hides_no_change_beside_it(checkout: Checkout) -> None:
     """The report reads a folder: of one seed a result is gone, of the other it is a new one."""
     shutil.rmtree(checkout.path / "artifacts/ttt_eval/seed0")
@@ -169,6 +170,7 @@ def test_a_run_outlives_its_entry_in_the_lock_of_dvc(checkout: Checkout) -> None
     assert "0.0005" in str(recorded(checkout, "ttt_eval@0"))
 
 
+@pytest.mark.campaign
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a namespace of processes")
 def test_a_run_in_another_container_is_left_alone(checkout: Checkout) -> None:
     checkout.record.write_text("")

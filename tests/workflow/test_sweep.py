@@ -134,6 +134,7 @@ def test_an_absent_sweep_file_is_named() -> None:
         read_sweep(Path("absent.yaml"))
 
 
+@pytest.mark.campaign
 @pytest.mark.workflow
 def test_a_sweep_runs_as_dvc_experiments(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(render(compose("demo", directory=ROOT / "conf")))

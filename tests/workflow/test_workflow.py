@@ -194,6 +194,7 @@ def test_row_11_a_value_of_the_evaluation(checkout: Checkout, engine: list[str])
     assert checkout.steps_run_by(*engine) == sorted([*EVALUATE, *TTT, *REPORT])
 
 
+@second_engine_in_campaign
 def test_row_12_how_a_run_is_executed(checkout: Checkout, engine: list[str]) -> None:
     """What one process has trained is evaluated by two, without training again."""
     changes = {"processes": 2, "log_every": 3, "save_every_seconds": 5.0, "ttt_documents": 2}
