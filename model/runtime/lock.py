@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 
 @contextmanager
@@ -21,6 +22,17 @@ def held(path: Path, waiting: str) -> Iterator[None]:
             print(waiting, file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def try_lock(path: Path) -> TextIO | None:
+    """Hold the lock file `path` until the returned file is closed; None if it is held already."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def is_held(path: Path) -> bool:

@@ -39,7 +39,7 @@ from pocketlm.params.renamed import RENAMED
 from pocketlm.workflow import dvc_repo
 from pocketlm.workflow.closure import is_code
 from pocketlm.workflow.launch import program
-from pocketlm.workflow.stages import node, outs, seeds_of, stages
+from pocketlm.workflow.stages import node, outs, seeds_of, stages, target_name
 
 DOCUMENTS = 8  # scored at most
 ROUNDING = 1e-3  # [nats/token] between devices, and on GPUs
@@ -61,7 +61,7 @@ class Trial:
     @property
     def target(self) -> str:
         """The stage as DVC names it."""
-        return self.stage if self.seed is None else f"{self.stage}@{self.seed}"
+        return target_name(self.stage, self.seed)
 
     @property
     def place(self) -> Path:
@@ -108,7 +108,7 @@ def accept(name: str, steps: int | None = None) -> None:
         print(f"{trial.target}: equal: {compared}")
         shutil.rmtree(trial.place)
     for trial in trials:
-        dvc_repo.finish(trial.target, read[trial.target], record=True, holding=False)
+        dvc_repo.finish(trial.target, read[trial.target], record=True)
     print(f"recorded as up to date: {', '.join(t.target for t in trials) or 'all was already'}")
 
 
@@ -147,10 +147,10 @@ def changed_values(stage: str, recorded: dict[str, Any]) -> list[str]:
 
     Renamed keys count under their new name; new ones that are off have not changed anything.
     """
-    before = {RENAMED.get(key, key): value for key, value in _flat(recorded).items()}
+    before = {RENAMED.get(key, key): value for key, value in dvc_repo.flat(recorded).items()}
     params = load_params()
     found = []
-    for key, value in _flat(dataclasses.asdict(params)).items():
+    for key, value in dvc_repo.flat(dataclasses.asdict(params)).items():
         section, _, name = key.partition(".")
         if not {key, section} & set(stages()[stage]["params"]):
             continue
@@ -164,15 +164,6 @@ def _off(params: Params, section: str, name: str) -> Any:
     """The declared value of a key that means what was done before it existed."""
     fields = dataclasses.fields(getattr(params, section)) if name else ()
     return next((f.metadata.get("off", NO_OFF) for f in fields if f.name == name), NO_OFF)
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Values by `section.key`, or by the key alone where a section is one value."""
-    return {
-        f"{section}.{key}" if key else section: value
-        for section, inner in values.items()
-        for key, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
-    }
 
 
 # The run in the scratch directory

@@ -1,8 +1,8 @@
 """What is asked of DVC, through its Python API (whose version is pinned).
 
-`inspect` compares every stage with dvc.lock, by content, also while stages run. `record` writes
-down what a run has read and made, and refuses if the inputs are no longer those that the run began
-with; `restore_run` looks into the run cache, `fetch` brings recorded outputs back.
+`inspect` compares every stage with dvc.lock, by content, also while stages run. `start` notes what
+a run reads, and may find its result in the run cache; `finish` writes down what it has made, and
+refuses if the inputs are no longer those that it began with; `fetch` brings recorded outputs back.
 
 DVC marks the files of running commands in `.dvc/tmp/rwlock` by the number of a process. That number
 means nothing in another container or on another host: there the entry is dropped, or taken for
@@ -76,7 +76,7 @@ def inspect() -> dict[str, State]:
     from dvc.utils.serialize import load_path
 
     with repository() as repo:
-        values = _flat(load_path("params.yaml", repo.fs))
+        values = flat(load_path("params.yaml", repo.fs))
         states = {stage.addressing: _state(stage, values) for stage in repo.index.stages}
         _drop_changes_by_absence(repo.index.stages, states)
         return states
@@ -140,20 +140,19 @@ def _changes(dep: Any, values: Mapping[str, Any]) -> dict[str, str]:
 
     path = str(dep)
     if isinstance(dep, ParamsDependency):
-        before = _flat(dep.hash_info.value or {})
         now = {key: v for key, v in values.items() if any(_within(key, one) for one in dep.params)}
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        return {key: f"{key} {_value(before, key)} → {_value(now, key)}" for key in keys}
+        return _changed_values(flat(dep.hash_info.value or {}), now)
     if not dep.exists:
         return {path: f"{path} is missing"}
     return {path: f"{path} changed"} if dep.changed_checksum() else {}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by the path of their keys (`train.steps`)."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         inner = isinstance(value, dict)
-        found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return found
 
 
@@ -161,7 +160,13 @@ def _within(key: str, section: str) -> bool:
     return key == section or key.startswith(f"{section}.")
 
 
-def _value(values: dict[str, Any], key: str) -> str:
+def _changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What has changed between flat values, a text by key."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return {key: f"{key} {_value(before, key)} → {_value(now, key)}" for key in keys}
+
+
+def _value(values: Mapping[str, Any], key: str) -> str:
     return json.dumps(values[key]) if key in values else "absent"
 
 
@@ -180,13 +185,14 @@ class Start:
 def start(target: str, restore: bool) -> Start:
     """Look at a stage; restore: bring its result back if the run cache knows it.
 
-    Raises InputError if an input is missing.
+    To restore, this process must hold the lock of the stage's runs. Raises InputError if an input
+    is missing.
     """
     from dvc.utils.serialize import load_path
 
     def look(repo: "Repo") -> Start:
         (stage,) = repo.stage.collect(target)
-        state = _state(stage, _flat(load_path("params.yaml", repo.fs)))
+        state = _state(stage, flat(load_path("params.yaml", repo.fs)))
         if missing := [str(dep) for dep in stage.deps if not dep.exists]:
             raise InputError(
                 f"{target}: not here: {', '.join(missing)}",
@@ -196,7 +202,7 @@ def start(target: str, restore: bool) -> Start:
         stage.save_deps()
         return Start(state, _inputs(stage), restored)
 
-    result: Start = when_free(target, look, holding=True)
+    result: Start = when_free(target, look, holding=restore)
     return result
 
 
@@ -229,20 +235,18 @@ def _store(repo: "Repo", stage: Any) -> None:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two results of `inputs`, in words."""
-    found = []
+    """What differs between the inputs of `Start`, in words."""
+    found: list[str] = []
     for path in sorted({**before, **now}):
         old, new = before.get(path), now.get(path)
         if isinstance(old, dict) and isinstance(new, dict):
-            old, new = _flat(old), _flat(new)
-            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-            found += [f"{key} {_value(old, key)} → {_value(new, key)}" for key in keys]
+            found += _changed_values(flat(old), flat(new)).values()
         elif old != new:
             found.append(path)
     return found
 
 
-def finish(target: str, before: dict[str, Any], record: bool, holding: bool = True) -> None:
+def finish(target: str, before: dict[str, Any], record: bool, holding: bool = False) -> None:
     """Compare what a stage reads with `before`; record: write its result into cache and dvc.lock.
 
     Raises InputError, with nothing recorded, if an input has changed. Waits while another command

@@ -32,7 +32,7 @@ from model.runtime.lock import held
 from pocketlm.params.load import load_params
 from pocketlm.workflow import dvc_repo
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
-from pocketlm.workflow.stages import RUN_LOCK, Node, node
+from pocketlm.workflow.stages import RUN_LOCK, Node, node, target_name
 
 FINISHED = "finished"  # in `Node.work`: what the last run has made, and what it had read
 RECORD = "record.json"
@@ -49,7 +49,8 @@ def launch(target: str, processes: int, record: bool = False, force: bool = Fals
     one = node(target)
     waiting = f"{target}: another run of this stage is going on; waiting for it"
     with held(one.work / RUN_LOCK, waiting):
-        found, entries = dvc_repo.start(target, record and not force), dvc_repo.lock_entries()
+        found = dvc_repo.start(target, record and not force)
+        entries = {} if record else dvc_repo.lock_entries()
         if record and not force and (found.restored or found.state.is_fresh):
             how = "restored from DVC's run cache" if found.restored else "up to date"
             print(f"{target}: {how}", file=sys.stderr, flush=True)
@@ -59,8 +60,9 @@ def launch(target: str, processes: int, record: bool = False, force: bool = Fals
         else:
             run(one, processes)
             keep(one, found.inputs)
-        dvc_repo.finish(target, found.inputs, record)
-        dvc_repo.keep_lock_entries(entries, engine())
+        dvc_repo.finish(target, found.inputs, record, holding=True)
+        if not record:
+            dvc_repo.keep_lock_entries(entries, engine())
 
 
 def kept(one: Node, found: dvc_repo.Start) -> str:
@@ -204,8 +206,7 @@ def main() -> None:
             check_checkout()
         complete_environment()
         processes = load_params().execution.processes
-        seeded = options.seed is not None
-        launch(f"{stage}@{options.seed}" if seeded else stage, processes if seeded else 1)
+        launch(target_name(stage, options.seed), 1 if options.seed is None else processes)
 
 
 if __name__ == "__main__":

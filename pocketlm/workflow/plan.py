@@ -12,7 +12,6 @@ call, nor what a killed one has left, can deceive it.
 """
 
 import atexit
-import fcntl
 import itertools
 import os
 import shutil
@@ -23,13 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from model.runtime.lock import is_held, try_lock
 from pocketlm.params.paths import WORK
 from pocketlm.workflow import dvc_repo
 from pocketlm.workflow.dvc_repo import State
 from pocketlm.workflow.stages import Node, covers, nodes, with_ancestors, with_followers
 
 PLANS = WORK / "plan"
-_locks: list[TextIO] = []  # held while this process lives
+_locks: list[TextIO | None] = []  # held while this process lives
 VARIABLE = "POCKETLM_PLAN"  # tells the processes of a call where its plan is
 
 
@@ -166,13 +166,12 @@ def marker(target: str) -> str:
 def set_markers(plan: Plan) -> None:
     """Make a folder of markers for this call, which vanishes with it."""
     PLANS.mkdir(parents=True, exist_ok=True)
-    for old in PLANS.iterdir():
-        _remove_if_left(old)
+    for lock in PLANS.glob("*/lock"):
+        if not is_held(lock):  # left by a call that was killed
+            shutil.rmtree(lock.parent, ignore_errors=True)
     place = Path(tempfile.mkdtemp(dir=PLANS))
     os.environ[VARIABLE] = str(place)
-    lock = open(place / "lock", "w")  # noqa: SIM115
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    _locks.append(lock)
+    _locks.append(try_lock(place / "lock"))
     atexit.register(_remove, place, os.getpid())
     for target in plan.graph:
         if target not in plan.reasons:
@@ -182,13 +181,3 @@ def set_markers(plan: Plan) -> None:
 def _remove(place: Path, pid: int) -> None:
     if os.getpid() == pid:  # not in a process that this one has forked
         shutil.rmtree(place, ignore_errors=True)
-
-
-def _remove_if_left(place: Path) -> None:
-    """Remove the markers of a call that has ended without doing so."""
-    try:
-        with open(place / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(place, ignore_errors=True)
-    except (BlockingIOError, FileNotFoundError, NotADirectoryError):
-        return

@@ -6,7 +6,6 @@ result is recorded. Stages that share a machine get GPUs of their own.
 """
 
 import argparse
-import fcntl
 import os
 import subprocess
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from model.runtime.errors import user_errors
+from model.runtime.lock import try_lock
 from pocketlm.workflow.launch import launch
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
 
@@ -29,7 +29,7 @@ def claim_gpus(count: int, directory: Path = Path(".work/gpus")) -> list[TextIO]
         return []
     directory.mkdir(parents=True, exist_ok=True)
     while True:
-        held = [(gpu, file) for gpu in gpus if (file := _try_lock(directory / f"{gpu}.lock"))]
+        held = [(gpu, file) for gpu in gpus if (file := try_lock(directory / f"{gpu}.lock"))]
         for _, file in held[count:]:
             file.close()
         if len(held) >= count:
@@ -50,16 +50,6 @@ def visible_gpus() -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         return []
     return listing.split()
-
-
-def _try_lock(path: Path) -> TextIO | None:
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from pocketlm.workflow.plan import VARIABLE, Plan, explain, fetch_needed, make_p
 from pocketlm.workflow.plan import marker as marker
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
 from pocketlm.workflow.reproduce import visible_gpus
-from pocketlm.workflow.stages import seeds_of, stages, upstream
+from pocketlm.workflow.stages import seeds_of, stages, target_name, upstream
 
 FORCED = "forced.json"  # in the folder of markers
 
@@ -81,7 +81,7 @@ def _of(name: str, params: Params) -> list[str]:
             f"{name}: no stage of this workflow",
             f"name stages, not files: {', '.join(stages())}; of one seed: `dvc repro -s train@0`",
         )
-    return [name if seed is None else f"{name}@{seed}" for seed in seeds_of(name, params.seeds)]
+    return [target_name(name, seed) for seed in seeds_of(name, params.seeds)]
 
 
 def _record_unseen(plan: Plan) -> None:
@@ -94,7 +94,7 @@ def _record_unseen(plan: Plan) -> None:
 
 def markers_of(stage: str, seeds: Sequence[int]) -> list[str]:
     """The markers of a stage, of all seeds."""
-    return [marker(stage if s is None else f"{stage}@{s}") for s in seeds_of(stage, seeds)]
+    return [marker(target_name(stage, seed)) for seed in seeds_of(stage, seeds)]
 
 
 def markers_before(stage: str, seeds: Sequence[int]) -> list[str]:

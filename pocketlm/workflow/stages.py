@@ -30,7 +30,7 @@ class Node:
     @property
     def target(self) -> str:
         """The stage as DVC names it."""
-        return self.stage if self.seed is None else f"{self.stage}@{self.seed}"
+        return target_name(self.stage, self.seed)
 
     @property
     def work(self) -> Path:
@@ -41,6 +41,11 @@ class Node:
     def reads(self, other: "Node") -> bool:
         """Whether an output of `other` is an input, or lies in a folder that is one."""
         return any(covers(dep, out) for dep in self.deps for out in other.outs)
+
+
+def target_name(stage: str, seed: int | None) -> str:
+    """`train@0`, or the stage itself if it has no seeds."""
+    return stage if seed is None else f"{stage}@{seed}"
 
 
 def covers(dep: str, path: str) -> bool:
