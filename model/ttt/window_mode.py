@@ -43,7 +43,7 @@ def window_step(documents: int) -> int:
 class WindowReader:
     """`Reader` that recomputes the window of every chunk."""
 
-    ROWS_PER_OCTAVE: ClassVar[int] = 8  # rows are expensive: a row runs up to `context` tokens
+    ROWS_PER_OCTAVE: ClassVar[int] = 8  # quarters: 3 % slower, .7 s less to capture
 
     def __init__(
         self, model: GPT, adapters: DocumentAdapters, ttt: TTTConfig, rows: int, captured: bool
