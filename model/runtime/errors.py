@@ -1,8 +1,20 @@
 """The one exception that is shown to users as a message instead of a traceback."""
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+# Where the file's content is not at fault, the reader's own repair would be wrong.
+REPAIRS = {
+    errno.EACCES: "allow this user to read it (chmod, chown)",
+    errno.EPERM: "allow this user to read it (chmod, chown)",
+    errno.EISDIR: "it must be a file, not a directory: move the directory away",
+    errno.EIO: "the disk reports errors: copy the file from elsewhere",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENOMEM: "free memory and run again",
+}
 
 
 class InputError(Exception):
@@ -19,6 +31,41 @@ class InputError(Exception):
 
     def __reduce__(self) -> tuple[type["InputError"], tuple[str, str]]:
         return (InputError, (self.problem, self.repair))
+
+
+@contextmanager
+def reading(
+    path: str | Path, repair: str, where: Callable[[], str] | None = None
+) -> Iterator[None]:
+    """Turn whatever goes wrong while `path` is read in the block into an InputError that names it.
+
+    repair: what to do if the content is at fault or the file is absent.
+    where: asked after a failure for the place in the file, e.g. `line 3`.
+    An InputError of the block passes through. Damaged content makes parsers raise errors of any
+    type, so none is left out: put only the reading into the block, and not what uses it.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        place = f"{path}: {where()}" if where else str(path)
+        number = error.errno if isinstance(error, OSError) else None
+        raise InputError(f"{place}: {_said(error)}", REPAIRS.get(number or 0, repair)) from error
+
+
+def _said(error: Exception) -> str:
+    """What an exception says, on one line of bounded length."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, MemoryError):
+        return "does not fit into memory"
+    said = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        said = error.strerror
+    elif not isinstance(error, OSError):
+        said = f"{type(error).__name__}: {said}"
+    return f"cannot be read ({said[:200]})"
 
 
 @contextmanager

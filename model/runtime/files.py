@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from model.runtime.errors import InputError
+from model.runtime.errors import InputError, reading
 
 
 @contextmanager
@@ -61,14 +61,14 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; raises InputError that names the file if it is absent or malformed."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file", "run the stage that makes it") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: not valid JSON ({error})", "delete it and run the stage that makes it again"
-        ) from error
+    repair = "delete it and run the stage that makes it again"
+    with reading(path, repair):
+        try:
+            return json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such file", "run the stage that makes it") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not valid JSON ({error})", repair) from error
 
 
 def sha256(path: str | Path) -> str:

@@ -44,9 +44,13 @@ def test_json_refuses_nan_and_names_what_it_cannot_read(tmp_path):
     assert read_json(tmp_path / "a.json") == {"loss": 1.5, "name": "ü"}
     with pytest.raises(InputError, match=r"b\.json: no such file"):
         read_json(tmp_path / "b.json")
-    (tmp_path / "c.json").write_text("{")
-    with pytest.raises(InputError, match=r"c\.json: not valid JSON"):
-        read_json(tmp_path / "c.json")
+    (tmp_path / "d.json").mkdir()
+    with pytest.raises(InputError, match=r"d\.json: cannot be read \(Is a directory\)"):
+        read_json(tmp_path / "d.json")
+    for content in ("{", "[" * 100_000, "9" * 5_000, "\udcff"):
+        (tmp_path / "c.json").write_text(content, errors="surrogateescape")
+        with pytest.raises(InputError, match=r"c\.json: not valid JSON"):
+            read_json(tmp_path / "c.json")
 
 
 def test_sha256_is_that_of_the_content(tmp_path):
