@@ -8,21 +8,30 @@ and `logs/` only when it has succeeded, the sidecar last.
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.data.shards import MANIFEST, Manifest, Split
 from model.runtime.distributed import Group, process_group
 from model.runtime.errors import user_errors
 from model.runtime.files import write_bytes, write_json
 from model.runtime.lock import held
 from model.runtime.process import end_with_launcher
-from model.runtime.run_log import RunLog, write_provenance
+from model.runtime.provenance import (
+    SIDECAR,
+    Comparison,
+    Recorded,
+    recorded,
+    require_recorded,
+    write_provenance,
+)
+from model.runtime.run_log import RunLog
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
-from pocketlm.params.paths import ARTIFACTS, LOGS, WORK
+from pocketlm.params.paths import ARTIFACTS, LOGS, TOKENS, WORK
 
 
 @dataclass
@@ -84,6 +93,28 @@ class StageRun:
         """What the log and the provenance name: also how the run was executed."""
         return self.values([*keys, "execution"])
 
+    def made_by(self, stage: str, *names: str) -> dict[Path, Recorded]:
+        """What another stage of this seed recorded of its outputs; raises as `recorded` does."""
+        place = self.directory(stage)
+        target = f"{stage}@{self.seed}"
+        return recorded(place / SIDECAR, target, [place / name for name in names])
+
+    @contextmanager
+    def reading(self, files: Mapping[Path, Recorded]) -> Iterator[None]:
+        """Compare files with what is recorded of them while the block runs, in the main process.
+
+        Raises InputError in every process if one differs, whatever the block has made of it.
+        """
+        comparison = Comparison(files if self.group.is_main else {})
+        try:
+            yield
+        except Exception:
+            if problem := comparison.problem():
+                raise problem from None
+            raise
+        if problem := self.group.broadcast_object(comparison.problem()):
+            raise problem
+
     def publish(
         self,
         metrics: dict[str, Any],
@@ -101,12 +132,28 @@ class StageRun:
         log_path = LOGS / ("" if self.seed is None else self.name) / f"{name}.jsonl"
         write_bytes(log_path, (self.work / "log.jsonl").read_bytes())
         write_provenance(
-            self.output / "provenance.json",
+            self.output / SIDECAR,
             self.name,
             self._recorded(keys),
             inputs,
             [*outputs, self.output / "metrics.json", log_path],
         )
+
+
+def load_tokens(*splits: Split) -> tuple[Manifest, dict[Path, Recorded]]:
+    """The manifest of the tokens, and what is recorded of the shards of some splits.
+
+    Raises InputError if the manifest or the tokenizer is not what the stage tokenize wrote.
+    """
+    target = TOKENS.parent.name
+    require_recorded(recorded(TOKENS.parent / SIDECAR, target, [TOKENS / MANIFEST]))
+    manifest = Manifest.load(TOKENS)
+    shards = {
+        manifest.directory / shard.file: Recorded(shard.sha256, target)
+        for split in splits
+        for shard in manifest.shards[split]
+    }
+    return manifest, shards
 
 
 def run(name: str, main: Callable[[StageRun], None], seeded: bool = True) -> None:

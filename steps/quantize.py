@@ -18,7 +18,7 @@ from model.artifact.compression import compressor
 from model.artifact.format import Packed, Stored, load_artifact, pack, restore, save_artifact
 from model.artifact.quantizer import CODE_BITS
 from model.data.loader import validation_documents
-from model.data.shards import BOS, MANIFEST, Manifest
+from model.data.shards import BOS, MANIFEST
 from model.data.tokenizer import Tokenizer, check_vocabulary
 from model.evaluation.score import Score
 from model.kernels import dispatch
@@ -45,7 +45,7 @@ from model.runtime.files import read_json
 from model.runtime.process import use_compile_cache
 from model.runtime.progress import progress
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
-from steps.common import StageRun, run
+from steps.common import StageRun, load_tokens, run
 from steps.validation import validate
 
 Made = tuple[Packed, Mapping[str, Stored]]  # an artifact and what it holds
@@ -59,17 +59,17 @@ class Quantization:
 
     def __init__(self, stage: StageRun) -> None:
         self.stage, self.params = stage, stage.params.quantize
-        trained = stage.directory("train")
-        self.checkpoint, train_metrics = trained / "model.safetensors", trained / "metrics.json"
-        self.model = load_checkpoint(self.checkpoint, stage.group.device)
+        manifest, shards = load_tokens("validation")
+        made = stage.made_by("train", "model.safetensors", "metrics.json")
+        self.checkpoint, train_metrics = made
+        with stage.reading({**shards, **made}):
+            self.model = load_checkpoint(self.checkpoint, stage.group.device)
+            self.trained_loss: float = read_json(train_metrics)["loss"]
+            self.tokenizer = Tokenizer(manifest.tokenizer)
+            self.documents = validation_documents(manifest, self.params.validation_documents)
         require_architecture(self.model, stage.params.model, self.checkpoint)
         require_finite(self.model, self.checkpoint)
-        self.trained_loss: float = read_json(train_metrics)["loss"]
-
-        manifest = Manifest.load(TOKENS)
-        self.tokenizer = Tokenizer(manifest.tokenizer)
         check_vocabulary(self.tokenizer, stage.params.model.vocabulary, "tokenize again")
-        self.documents = validation_documents(manifest, self.params.validation_documents)
 
         for name in self.params.compressors:
             compressor(name)  # raises InputError if it is not installed

@@ -13,7 +13,7 @@ import numpy as np
 
 from model.artifact.format import load_artifact
 from model.data.loader import validation_documents
-from model.data.shards import MANIFEST, Manifest
+from model.data.shards import MANIFEST
 from model.data.tokenizer import Tokenizer, check_vocabulary
 from model.evaluation.losses import targets_of
 from model.evaluation.score import Score
@@ -23,7 +23,7 @@ from model.runtime.files import atomic_file
 from model.runtime.process import peak_memory_mib, use_compile_cache, use_growing_segments
 from model.runtime.progress import ReportProgress, progress
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
-from steps.common import StageRun
+from steps.common import StageRun, load_tokens
 
 DOCUMENTS_PER_ROW_GROUP = 1024
 
@@ -42,13 +42,15 @@ class Evaluation:
         stage.open_log(keys)
         use_compile_cache(COMPILE_CACHE)
         use_growing_segments()
-        manifest = Manifest.load(TOKENS)
-        self.tokenizer = Tokenizer(manifest.tokenizer)
-        self.documents = validation_documents(
-            manifest, stage.params.evaluate.documents, stage.params.evaluate.offset
-        )
-        self.artifact = stage.directory("quantize") / "model.pocket"
-        self.model = load_artifact(self.artifact, stage.group.device)
+        manifest, shards = load_tokens("validation")
+        made = stage.made_by("quantize", "model.pocket")
+        (self.artifact,) = made
+        with stage.reading({**shards, **made}):
+            self.tokenizer = Tokenizer(manifest.tokenizer)
+            self.documents = validation_documents(
+                manifest, stage.params.evaluate.documents, stage.params.evaluate.offset
+            )
+            self.model = load_artifact(self.artifact, stage.group.device)
         check_vocabulary(
             self.tokenizer, self.model.config.vocabulary, "train again with these tokens"
         )

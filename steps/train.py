@@ -5,8 +5,10 @@ validation are outside the clock. An interrupted run resumes from its last state
 """
 
 import csv
+import hashlib
 import io
 import math
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from model.data.loader import TokenStream, TrainingBatches, validation_documents
-from model.data.shards import MANIFEST, Manifest
+from model.data.shards import MANIFEST, SPLITS, Manifest
 from model.data.tokenizer import Tokenizer, check_vocabulary
 from model.evaluation.score import Score
 from model.kernels import dispatch
@@ -31,12 +33,12 @@ from model.runtime.process import (
     use_compile_cache,
 )
 from model.runtime.progress import Bar, progress
-from model.runtime.run_log import read_log
+from model.runtime.run_log import first_lines, read_log
 from model.training.resume import State, load_state, run_key, save_state
 from model.training.schedule import Clock, HostBroadcast, Schedule
 from model.training.trainer import Batches, Trainer
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
-from steps.common import StageRun, run
+from steps.common import StageRun, load_tokens, run
 from steps.validation import validate
 
 KEYS = ("model", "train", "ops.attention", "ops.residual_norm", "ops.mlp")
@@ -45,17 +47,18 @@ CURVE = ("step", "seconds", "tokens", "loss", "lr")
 
 def main(stage: StageRun) -> None:
     """Train, validate, and publish checkpoint, loss curve and metrics."""
-    manifest = Manifest.load(TOKENS)
-    stream = TokenStream(manifest.train)
-    check_batches(stage, manifest, stream)
-    tokenizer = Tokenizer(manifest.tokenizer)
-    check_vocabulary(tokenizer, stage.params.model.vocabulary, "tokenize again")
-    documents = validation_documents(manifest, stage.params.train.validation_documents)
+    manifest, shards = load_tokens(*SPLITS)
+    with stage.reading(shards):  # gigabytes: compared while the model is compiled
+        stream = TokenStream(manifest.train)
+        check_batches(stage, manifest, stream)
+        tokenizer = Tokenizer(manifest.tokenizer)
+        check_vocabulary(tokenizer, stage.params.model.vocabulary, "tokenize again")
+        documents = validation_documents(manifest, stage.params.train.validation_documents)
 
-    use_compile_cache(COMPILE_CACHE)
-    training = Training(stage, stream)
-    training.resume()
-    training.warm_up()
+        use_compile_cache(COMPILE_CACHE)
+        training = Training(stage, stream)
+        training.resume()
+        training.warm_up()
     with training.batches() as batches:
         training.train(batches)
 
@@ -123,8 +126,10 @@ class Training:
         state, found = None, ""
         if self.stage.group.is_main:
             state, found = load_state(self.state_file, self.key)
-            if state and _lines(self.stage.work / "log.jsonl") < state.facts["log_lines"]:
-                state, found = None, f"{self.state_file}: ignored, its log is incomplete"
+            if state and state.facts["log_sha256"] != self._log_sha256(state.facts["log_lines"]):
+                state, found = None, f"{self.state_file}: ignored, its log is not what it was"
+            if "ignored" in found:
+                print(f"train: {found}; the run begins anew", file=sys.stderr, flush=True)
         facts = self.stage.group.broadcast_object(state.facts if state else None)
         if facts is not None:
             self.trainer.load(state.tensors if state else {}, facts["steps"])
@@ -153,8 +158,14 @@ class Training:
                 "steps": self.trainer.steps,
                 "seconds": seconds,
                 "log_lines": self.stage.log.lines,
+                "log_sha256": self._log_sha256(self.stage.log.lines),
             }
             save_state(self.state_file, self.key, State(tensors, facts))
+
+    def _log_sha256(self, lines: int) -> str:
+        """SHA-256 of the first lines of the running log, of which the loss curve is made."""
+        kept = first_lines(self.stage.work / "log.jsonl", lines)
+        return hashlib.sha256(b"".join(kept)).hexdigest()
 
     def train(self, batches: Batches) -> None:
         """Take optimizer steps until the schedule stops."""
@@ -195,10 +206,6 @@ class Training:
         weights = self.trainer.average.tensors
         model = build(self.trainer.model.config, weights, "the average")
         return model.to(self.stage.group.device)
-
-
-def _lines(path: Path) -> int:
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 class LossLog:

@@ -1,4 +1,4 @@
-"""What a run did: a JSON-lines log per stage and seed, and a provenance sidecar per artifact.
+"""What a run did: a JSON-lines log per stage and seed.
 
 Every line of a log is one object with `event` and `seconds` since the stage started; the first line
 (`start`) holds versions, device, commit and parameters, so that a log is self-contained. Lines are
@@ -11,15 +11,13 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from model.runtime.files import sha256, write_json
 
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "snakemake", "dvc")
 
@@ -39,10 +37,8 @@ class RunLog:
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept: list[str] = []
-        if keep_lines and path.exists():
-            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines]
-        self._file = path.open("w", encoding="utf-8")
+        kept = first_lines(path, keep_lines) if keep_lines else []
+        self._file = path.open("wb")
         self._file.writelines(kept)
         self._file.flush()
         self.lines = len(kept)
@@ -52,7 +48,7 @@ class RunLog:
         if self._file is None:
             return
         line = {"event": event, "seconds": round(time.perf_counter() - self.started, 4), **values}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         self.lines += 1
 
@@ -66,6 +62,11 @@ class RunLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def first_lines(path: Path, lines: int) -> list[bytes]:
+    """The first lines of a log, fewer if it has not so many; none if there is no log."""
+    return path.read_bytes().splitlines(keepends=True)[:lines] if path.exists() else []
 
 
 def read_log(path: str | Path, event: str) -> list[dict[str, Any]]:
@@ -103,23 +104,3 @@ def _commit() -> str | None:
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def write_provenance(
-    path: str | Path,
-    stage: str,
-    params: Mapping[str, Any],
-    inputs: Sequence[str | Path],
-    outputs: Sequence[str | Path],
-) -> None:
-    """Write the sidecar that says which run made `outputs` from `inputs`, with their SHA-256."""
-    write_json(
-        path,
-        {
-            "step": stage,
-            **environment(),
-            "params": params,
-            "inputs": {str(file): sha256(file) for file in inputs},
-            "outputs": {str(file): sha256(file) for file in outputs},
-        },
-    )

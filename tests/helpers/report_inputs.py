@@ -8,7 +8,8 @@ import pandas as pd
 
 from model.evaluation.score import TTT, WITHOUT_ADAPTATION
 from model.runtime.files import sha256, write_json
-from model.runtime.run_log import RunLog, write_provenance
+from model.runtime.provenance import write_provenance
+from model.runtime.run_log import RunLog
 from pocketlm.report.results import ROW, STEPS
 
 PARTS = {

@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 
 from model.runtime.errors import InputError, user_errors
-from model.runtime.files import read_json, sha256
-from model.runtime.run_log import RunLog, read_log, write_provenance
+from model.runtime.run_log import RunLog, read_log
 from steps.common import run
 
 ROOT = Path(__file__).parents[2]
@@ -40,17 +39,6 @@ def test_a_log_without_a_file_is_silent():
     log.start("train", {})
     log.event("step")
     assert log.lines == 0
-
-
-def test_the_sidecar_names_the_hashes_of_inputs_and_outputs(tmp_path):
-    (tmp_path / "in").write_text("input")
-    (tmp_path / "out").write_text("output")
-    path = tmp_path / "provenance.json"
-    write_provenance(path, "train", {"train": {}}, [tmp_path / "in"], [tmp_path / "out"])
-    sidecar = read_json(path)
-    assert sidecar["inputs"] == {str(tmp_path / "in"): sha256(tmp_path / "in")}
-    assert sidecar["outputs"] == {str(tmp_path / "out"): sha256(tmp_path / "out")}
-    assert {"commit", "device", "params", "versions"} <= set(sidecar)
 
 
 def test_an_input_error_is_shown_as_two_lines_and_ends_with_status_2(capsys):

@@ -28,6 +28,7 @@ from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
 from pocketlm.params.presets import compose, render
 from tests.helpers.corpora import sentences, small_tokenizer
+from tests.helpers.sidecars import write_sidecar
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 320
@@ -48,7 +49,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = compose("miniature", changes, place)
     (place / "params.yaml").write_text(render(params))
     write_tokens(place / "artifacts/tokenize/tokens", params)
+    write_sidecar(place, "tokenize", "tokens/manifest.json")
     write_artifact(place / "artifacts/quantize/seed0/model.pocket", params)
+    write_sidecar(place, "quantize/seed0", "model.pocket")
     return place
 
 
@@ -179,10 +182,12 @@ def test_losses_that_are_not_finite_fail_and_leave_no_output(place: Path) -> Non
     model = GPT(params.model)
     tensors = {name: torch.full_like(t, torch.nan) for name, t in model.state_dict().items()}
     save_artifact(broken, pack(model.architecture(), tensors, ["lzma"]))
+    write_sidecar(place, "quantize/seed0", "model.pocket")
     try:
         done = run_step(place, 1)
     finally:
         broken.write_bytes(intact)
+        write_sidecar(place, "quantize/seed0", "model.pocket")
     assert done.returncode != 0
     assert "the loss of target 1 of document 0 is nan" in done.stderr
     assert not output.exists() or not list(output.iterdir())

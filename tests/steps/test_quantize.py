@@ -22,6 +22,7 @@ from steps.common import run
 from steps.quantize import main
 from tests.helpers.corpora import sentences, small_tokenizer
 from tests.helpers.models import SMALL, small_model
+from tests.helpers.sidecars import write_sidecar
 
 SMALL_EXPERIMENT = [
     *(f"model.{key}={json.dumps(value)}" for key, value in SMALL.items()),
@@ -63,6 +64,8 @@ def inputs(tmp_path_factory) -> Path:
     trained = root / "artifacts/train" / "seed0"
     save_checkpoint(trained / "model.safetensors", small_model(vocabulary=320))
     write_json(trained / "metrics.json", {"loss": 5.0})
+    write_sidecar(root, "train/seed0", "model.safetensors", "metrics.json")
+    write_sidecar(root, "tokenize", "tokens/manifest.json")
     return root
 
 
@@ -160,6 +163,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(workspace, monkeypatch,
         model.matrices()["blocks.1.mlp.up.weight"].weight[0, 0] = float("nan")
     (workspace / "artifacts/train").unlink()
     save_checkpoint(workspace / "artifacts/train/seed0/model.safetensors", model)
+    write_json(workspace / "artifacts/train/seed0/metrics.json", {"loss": 5.0})
+    write_sidecar(workspace, "train/seed0", "model.safetensors", "metrics.json")
     with pytest.raises(SystemExit):
         quantize(monkeypatch)
     assert "blocks.1.mlp.up.weight holds values that are not finite" in capsys.readouterr().err

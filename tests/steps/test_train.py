@@ -35,6 +35,7 @@ from steps.train import LossLog, Training
 from tests.helpers.corpora import sentences, small_tokenizer
 from tests.helpers.models import SMALL, small_model, train_params
 from tests.helpers.processes import run_processes
+from tests.helpers.sidecars import write_sidecar
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 320
@@ -89,6 +90,7 @@ def workplace(path: Path, tokens: Path, save_every_seconds: float = 1e-3, **trai
     values["execution"] |= {"log_every": 2, "save_every_seconds": save_every_seconds}
     (path / "artifacts/tokenize").mkdir(parents=True)
     (path / "artifacts/tokenize/tokens").symlink_to(tokens)
+    write_sidecar(path, "tokenize", "tokens/manifest.json")
     (path / "params.yaml").write_text(yaml.safe_dump(values))
     return path
 
@@ -309,6 +311,36 @@ def test_state_file_is_for_its_own_run_only(tmp_path):
     assert "parameters or data differ" in found
     path.write_bytes(path.read_bytes()[:-5])
     assert load_state(path, key)[0] is None
+
+
+def test_a_state_with_a_flipped_bit_is_ignored(tmp_path):
+    path, key = tmp_path / "state.safetensors", run_key(seed=0)
+    tensors = {"w": torch.arange(3.0), "n": torch.tensor(7), "b": torch.ones(2, 2).bfloat16()}
+    save_state(path, key, State(tensors, {"steps": 7, "seconds": 1.5}))
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        state, found = load_state(path, key)
+        assert state is None, bit
+        assert "ignored" in found
+
+
+@pytest.mark.campaign
+def test_a_run_whose_log_was_damaged_begins_anew(tokens, tmp_path, whole):
+    directory = workplace(tmp_path / "log", tokens)
+    work = directory / ".work/train/seed0"
+    process = start(directory)
+    while not (work / "state.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    log = work / "log.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"loss": ', b'"loss": 1', 1))
+    assert "ignored, its log is not what it was; the run begins anew" in finish(start(directory))
+    assert curve(directory) == curve(whole)
 
 
 def test_processes_that_do_not_share_a_step_evenly_are_refused(tokens, tmp_path):
