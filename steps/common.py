@@ -17,11 +17,10 @@ from typing import Any
 from model.data.shards import MANIFEST, Manifest, Split
 from model.runtime.distributed import Group, process_group
 from model.runtime.errors import user_errors
-from model.runtime.files import write_bytes, write_json
+from model.runtime.files import SIDECAR, write_bytes, write_json
 from model.runtime.lock import held
 from model.runtime.process import end_with_launcher
 from model.runtime.provenance import (
-    SIDECAR,
     Comparison,
     Recorded,
     recorded,
@@ -145,15 +144,9 @@ def load_tokens(*splits: Split) -> tuple[Manifest, dict[Path, Recorded]]:
 
     Raises InputError if the manifest or the tokenizer is not what the stage tokenize wrote.
     """
-    target = TOKENS.parent.name
-    require_recorded(recorded(TOKENS.parent / SIDECAR, target, [TOKENS / MANIFEST]))
+    require_recorded(recorded(TOKENS.parent / SIDECAR, "tokenize", [TOKENS / MANIFEST]))
     manifest = Manifest.load(TOKENS)
-    shards = {
-        manifest.directory / shard.file: Recorded(shard.sha256, target)
-        for split in splits
-        for shard in manifest.shards[split]
-    }
-    return manifest, shards
+    return manifest, manifest.recorded(*splits)
 
 
 def run(name: str, main: Callable[[StageRun], None], seeded: bool = True) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from model.runtime.errors import InputError
 from model.runtime.files import atomic_file, read_json, sha256, write_json
+from model.runtime.provenance import Recorded
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -166,6 +167,14 @@ class Manifest:
     def validation(self) -> list[Path]:
         """The held-out shards."""
         return [self.directory / shard.file for shard in self.shards["validation"]]
+
+    def recorded(self, *splits: Split) -> dict[Path, Recorded]:
+        """The SHA-256 of the shards of some splits, made by the stage tokenize."""
+        return {
+            self.directory / shard.file: Recorded(shard.sha256, "tokenize")
+            for split in splits
+            for shard in self.shards[split]
+        }
 
     def totals(self, split: Split) -> dict[str, int]:
         """Return documents, tokens (BOS included) and bytes of text of a split."""

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, cast
 
 from model.runtime.errors import InputError, reading
 
+SIDECAR = "provenance.json"  # beside the outputs of a stage (`model.runtime.provenance`)
+
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:

@@ -18,7 +18,6 @@ from model.runtime.errors import InputError, reading
 from model.runtime.files import read_json, sha256, write_json
 from model.runtime.run_log import environment
 
-SIDECAR = "provenance.json"
 SEAL = "sha256"  # key of the sidecar's own hash
 THREADS = 8  # that hash files, which does not hold Python's lock: 1.8 GB/s each, measured
 
@@ -51,6 +50,11 @@ def write_provenance(
 
 def read_provenance(path: str | Path, target: str) -> dict[str, Any]:
     """The content of a sidecar that `target` wrote; raises InputError if it is damaged."""
+    if not Path(path).exists():
+        raise InputError(
+            f"{path}: no such file, which says whether what lies beside it is whole",
+            f"`dvc checkout {path}`, `dvc pull {path}`, or `dvc repro --force -s {target}`",
+        )
     content = read_json(path)
     if not isinstance(content, dict) or content.pop(SEAL, None) != _seal(content):
         raise InputError(

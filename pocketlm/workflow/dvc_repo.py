@@ -10,6 +10,7 @@ some other program's. So stages are run outside of it, and it is held for moment
 that `dvc repro` has started puts back the entry of its `dvc` before it ends (`keep_lock_entries`).
 """
 
+import hashlib
 import json
 import logging
 import sys
@@ -198,7 +199,7 @@ def start(target: str, restore: bool) -> Start:
                 f"{target}: not here: {', '.join(missing)}",
                 "`snakemake report --cores all` restores it or makes it again; or `dvc pull`",
             )
-        restored = restore and not state.is_fresh and _restore(repo, stage)
+        restored = restore and not state.is_fresh and _restore(repo, stage, state.modified)
         stage.save_deps()
         return Start(state, _inputs(stage), restored)
 
@@ -206,20 +207,56 @@ def start(target: str, restore: bool) -> Start:
     return result
 
 
-def _restore(repo: "Repo", stage: Any) -> bool:
+def _restore(repo: "Repo", stage: Any, modified: Sequence[str]) -> bool:
     """Bring a stage's result back from the run cache, and record it; whether it was known.
 
     The stage must be as it was read: DVC takes one whose inputs are saved for an unchanged one.
+    modified: outputs of other content, which are removed as `dvc repro` does.
     """
     from dvc.stage.cache import RunCacheNotFoundError
 
+    for out in stage.outs:
+        if str(out) in modified:
+            out.remove()
     try:
         repo.stage_cache.restore(stage)
     except RunCacheNotFoundError:
         return False
     stage.save(run_cache=False)
+    if drop_damaged(stage.outs):
+        return False
     _store(repo, stage)
     return True
+
+
+def drop_damaged(outs: Sequence[Any]) -> list[str]:
+    """Remove copies of outputs in DVC's cache that are damaged; returns the outputs concerned.
+
+    A copy's name is the MD5 of its content. DVC believes it, and restores what is damaged; nor does
+    it replace such a copy when a run has made the output again.
+    """
+    damaged = []
+    for out in outs:
+        if not out.use_cache or not out.hash_info:
+            continue
+        names = [out.hash_info.value]
+        if _is_intact(out.cache, names[0]) and out.hash_info.isdir and (folder := out.get_obj()):
+            names += [found.value for _, _, found in folder]
+        if bad := [name for name in names if not _is_intact(out.cache, name)]:
+            for name in bad:
+                out.cache.delete(name)
+            print(f"{out}: its copy in DVC's cache was damaged, and is dropped", file=sys.stderr)
+            damaged.append(str(out))
+    return damaged
+
+
+def _is_intact(cache: Any, name: str) -> bool:
+    """Whether the cached object of this name is absent, or has the content its MD5 says."""
+    try:
+        with open(cache.oid_to_path(name), "rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest() == name.removesuffix(".dir")
+    except FileNotFoundError:
+        return True
 
 
 def _inputs(stage: Any) -> dict[str, Any]:
@@ -257,8 +294,11 @@ def finish(target: str, before: dict[str, Any], record: bool, holding: bool = Fa
         (stage,) = repo.stage.collect(target)
         if record:
             stage.save(run_cache=False)
-        else:
+        else:  # DVC records it
             stage.save_deps()
+            for out in stage.outs:
+                out.hash_info = out.get_hash()
+        drop_damaged(stage.outs)
         if changes := differences(before, _inputs(stage)):
             raise InputError(
                 f"{target}: changed while it ran: {', '.join(changes)}. The result is that of the "
@@ -279,7 +319,13 @@ def record_unseen(target: str) -> None:
 
 def refill(target: str) -> None:
     """Put the outputs that are here, as they were recorded, back into the cache."""
-    when_free(target, lambda repo: repo.stage.collect(target)[0].commit(allow_missing=True))
+
+    def put(repo: "Repo") -> None:
+        (stage,) = repo.stage.collect(target)
+        stage.commit(allow_missing=True)
+        drop_damaged(stage.outs)
+
+    when_free(target, put)
 
 
 def fetch(outputs: Mapping[str, str]) -> list[str]:
@@ -289,6 +335,8 @@ def fetch(outputs: Mapping[str, str]) -> list[str]:
     """
 
     def bring(repo: "Repo") -> None:
+        (out,) = repo.find_outs_by_path(path)
+        drop_damaged([out])
         if repo.config["core"].get("remote"):
             repo.fetch(targets=[path])
         repo.checkout(targets=[path])

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from model.runtime.errors import InputError, user_errors
-from model.runtime.files import read_json, write_json
+from model.runtime.files import SIDECAR, read_json, write_json
 from model.runtime.lock import held
 from pocketlm.params.load import load_params
+from pocketlm.params.paths import TOKENS
 from pocketlm.workflow import dvc_repo
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
 from pocketlm.workflow.stages import RUN_LOCK, Node, node, target_name
@@ -77,7 +78,7 @@ def kept(one: Node, found: dvc_repo.Start) -> str:
         return ""
     if put_back(one, found.inputs):
         return "was computed before from the same inputs; the result is kept"
-    if recorded and not state.absent:
+    if recorded and not state.absent and is_whole(one, Path()):
         return "the result is here as it was recorded, and goes back to the cache"
     if recorded and not dvc_repo.download(state.absent):
         return "the result was fetched from the remote"
@@ -101,9 +102,30 @@ def put_back(one: Node, inputs: dict[str, Any]) -> bool:
     except InputError:
         return False
     same = record["inputs"] == json.loads(json.dumps(inputs)) and record["files"] == _files(place)
-    for out in one.outs if same else ():
+    if not same or not is_whole(one, place):
+        return False
+    for out in one.outs:
         _link(place / out, Path(out))
-    return same
+    return True
+
+
+def is_whole(one: Node, root: Path) -> bool:
+    """Whether the stage's outputs below `root` have the content that its sidecar names."""
+    from model.data.shards import SPLITS, Manifest  # here, as they import torch
+    from model.runtime.provenance import Recorded, read_provenance, require_recorded
+
+    sidecar = next(root / out for out in one.outs if Path(out).name == SIDECAR)
+    try:
+        outputs = read_provenance(sidecar, one.target)["outputs"]
+        require_recorded(
+            {root / out: Recorded(sha256, one.target) for out, sha256 in outputs.items()}
+        )
+        for tokens in (root / out for out in one.outs if Path(out) == TOKENS):
+            require_recorded(Manifest.load(tokens).recorded(*SPLITS))
+    except InputError as error:
+        print(f"{one.target}: not kept: {error.problem}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def _files(place: Path) -> dict[str, list[int]]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from model.runtime.files import SIDECAR
 from model.runtime.lock import is_held, try_lock
 from pocketlm.params.paths import WORK
 from pocketlm.workflow import dvc_repo
@@ -111,15 +112,20 @@ def _needed(
     states: Mapping[str, State],
     lost: Collection[str],
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Absent outputs of fresh stages that are needed: those to be had, and the others by target."""
+    """Absent outputs of fresh stages that are needed: those to be had, and the others by target.
+
+    Needed is what was asked for, and what a stale stage reads, with the sidecar of who made it.
+    """
     found: dict[str, str] = {}
     absent: dict[str, list[str]] = {}
     read = [dep for target in reasons for dep in graph[target].deps]
     for target in graph:
         if target in reasons or target not in states:
             continue
+        is_read = any(graph[stale].reads(graph[target]) for stale in reasons)
         for path in states[target].absent:
-            if target in wanted or any(covers(dep, path) for dep in read):
+            is_sidecar = is_read and Path(path).name == SIDECAR
+            if target in wanted or is_sidecar or any(covers(dep, path) for dep in read):
                 cached = path not in states[target].uncached
                 if path not in lost and (cached or dvc_repo.has_remote()):
                     found[path] = target

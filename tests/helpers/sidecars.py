@@ -3,7 +3,8 @@
 import contextlib
 from pathlib import Path
 
-from model.runtime.provenance import SIDECAR, write_provenance
+from model.runtime.files import SIDECAR
+from model.runtime.provenance import write_provenance
 
 
 def write_sidecar(root: Path, place: str, *files: str) -> None:

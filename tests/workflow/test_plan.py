@@ -82,7 +82,8 @@ def test_what_a_stale_stage_reads_is_restored_and_nothing_else() -> None:
     found = plan(states, "ttt_eval@0", "ttt_eval@1")
     assert list(found.reasons) == ["ttt_eval@0"]
     assert set(found.fetched) <= set(lost)
-    assert "artifacts/quantize/seed0/model.pocket" in found.fetched
+    read = {f"artifacts/quantize/seed0/{name}" for name in ("model.pocket", "provenance.json")}
+    assert set(found.fetched) == read
 
 
 def test_what_was_asked_for_is_restored() -> None:
