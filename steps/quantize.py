@@ -40,7 +40,6 @@ from model.quantization.quantize_model import (
 )
 from model.quantization.sensitivity import sensitivities
 from model.runtime.cuda_graphs import graph_runner
-from model.runtime.errors import InputError
 from model.runtime.files import read_json
 from model.runtime.process import use_compile_cache
 from model.runtime.progress import progress
@@ -68,7 +67,6 @@ class Quantization:
             self.tokenizer = Tokenizer(manifest.tokenizer)
             self.documents = validation_documents(manifest, self.params.validation_documents)
         require_architecture(self.model, stage.params.model, self.checkpoint)
-        require_finite(self.model, self.checkpoint)
         check_vocabulary(self.tokenizer, stage.params.model.vocabulary, "tokenize again")
 
         for name in self.params.compressors:
@@ -197,16 +195,6 @@ def main(stage: StageRun) -> None:
     if fit.result is not None and score is not None:
         publish(job, fit.result[0], allocation.loss(fit.step_sizes), score)
         draft.unlink()
-
-
-def require_finite(model: GPT, path: Path) -> None:
-    """Raise InputError if weights are NaN or infinite."""
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(
-                f"{path}: {name} holds values that are not finite",
-                "training diverged: lower the learning rates in the train section, train again",
-            )
 
 
 def require_equal(loaded: GPT, tensors: Mapping[str, Stored], path: Path) -> None:

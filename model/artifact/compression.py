@@ -5,12 +5,16 @@ general-purpose compressors for every kind of matrix. On other streams the latte
 smallest result is kept. Values of several bytes can be *shuffled* first (byte transposition): all
 first bytes, then all second ones, and so on, so that the exponents of floats, which vary little,
 are adjacent. To add a compressor, add an entry to `COMPRESSORS`.
+
+Whoever reads a stream knows its bytes beforehand. Decompressing stops there, however many a crafted
+stream would grow to; one that is shorter or longer, or followed by more data, is an error.
 """
 
 import lzma
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -18,6 +22,7 @@ from model.artifact.entropy_coder import decode_codes, encode_codes
 from model.runtime.errors import InputError
 
 RANGE = "range"
+LZMA_MEMORY = 2**27  # bytes; what preset 9 needs, 65 MiB, and some more
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,32 @@ class Stream:
 
 @dataclass(frozen=True)
 class Compressor:
-    """A lossless coder of bytes; decompress(compress(x)) == x."""
+    """A lossless coder of bytes; decompress(compress(x), len(x)) == x.
+
+    decompress: given the bytes to expect; allocates hardly more, and raises an error of any type
+    if the data does not end with them.
+    """
 
     compress: Callable[[bytes], bytes]
-    decompress: Callable[[bytes], bytes]
+    decompress: Callable[[bytes, int], bytes]
+
+
+def _complete(found: bytes, ended: bool) -> bytes:
+    if not ended:
+        raise ValueError("it ends before or after the bytes that are expected")
+    return found
 
 
 def _lzma() -> Compressor:
     def compress(data: bytes) -> bytes:
         return lzma.compress(data, check=lzma.CHECK_NONE, preset=9)  # the file has a checksum
 
-    return Compressor(compress, lzma.decompress)
+    def decompress(data: bytes, size: int) -> bytes:
+        decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, LZMA_MEMORY)
+        found = decompressor.decompress(data, size + 1)
+        return _complete(found, decompressor.eof and not decompressor.unused_data)
+
+    return Compressor(compress, decompress)
 
 
 def _zstd() -> Compressor:
@@ -53,7 +73,11 @@ def _zstd() -> Compressor:
     def compress(data: bytes) -> bytes:
         return zstandard.ZstdCompressor(level=22).compress(data)
 
-    return Compressor(compress, zstandard.ZstdDecompressor().decompress)
+    def decompress(data: bytes, size: int) -> bytes:
+        _complete(b"", zstandard.frame_content_size(data) == size)  # as much is allocated
+        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+
+    return Compressor(compress, decompress)
 
 
 def _brotli() -> Compressor:
@@ -62,7 +86,12 @@ def _brotli() -> Compressor:
     def compress(data: bytes) -> bytes:
         return brotli.compress(data, quality=11, lgwin=24)
 
-    return Compressor(compress, brotli.decompress)
+    def decompress(data: bytes, size: int) -> bytes:
+        decompressor = brotli.Decompressor()
+        found = decompressor.process(data, output_buffer_limit=size + 1)
+        return _complete(found, decompressor.is_finished())
+
+    return Compressor(compress, decompress)
 
 
 COMPRESSORS: dict[str, Callable[[], Compressor]] = {
@@ -107,11 +136,20 @@ class Compressed:
     compressor: str
     shuffle: int
 
-    def decompress(self) -> bytes:
-        """The stream; raises InputError if it is damaged or the compressor is not installed."""
+    def decompress(self, size: int, shape: tuple[int, int, int] | None = None) -> bytes:
+        """The stream, `size` bytes; shape: as that of `Stream`.
+
+        Raises an error of any type if it is damaged, or not of this size and shape, and InputError
+        if the compressor is not installed. Allocates in proportion to `size`.
+        """
         if self.compressor == RANGE:
-            return decode_codes(self.data).astype(f"<i{self.shuffle}").tobytes()
-        return unshuffle(compressor(self.compressor).decompress(self.data), self.shuffle)
+            if shape is None or size != prod(shape) * self.shuffle:
+                raise ValueError(f"not {size} bytes of codes")
+            return decode_codes(self.data, shape).astype(f"<i{self.shuffle}").tobytes()
+        found = compressor(self.compressor).decompress(self.data, size)
+        if len(found) != size:
+            raise ValueError(f"not {size} bytes, compressed by {self.compressor}")
+        return unshuffle(found, self.shuffle)
 
 
 def compress_all(streams: dict[str, Stream], names: Sequence[str]) -> dict[str, Compressed]:

@@ -4,7 +4,7 @@
     0       8      magic "pocketlm"
     8       4      version of the format, uint32
     12      4      h, bytes of the header, uint32
-    16      32     SHA-256 of everything that follows
+    16      32     SHA-256 of everything else (version 1: of what follows)
     48      h      header: JSON, deflated by zlib
     48+h    …      the streams, one after the other
 
@@ -13,37 +13,53 @@ tensor; name, bytes, compressor and shuffling of every stream. A stream concaten
 the order of the tensors: the codes of one kind of matrix, range-coded; all scales, all fp16 values,
 all fp32 values, each with the compressor that gives the smallest result. Nothing is pickled. The
 details are in docs/artifact.md.
+
+A file may come from a stranger, who can compute checksums: before anything but the header is
+decompressed, the declared tensors are compared with those of the declared model, which is limited
+(`model.network.config`). So every stream's bytes are known beforehand, and what does not have them
+is refused.
 """
 
 import hashlib
 import json
+import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.artifact.compression import Compressed, Stream, compress_all
-from model.artifact.quantizer import Quantized
-from model.network.checkpoint import build
+from model.artifact.compression import COMPRESSORS, RANGE, Compressed, Stream, compress_all
+from model.artifact.quantizer import CODE_BITS, Quantized, largest_code
+from model.network.checkpoint import require_shapes, skeleton, with_weights
 from model.network.config import ModelConfig
-from model.runtime.errors import InputError
+from model.runtime.errors import InputError, reading
 from model.runtime.files import write_bytes
 
 if TYPE_CHECKING:
     from model.network.gpt import GPT
 
 MAGIC = b"pocketlm"
-VERSION = 1
+VERSION, OLDEST = 2, 1
 PREAMBLE = struct.Struct("<8sII32s")
+START = struct.Struct("<8sII")  # the preamble without the checksum
+HEADER_BYTES = 2**20  # of the JSON; 256 layers take 0.3 million
+# A trained weight takes a bit or more. A file with fewer than one bit for eight weights is refused,
+# so that a few bytes do not become minutes of decoding; small models may be all zero.
+WEIGHTS_PER_BYTE, SMALL_MODEL = 64, 2**22
+AGAIN = "delete it and fetch it again (dvc pull) or run the quantize stage again"
 SCALES = "scales"
 DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SCALE = np.dtype("<f2")
+INTEGERS = {
+    f"int{bits}": (bits, np.dtype("i1" if bits <= 8 else "<i2")) for bits in range(2, CODE_BITS + 1)
+}
 
 Stored = Quantized | Tensor  # a tensor is stored as it is and must be fp16 or fp32
 Architecture = dict[str, Any]
@@ -75,7 +91,7 @@ def pack(
     header = {
         "model": dict(sorted(architecture.items())),  # whatever the order of the fields
         "tensors": [
-            [name, _shape(stored), _encoding(stored), _stream_of(name, stored)]
+            [name, _shape(stored), _encoding(stored), _stream_of(name, _encoding(stored))]
             for name, stored in tensors.items()
         ],
         "streams": [
@@ -83,9 +99,9 @@ def pack(
             for name, chosen in best.items()
         ],
     }
-    packed_header = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    packed_header = zlib.compress(_json(header), 9)
     body = packed_header + b"".join(chosen.data for chosen in best.values())
-    digest = hashlib.sha256(body).digest()
+    digest = checksum(VERSION, len(packed_header), body)
     return Packed(
         PREAMBLE.pack(MAGIC, VERSION, len(packed_header), digest) + body,
         {
@@ -101,60 +117,180 @@ def save_artifact(path: str | Path, packed: Packed) -> None:
     write_bytes(path, packed.content)
 
 
+def checksum(version: int, header_bytes: int, body: bytes) -> bytes:
+    """SHA-256 of the preamble's start and of all that follows it."""
+    start = START.pack(MAGIC, version, header_bytes) if version > 1 else b""
+    return hashlib.sha256(start + body).digest()
+
+
+def _json(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
 def load_artifact(path: str | Path, device: torch.device | str = "cpu") -> "GPT":
     """The model of an artifact, its weights in fp32; raises InputError as `read_artifact`."""
-    architecture, tensors = read_artifact(path)
+    model, tensors = _ArtifactReader(Path(path)).read()
     restored = {name: restore(stored) for name, stored in tensors.items()}
-    return build(ModelConfig.from_stored(architecture, path), restored, path).to(device)
+    return with_weights(model, restored, path).to(device)
 
 
 def read_artifact(path: str | Path) -> tuple[Architecture, dict[str, Stored]]:
     """Architecture and stored tensors by name.
 
-    Raises InputError if the file is absent, foreign, truncated, corrupted or of a newer version.
+    Raises InputError if the file is absent, foreign, truncated, corrupted, of a newer version, or
+    if what it declares is no model, or not what it holds.
     """
-    body, header_bytes = _checked_body(Path(path))
-    header = json.loads(zlib.decompress(body[:header_bytes]))
-    readers: dict[str, _Reader] = {}
-    start = header_bytes
-    for name, size, compressor, shuffle in header["streams"]:
-        stream = Compressed(body[start : start + size], compressor, shuffle)
-        readers[name] = _Reader(stream.decompress())
+    model, tensors = _ArtifactReader(Path(path)).read()
+    return model.architecture(), tensors
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the header; raises an error of any type if it is impossible."""
+
+    name: str
+    shape: list[int]
+    encoding: str
+    stream: str
+
+    def __post_init__(self) -> None:
+        if not all(type(size) is int for size in self.shape):  # True is not 1 here
+            raise ValueError(f"{self.name}: shape {self.shape}")
+        if self.encoding not in (INTEGERS if len(self.shape) == 2 else ()) and (
+            self.encoding not in DTYPES
+        ):
+            raise ValueError(f"{self.name}: unknown encoding {self.encoding}")
+        if self.stream != _stream_of(self.name, self.encoding):
+            raise ValueError(f"{self.name}: in another stream, {self.stream}")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the stored values."""
+        return INTEGERS[self.encoding][1] if self.encoding in INTEGERS else DTYPES[self.encoding]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a stream holds: `items` values of `item_bytes` bytes; shape: as that of `Stream`."""
+
+    item_bytes: int
+    items: int
+    shape: tuple[int, int, int] | None = None
+
+
+def _layouts(entries: Sequence[_Entry]) -> dict[str, _Layout]:
+    """The streams that these tensors need; raises ValueError if codes of one differ in shape."""
+    members: dict[str, list[_Entry]] = {}
+    for entry in entries:
+        members.setdefault(entry.stream, []).append(entry)
+    layouts = {}
+    for stream, parts in members.items():
+        items = sum(prod(part.shape) for part in parts)
+        shape: tuple[int, int, int] | None = None
+        if parts[0].encoding in INTEGERS:
+            if any((p.shape, p.dtype) != (parts[0].shape, parts[0].dtype) for p in parts):
+                raise ValueError(f"stream {stream}: its matrices differ in shape or size of codes")
+            rows, columns = parts[0].shape
+            shape = (len(parts), rows, columns)
+        layouts[stream] = _Layout(parts[0].dtype.itemsize, items, shape)
+    if scales := sum(entry.shape[0] for entry in entries if entry.encoding in INTEGERS):
+        layouts[SCALES] = _Layout(SCALE.itemsize, scales)
+    return layouts
+
+
+class _ArtifactReader:
+    """Reads one file, perhaps a stranger's; raises InputError that names it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> "tuple[GPT, dict[str, Stored]]":
+        """The model without weights, on the meta device, and the stored tensors by name."""
+        body, header_bytes = self._checked_body()
+        with reading(f"{self._path}: header", AGAIN):
+            model, entries, streams = self._header(body[:header_bytes])
+            weights = sum(prod(entry.shape) for entry in entries)
+            if weights > SMALL_MODEL + WEIGHTS_PER_BYTE * len(body):
+                raise ValueError(f"{weights:,} weights in {len(body):,} bytes")
+            layouts = _layouts(entries)
+            packed = _cut(body[header_bytes:], streams, layouts)
+        readers = {}
+        for name, layout in layouts.items():
+            with reading(f"{self._path}: stream {name}", AGAIN):
+                size = layout.items * layout.item_bytes
+                readers[name] = _Reader(packed[name].decompress(size, layout.shape))
+        with reading(self._path, AGAIN):
+            return model, {entry.name: _read(entry, readers) for entry in entries}
+
+    def _checked_body(self) -> tuple[bytes, int]:
+        """Everything after the preamble, and the bytes of it that are the header."""
+        with reading(self._path, AGAIN):
+            try:
+                with self._path.open("rb") as file:
+                    content = file.read(os.fstat(file.fileno()).st_size)
+            except FileNotFoundError:
+                self._refuse("no such artifact", "run the quantize stage")
+        if not content.startswith(MAGIC):
+            self._refuse("not a pocketlm artifact", "give a file of the quantize stage")
+        if len(content) < PREAMBLE.size:
+            self._refuse(f"truncated after {len(content)} bytes")
+        _, version, header_bytes, digest = PREAMBLE.unpack_from(content)
+        if not OLDEST <= version <= VERSION:
+            self._refuse(
+                f"artifact of version {version}, this program reads {OLDEST} to {VERSION}",
+                f"update pocketlm, or {AGAIN}",
+            )
+        body = content[PREAMBLE.size :]
+        if checksum(version, header_bytes, body) != digest:
+            self._refuse("corrupted or truncated: its checksum does not match")
+        return body, header_bytes
+
+    def _refuse(self, problem: str, repair: str = AGAIN) -> NoReturn:
+        raise InputError(f"{self._path}: {problem}", repair)
+
+    def _header(self, packed: bytes) -> "tuple[GPT, list[_Entry], list[Any]]":
+        """The model without weights, the tensors, and the entries of the streams, unchecked."""
+        decompressor = zlib.decompressobj()
+        text = decompressor.decompress(packed, HEADER_BYTES)
+        if not decompressor.eof or decompressor.unused_data:
+            raise ValueError(f"not complete in {len(packed)} bytes, or more than {HEADER_BYTES}")
+        header = json.loads(text)
+        # Nothing besides, nothing twice, no other spelling: files of equal content are equal.
+        if _json({key: header[key] for key in ("model", "tensors", "streams")}) != text:
+            raise ValueError("not as this program writes it")
+        entries = [_Entry(*entry) for entry in header["tensors"]]
+        model = skeleton(ModelConfig.from_stored(header["model"], self._path))
+        require_shapes(model, [(entry.name, entry.shape) for entry in entries], self._path)
+        return model, entries, header["streams"]
+
+
+def _cut(
+    content: bytes, entries: Sequence[Any], layouts: Mapping[str, _Layout]
+) -> dict[str, Compressed]:
+    """The streams by name; raises an error of any type if they are not those of the layouts."""
+    streams: dict[str, Compressed] = {}
+    start = 0
+    for name, size, compressor, shuffle in entries:
+        layout = layouts[name]
+        known = (RANGE, *COMPRESSORS) if layout.shape else COMPRESSORS
+        items = (layout.item_bytes,) if compressor == RANGE else (1, layout.item_bytes)
+        if type(size) is not int or type(shuffle) is not int:  # True is not 1 here
+            raise ValueError(f"stream {name}: {size} bytes, shuffled {shuffle}")
+        if name in streams or compressor not in known or shuffle not in items:
+            raise ValueError(f"stream {name}: twice, or unknown: {compressor}, {shuffle}")
+        if not 0 < size <= len(content) - start:
+            raise ValueError(f"stream {name}: {size} bytes")
+        streams[name] = Compressed(content[start : start + size], compressor, shuffle)
         start += size
-    tensors = {
-        name: _read(shape, encoding, stream, readers)
-        for name, shape, encoding, stream in header["tensors"]
-    }
-    return header["model"], tensors
+    if start < len(content) or streams.keys() != layouts.keys():
+        raise ValueError(f"{len(content) - start} surplus bytes, or a stream is missing")
+    return streams
 
 
-def _checked_body(path: Path) -> tuple[bytes, int]:
-    """Everything after the preamble, and the bytes of it that are the header."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such artifact", "run the quantize stage") from error
-    again = "delete it and fetch it again (dvc pull) or run the quantize stage again"
-    if not content.startswith(MAGIC):
-        raise InputError(f"{path}: not a pocketlm artifact", "give a file of the quantize stage")
-    if len(content) < PREAMBLE.size:
-        raise InputError(f"{path}: truncated after {len(content)} bytes", again)
-    _, version, header_bytes, digest = PREAMBLE.unpack_from(content)
-    if version > VERSION:
-        raise InputError(
-            f"{path}: artifact of version {version}, this program reads up to {VERSION}",
-            "update pocketlm",
-        )
-    body = content[PREAMBLE.size :]
-    if hashlib.sha256(body).digest() != digest:
-        raise InputError(f"{path}: corrupted or truncated: its checksum does not match", again)
-    return body, header_bytes
-
-
-def _stream_of(name: str, stored: Stored) -> str:
+def _stream_of(name: str, encoding: str) -> str:
     """The stream of a tensor's values: matrices of the same role in all blocks share one."""
-    if isinstance(stored, Tensor):
-        return _encoding(stored)
+    if encoding in DTYPES:
+        return encoding
     parts = name.removesuffix(".weight").split(".")
     return ".".join(part for part in parts if part != "blocks" and not part.isdigit())
 
@@ -176,10 +312,10 @@ def streams_of(tensors: Mapping[str, Stored]) -> dict[str, Stream]:
     floats: dict[str, list[Tensor]] = {}
     for name, stored in tensors.items():
         if isinstance(stored, Quantized):
-            codes.setdefault(_stream_of(name, stored), []).append(stored.codes)
+            codes.setdefault(_stream_of(name, _encoding(stored)), []).append(stored.codes)
             floats.setdefault(SCALES, []).append(stored.scales)
         else:
-            floats.setdefault(_stream_of(name, stored), []).append(stored)
+            floats.setdefault(_stream_of(name, _encoding(stored)), []).append(stored)
     streams = {}
     for stream, matrices in codes.items():
         stack = torch.stack(matrices).cpu().numpy()
@@ -205,10 +341,17 @@ class _Reader:
         return torch.from_numpy(values.astype(dtype.newbyteorder("=")).reshape(shape))
 
 
-def _read(shape: Sequence[int], encoding: str, stream: str, readers: dict[str, _Reader]) -> Stored:
-    if encoding in DTYPES:
-        return readers[stream].take(shape, DTYPES[encoding])
-    bits = int(encoding.removeprefix("int"))
-    codes = readers[stream].take(shape, np.dtype("i1" if bits <= 8 else "<i2"))
-    scales = readers[SCALES].take(shape[:1], SCALE)
-    return Quantized(codes, scales, bits)
+def _read(entry: _Entry, readers: Mapping[str, _Reader]) -> Stored:
+    """The next tensor of its streams; raises ValueError for impossible values."""
+    values = readers[entry.stream].take(entry.shape, entry.dtype)
+    if entry.encoding in DTYPES:
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{entry.name}: a value is not finite")
+        return values
+    bits, scales = INTEGERS[entry.encoding][0], readers[SCALES].take(entry.shape[:1], SCALE)
+    lowest, highest = torch.aminmax(values)
+    if max(-int(lowest), int(highest)) > largest_code(bits):
+        raise ValueError(f"{entry.name}: a code has more than {bits} bits")
+    if not (torch.isfinite(scales) & (scales > 0)).all():
+        raise ValueError(f"{entry.name}: a scale is not a positive number")
+    return Quantized(values, scales, bits)

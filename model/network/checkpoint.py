@@ -6,6 +6,7 @@ model, in fp32.
 
 import dataclasses
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +14,44 @@ from torch import Tensor
 
 from model.network.config import ModelConfig
 from model.network.gpt import GPT
-from model.runtime.errors import InputError
+from model.runtime.errors import InputError, reading
 from model.runtime.files import write_bytes
 
 FORMAT = "pocketlm-checkpoint-1"
+
+
+def skeleton(config: ModelConfig) -> GPT:
+    """A model of this architecture on the meta device, without weights."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def require_shapes(
+    model: GPT, found: Iterable[tuple[str, Sequence[int]]], source: str | Path
+) -> None:
+    """Raise InputError unless these are the names and shapes of the model's weights, each once.
+
+    source: the file they come from, for the error.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    pairs = [(name, tuple(shape)) for name, shape in found]
+    if len(pairs) == len(wanted) and dict(pairs) == wanted:
+        return
+    has = dict(pairs)
+    names = sorted(n for n in wanted | has if wanted.get(n) != has.get(n))
+    detail = "; ".join(f"{n}: {has.get(n)} instead of {wanted.get(n)}" for n in names[:3])
+    raise InputError(
+        f"{source}: weights of another shape ({detail or 'some are there twice'})",
+        "make it again with the present model section of params.yaml",
+    )
+
+
+def with_weights(skeleton: GPT, tensors: dict[str, Tensor], source: str | Path) -> GPT:
+    """A skeleton with these weights, on the CPU; raises InputError as `require_shapes`."""
+    require_shapes(skeleton, ((name, t.shape) for name, t in tensors.items()), source)
+    skeleton.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    skeleton.restore_constants()
+    return skeleton
 
 
 def build(config: ModelConfig, tensors: dict[str, Tensor], source: str | Path) -> GPT:
@@ -24,20 +59,7 @@ def build(config: ModelConfig, tensors: dict[str, Tensor], source: str | Path) -
 
     source: the file they came from, for the error. Raises InputError if names or shapes differ.
     """
-    with torch.device("meta"):
-        model = GPT(config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wanted != found:
-        names = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
-        detail = "; ".join(f"{n}: {found.get(n)} instead of {wanted.get(n)}" for n in names[:3])
-        raise InputError(
-            f"{source}: weights of another shape ({detail})",
-            "make it again with the present model section of params.yaml",
-        )
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    model.restore_constants()
-    return model
+    return with_weights(skeleton(config), tensors, source)
 
 
 def save_checkpoint(path: str | Path, model: GPT, tensors: dict[str, Tensor] | None = None) -> None:
@@ -52,27 +74,42 @@ def save_checkpoint(path: str | Path, model: GPT, tensors: dict[str, Tensor] | N
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> GPT:
-    """Rebuild the model saved at `path`; raises InputError if it is not one or is damaged."""
-    from safetensors import SafetensorError, safe_open
+    """Rebuild the model saved at `path`; raises InputError if it is not one or is damaged.
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such checkpoint", "run the train stage") from error
-    except SafetensorError as error:
-        raise InputError(
-            f"{path}: damaged or not a checkpoint ({error})",
-            "delete it and fetch it again (dvc pull) or train again",
-        ) from error
-    if FORMAT not in metadata:
-        raise InputError(
-            f"{path}: not a pocketlm checkpoint (of format {FORMAT})",
-            "give a file that the train stage wrote",
-        )
-    config = ModelConfig.from_stored(json.loads(metadata[FORMAT]), path)
-    return build(config, tensors, path).to(device)
+    Names and shapes are checked before weights are read; those that are not finite are refused.
+    """
+    from safetensors import safe_open
+
+    with reading(path, "delete it and fetch it again (dvc pull) or train again"):
+        try:
+            file = safe_open(path, framework="pt")
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such checkpoint", "run the train stage") from error
+        with file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            if FORMAT not in metadata:
+                raise InputError(
+                    f"{path}: not a pocketlm checkpoint (of format {FORMAT})",
+                    "give a file that the train stage wrote",
+                )
+            model = skeleton(ModelConfig.from_stored(json.loads(metadata[FORMAT]), path))
+            slices = {name: file.get_slice(name) for name in names}
+            require_shapes(model, ((n, s.get_shape()) for n, s in slices.items()), path)
+            tensors = {name: file.get_tensor(name) for name in names}
+    require_finite(tensors, path)
+    return with_weights(model, tensors, path).to(device)
+
+
+def require_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise InputError if weights are NaN, infinite, or no fp32."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise InputError(f"{path}: {name} is {tensor.dtype}, not fp32", "train again")
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{path}: {name} holds values that are not finite",
+                "training diverged: lower the learning rates in the train section, train again",
+            )
 
 
 def require_architecture(model: GPT, params: ModelConfig, path: str | Path) -> None:

@@ -5,43 +5,65 @@ from dataclasses import dataclass
 from model.runtime.settings import Settings, require, setting
 
 GATE_INPUTS = 12  # values of a block's input that its output gate sees
+# Limits, so that a file of a stranger cannot ask for more than a model of this kind needs.
+LAYERS, WIDTH, HEADS, TABLE_ROWS = 256, 2**16, 2**10, 2**18
+LARGEST_WEIGHTS = 2**27  # of matrices and tables: 512 MiB in fp32
+LARGEST_NUMBER = 1e9
 
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
     """Architecture; every component can be switched off."""
 
-    vocabulary: int = setting("size of the embedding; must equal the tokenizer's", "tokens", ge=1)
-    layers: int = setting("transformer blocks", ge=1)
-    width: int = setting("residual stream", "values", ge=1)
-    heads: int = setting("query heads", ge=1)
-    kv_heads: int = setting("key/value heads, shared by groups of query heads", ge=1)
-    head_width: int = setting("width of one head", "values", ge=1)
-    mlp_width: int = setting("hidden width of the MLP", "values", ge=1)
+    vocabulary: int = setting(
+        "size of the embedding; must equal the tokenizer's", "tokens", ge=1, le=TABLE_ROWS
+    )
+    layers: int = setting("transformer blocks", ge=1, le=LAYERS)
+    width: int = setting("residual stream", "values", ge=1, le=WIDTH)
+    heads: int = setting("query heads", ge=1, le=HEADS)
+    kv_heads: int = setting("key/value heads, shared by groups of query heads", ge=1, le=HEADS)
+    head_width: int = setting("width of one head", "values", ge=1, le=HEADS)
+    mlp_width: int = setting("hidden width of the MLP", "values", ge=1, le=WIDTH)
     sequence_length: int = setting(
-        "documents are cut here in training and evaluation", "tokens", ge=1
+        "documents are cut here in training and evaluation", "tokens", ge=1, le=2**24
     )
     rope_width: int = setting("dimensions of a head that are rotated; 0 = off", "values", ge=0)
     rope_base: float = setting(
-        "pair i is rotated by rope_base^(-2i/rope_width) radians per token", gt=0
+        "pair i is rotated by rope_base^(-2i/rope_width) radians per token",
+        gt=0,
+        le=LARGEST_NUMBER,
     )
-    query_gain: float = setting("initial gain of the RMS-normed queries, learned per head", gt=0)
+    query_gain: float = setting(
+        "initial gain of the RMS-normed queries, learned per head", gt=0, le=LARGEST_NUMBER
+    )
     exclusive_attention: bool = setting("XSA: remove the own value's direction from each head")
-    bigram_buckets: int = setting("rows of the hashed bigram embedding; 0 = off", "rows", ge=0)
-    bigram_width: int = setting("width of the hashed bigram embedding", "values", ge=1)
-    bigram_scale: float = setting("initial scale of the hashed bigram embedding", gt=0)
+    bigram_buckets: int = setting(
+        "rows of the hashed bigram embedding; 0 = off", "rows", ge=0, le=TABLE_ROWS
+    )
+    bigram_width: int = setting("width of the hashed bigram embedding", "values", ge=1, le=WIDTH)
+    bigram_scale: float = setting(
+        "initial scale of the hashed bigram embedding", gt=0, le=LARGEST_NUMBER
+    )
     smear_gate: bool = setting("mix each embedding with its predecessor's, learned per channel")
-    value_layers: list[int] = setting("layers that add value embeddings; [] = off")
-    value_width: int = setting("width of the value embedding's table", "values", ge=1)
-    value_scale: float = setting("initial scale of the value embedding", gt=0)
+    value_layers: list[int] = setting(
+        "layers that add value embeddings; [] = off", max_length=LAYERS
+    )
+    value_width: int = setting("width of the value embedding's table", "values", ge=1, le=WIDTH)
+    value_scale: float = setting("initial scale of the value embedding", gt=0, le=LARGEST_NUMBER)
     input_mix: bool = setting("feed the normalized embedding to every block (x0 re-injection)")
     branch_scales: bool = setting("learned per-channel scales of attention and MLP outputs")
     depth_scaled_norm: bool = setting("multiply normed block inputs by 1/sqrt(layer + 1)")
     skips: bool = setting("U-Net skip connections from the first to the second half")
-    softcap: float = setting("logits are softcap*tanh(z/softcap); 0 = off", "nats", ge=0)
-    embedding_std: float = setting("initial standard deviation of the tied embedding", gt=0)
+    softcap: float = setting(
+        "logits are softcap*tanh(z/softcap); 0 = off", "nats", ge=0, le=LARGEST_NUMBER
+    )
+    embedding_std: float = setting(
+        "initial standard deviation of the tied embedding", gt=0, le=LARGEST_NUMBER
+    )
     layer_order: list[int] = setting(
-        "depth recurrence: layers as a pass executes them, some more than once; [] = off", off=[]
+        "depth recurrence: layers as a pass executes them, some more than once; [] = off",
+        off=[],
+        max_length=LAYERS,
     )
     parallel_from_layer: int | None = setting(
         "layers from this on have two residual lanes, for attention and MLP; null = off",
@@ -67,7 +89,24 @@ class ModelConfig(Settings):
         attention = 2 * self.width * self.head_width * (self.heads + self.kv_heads)
         return self.layers * (attention + 2 * self.width * self.mlp_width)
 
+    @property
+    def table_values(self) -> int:
+        """Values in the embeddings and their projections."""
+        values = self.vocabulary * self.width
+        if self.bigram_buckets:
+            values += self.bigram_width * (self.bigram_buckets + self.width)
+        if self.value_layers:
+            values += self.value_width * (self.vocabulary + self.kv_heads * self.head_width)
+        return values
+
     def __post_init__(self) -> None:
+        weights = self.matrix_values + self.table_values
+        require(
+            weights <= LARGEST_WEIGHTS,
+            "width",
+            f"the model has {weights:,} weights; at most {LARGEST_WEIGHTS:,} are allowed",
+            "make it smaller: width, layers, mlp_width, vocabulary, bigram_buckets",
+        )
         require(
             self.heads % self.kv_heads == 0,
             "heads",
@@ -81,7 +120,7 @@ class ModelConfig(Settings):
             "choose an even number up to head_width",
         )
         require(
-            all(layer < self.layers for layer in self.value_layers),
+            set(self.value_layers) <= set(range(self.layers)),
             "value_layers",
             f"{self.value_layers} names a layer that is not among 0..{self.layers - 1}",
             f"use layer numbers below layers ({self.layers})",

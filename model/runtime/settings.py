@@ -13,20 +13,24 @@ read them.
 
 import copy
 import dataclasses
+import operator
+import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from model.runtime.errors import InputError
 
 NO_OFF: Any = object()  # a field that was there from the first version on
+BOUNDS = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
 
 
 def setting(reason: str, unit: str = "", *, off: Any = NO_OFF, **bounds: float) -> Any:
     """A field of a section.
 
     reason: what it does, one line; unit: of its values; off: the value by which files are read that
-    were made before the field existed; bounds: ge, gt, le, lt.
+    were made before the field existed; bounds: ge, gt, le, lt of a number, max_length of a list.
     """
     description = f"[{unit}] {reason}" if unit else reason
     metadata = {"description": description, **bounds}
@@ -47,6 +51,26 @@ def require(condition: bool, key: str, reason: str, repair: str) -> None:
         raise ImpossibleValue(key, reason, repair)
 
 
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a value of a JSON file has the type of a field; True is no 1, infinity no number."""
+    if isinstance(kind, types.UnionType):
+        return any(_has_type(value, one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        (item,) = get_args(kind)
+        return isinstance(value, list) and all(_has_type(one, item) for one in value)
+    if kind is float and type(value) in (int, float):
+        return bool(abs(value) <= sys.float_info.max)
+    return type(value) is kind
+
+
+def _within(value: Any, bounds: Mapping[str, Any]) -> bool:
+    """Whether a value of the right type keeps the bounds of its field."""
+    if isinstance(value, list):
+        return len(value) <= bounds.get("max_length", len(value))
+    held = {name: bound for name, bound in bounds.items() if name in BOUNDS and value is not None}
+    return all(BOUNDS[name](value, bound) for name, bound in held.items())
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Base of the sections: no unknown keys, no silent conversion of types, finite numbers."""
@@ -58,12 +82,13 @@ class Settings:
         """The section as a file of this or an older version has it.
 
         source: the file, for the error. Raises InputError for a key that is missing and has no
-        declared off, for unknown keys, and for values that cannot work together.
+        declared off, for unknown keys, for values of another type or out of bounds, and for those
+        that cannot work together.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - fields.keys()):
             raise InputError(
-                f"{source}: {', '.join(unknown)}: unknown here, the file was made by a newer "
+                f"{source}: {', '.join(unknown)[:200]}: unknown here, the file was made by a newer "
                 "version of pocketlm",
                 "update pocketlm, or make the file again with this version",
             )
@@ -78,6 +103,13 @@ class Settings:
                 "without it",
                 "make the file again with this version of pocketlm",
             )
+        kinds = get_type_hints(cls)
+        for name, value in values.items():
+            if not (_has_type(value, kinds[name]) and _within(value, fields[name].metadata)):
+                raise InputError(
+                    f"{source}: {name}: {str(value)[:100]} is impossible",
+                    "fetch the file again, or make it again with this version of pocketlm",
+                )
         try:
             return cls(**{**off, **values})
         except ImpossibleValue as error:

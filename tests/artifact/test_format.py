@@ -1,6 +1,9 @@
 import hashlib
 import json
+import random
 import struct
+import subprocess
+import sys
 import zlib
 
 import pytest
@@ -23,28 +26,26 @@ from model.artifact.format import (
     read_artifact,
     restore,
     save_artifact,
+    streams_of,
 )
-from model.artifact.quantizer import Quantized, round_to_nearest, round_uniform
+from model.artifact.quantizer import Quantized
 from model.runtime.errors import InputError
+from tests.helpers.crafted_artifacts import (
+    ALL,
+    bombs,
+    coders,
+    cuts,
+    flips,
+    giants,
+    headers,
+    mutations,
+    put_together,
+    stored,
+    take_apart,
+    valid,
+    values,
+)
 from tests.helpers.models import small_model
-
-ALL = ["lzma", "zstd", "brotli"]
-
-
-def stored(model):
-    """Every kind of encoding: 6-, 8- and 11-bit codes, fp16, fp32."""
-    matrices = model.matrices()
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name in matrices:
-            tensors[name] = round_to_nearest(tensor, 6)
-        elif name == "bigram.table":
-            tensors[name] = round_uniform(tensor, 2.0**-9)
-        elif name == "embedding":
-            tensors[name] = round_to_nearest(tensor, 8)
-        else:
-            tensors[name] = tensor.half() if tensor.dim() == 2 else tensor
-    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_the_layout_is_the_documented_one(saved):
     assert content[:8] == b"pocketlm"
     assert struct.unpack("<I", content[8:12]) == (VERSION,)
     (size,) = struct.unpack("<I", content[12:16])
-    assert hashlib.sha256(content[48:]).digest() == content[16:48]
+    assert hashlib.sha256(content[:16] + content[48:]).digest() == content[16:48]
     header = json.loads(zlib.decompress(content[48 : 48 + size]))
     assert [entry[0] for entry in header["tensors"]] == list(tensors)
     assert 48 + size + sum(entry[1] for entry in header["streams"]) == len(content)
@@ -146,7 +147,7 @@ def test_absent_foreign_and_newer_files_are_told_apart(saved):
             load_artifact(path)
     magic, _, size, digest = PREAMBLE.unpack_from(content)
     path.write_bytes(PREAMBLE.pack(magic, VERSION + 1, size, digest) + content[PREAMBLE.size :])
-    with pytest.raises(InputError, match="artifact of version 2, this program reads up to 1"):
+    with pytest.raises(InputError, match="artifact of version 3, this program reads 1 to 2"):
         load_artifact(path)
 
 
@@ -155,7 +156,7 @@ def test_compressors_are_lossless(name):
     noise = torch.randint(0, 50, (5000,), dtype=torch.uint8).numpy().tobytes()
     for data in (b"", b"a", bytes(10_000), noise):
         coder = compressor(name)
-        assert coder.decompress(coder.compress(data)) == data
+        assert coder.decompress(coder.compress(data), len(data)) == data
 
 
 def test_shuffling_is_undone_and_kept_only_where_it_helps():
@@ -168,7 +169,7 @@ def test_shuffling_is_undone_and_kept_only_where_it_helps():
         results = compress_all({"floats": Stream(data, 4), "text": Stream(text, 4)}, [name])
         assert results["floats"].shuffle == 4
         assert results["text"].shuffle == 1
-        assert results["floats"].decompress() == data
+        assert results["floats"].decompress(len(data)) == data
 
 
 def test_an_unknown_compressor_is_named():
@@ -176,25 +177,44 @@ def test_an_unknown_compressor_is_named():
         compressor("zip")
 
 
-def test_files_whose_codes_a_general_compressor_made_are_still_read(tmp_path, made):
-    """What was written before codes were range-coded."""
+def test_files_of_version_1_are_still_read(tmp_path, made):
+    """Their checksum leaves out the preamble; early ones have no range-coded codes."""
     _, tensors, packed = made
-    content = packed.content
-    *_, size, _ = PREAMBLE.unpack_from(content)
-    header = json.loads(zlib.decompress(content[48 : 48 + size]))
-    streams, position, body = [], 48 + size, b""
-    for name, length, coder, items in header["streams"]:
-        data = content[position : position + length]
-        position += length
+    header, streams = take_apart(packed.content)
+    needed = streams_of(tensors)
+    for entry in header["streams"]:
+        name, _, coder, items = entry
         if coder == "range":
-            plain = Compressed(data, coder, items).decompress()
-            data, coder, items = compressor("lzma").compress(plain), "lzma", 1
-        streams.append([name, len(data), coder, items])
-        body += data
-    packed_header = zlib.compress(json.dumps({**header, "streams": streams}).encode())
-    body = packed_header + body
-    digest = hashlib.sha256(body).digest()
-    preamble = PREAMBLE.pack(b"pocketlm", VERSION, len(packed_header), digest)
-    (tmp_path / "old.pocket").write_bytes(preamble + body)
+            whole = needed[name]
+            coded = Compressed(streams[name], coder, items)
+            plain = coded.decompress(len(whole.data), whole.shape)
+            streams[name] = compressor("lzma").compress(plain)
+            entry[1:] = [len(streams[name]), "lzma", 1]
+    (tmp_path / "old.pocket").write_bytes(put_together(header, streams, version=1))
     loaded = load_artifact(tmp_path / "old.pocket").state_dict()
     assert all(torch.equal(loaded[name], restore(tensor)) for name, tensor in tensors.items())
+
+
+def test_crafted_files_are_refused_by_name(tmp_path):
+    """With correct checksums for the most part; the campaign below measures them, too."""
+    source = random.Random(1)
+    endless = [kind(source) for kind in (flips, cuts, mutations, coders, values)]
+    found = [*headers(), *list(giants())[:16], *list(bombs(2**20))[::3]]
+    for kind, content in [*found, *(next(cases) for cases in endless for _ in range(3))]:
+        path = tmp_path / f"{kind}.pocket"
+        path.write_bytes(content)
+        with pytest.raises(InputError) as error:
+            load_artifact(path)
+        assert str(path) in error.value.problem
+    path.write_bytes(valid())
+    load_artifact(path)
+
+
+@pytest.mark.campaign
+def test_a_thousand_crafted_files_are_refused_in_two_seconds_and_one_gib(tmp_path):
+    command = [sys.executable, "-m", "tests.helpers.crafted_artifacts", "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 1000
+    assert [one for one in found if one["error"] != "InputError"] == []
+    assert [one for one in found if one["seconds"] > 2 or one["peak_mib"] > 1024] == []

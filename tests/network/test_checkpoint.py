@@ -1,8 +1,10 @@
+import json
+
 import pytest
 import torch
 
 from model.data.packing import Documents
-from model.network.checkpoint import load_checkpoint, require_architecture, save_checkpoint
+from model.network.checkpoint import FORMAT, load_checkpoint, require_architecture, save_checkpoint
 from model.runtime.errors import InputError
 from tests.helpers.models import SMALL, record_params, small_model
 
@@ -56,10 +58,36 @@ def test_damaged_and_absent_files_are_named(tmp_path, content):
         path.write_bytes(path.read_bytes()[:-100])
     else:
         path.write_bytes(content)
-    with pytest.raises(InputError, match=r"model\.safetensors: damaged"):
+    with pytest.raises(InputError, match=r"model\.safetensors: cannot be read"):
         load_checkpoint(path)
     with pytest.raises(InputError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "absent")
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("weights", "metadata", "problem"),
+    [
+        ({"embedding": torch.full((64, 32), torch.nan)}, {}, "embedding holds values that are not"),
+        ({"embedding": torch.full((64, 32), torch.inf)}, {}, "embedding holds values that are not"),
+        ({"embedding": torch.zeros(64, 32, dtype=torch.int64)}, {}, "embedding is torch.int64"),
+        ({"surplus": torch.zeros(2)}, {}, r"surplus: \(2,\) instead of None"),
+        ({}, {FORMAT: DEEP}, "recursion"),
+        ({}, {FORMAT: '{"layers": ' + "4" * 5000 + "}"}, "digits"),
+        ({}, {FORMAT: "[]"}, "cannot be read"),
+        ({}, {FORMAT: json.dumps({**small_model().architecture(), "layers": 10**7})}, "layers: 1"),
+    ],
+)
+def test_what_is_no_model_is_refused(tmp_path, weights, metadata, problem):
+    from safetensors.torch import save_file
+
+    model, path = small_model(), tmp_path / "x.safetensors"
+    architecture = {FORMAT: json.dumps(model.architecture())}
+    save_file({**model.state_dict(), **weights}, path, architecture | metadata)
+    with pytest.raises(InputError, match=rf"x\.safetensors: .*{problem}"):
+        load_checkpoint(path)
 
 
 def test_foreign_safetensors_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Sections of the parameters: files that are older or newer than the program."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ class Example(Settings):
 
     width: int = setting("from the first version on", "values", ge=1)
     lanes: int | None = setting("a technique that came later; null = off", off=None, ge=1)
-    order: list[int] = setting("another one; [] = off", off=[])
+    order: list[int] = setting("another one; [] = off", off=[], max_length=9)
 
     def __post_init__(self) -> None:
         require(self.width != 13, "width", "is 13", "choose another number")
@@ -36,12 +37,24 @@ def test_a_file_does_not_mention_what_is_off() -> None:
     assert Example.from_stored(both.to_stored(), "file") == both
 
 
+IMPOSSIBLE: dict[str, list[Any]] = {
+    "width": [True, "4", 4.0, None, 0, -1, [], {}, math.inf],
+    "lanes": [False, "2", 0, 1.5, [1]],
+    "order": [None, 1, "ab", [1.0], [True], [[1]], {}, [0] * 10],
+}
+
+
 @pytest.mark.parametrize(
     ("values", "problem", "repair"),
     [
         ({"lanes": 2}, "old.file: width: missing", "make the file again"),
         ({"width": 4, "depth": 2}, "old.file: depth: unknown.*newer version of pocketlm", "update"),
         ({"width": 13}, "old.file: width: is 13", "choose another number"),
+        *(
+            ({"width": 4, key: value}, f"old.file: {key}: .* is impossible", "make it again")
+            for key, values in IMPOSSIBLE.items()
+            for value in values
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named_with_file_and_key(
