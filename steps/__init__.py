@@ -9,3 +9,10 @@ report     all results      -> artifacts/report: report.md, report.html, headlin
 
 Each also writes metrics.json and provenance.json below artifacts/, and its log below logs/.
 """
+
+import os
+
+# Threads that wait for each other sleep instead of spinning for milliseconds. On cores that other
+# programs use as well, spinning made an evaluation up to fifty times as long (docs/lab-notes.md).
+# OpenMP reads this once, when torch is imported, which is later than this line.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

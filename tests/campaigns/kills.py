@@ -1,4 +1,4 @@
-"""Kill runs of the whole workflow at random moments, run again, and compare with an undisturbed run.
+"""Kill runs of the workflow at random moments, run again, compare with an undisturbed run.
 
     python -m tests.campaigns.kills --kills 100 --seed 0
 

@@ -1,5 +1,8 @@
 """What every stage's program shares."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,14 @@ def test_kernels_that_a_stage_does_not_name_are_not_run(stage: StageRun) -> None
         "residual_norm": "reference",
         "adapters": "reference",
     }
+
+
+def test_waiting_threads_sleep_in_every_stage():
+    """libgomp says itself which policy it has read."""
+    program = "import steps, torch"
+    variables = os.environ | {"OMP_DISPLAY_ENV": "true"}
+    variables.pop("OMP_WAIT_POLICY", None)
+    shown = subprocess.run(
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True
+    )
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in shown.stderr
