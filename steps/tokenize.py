@@ -9,6 +9,7 @@ import dataclasses
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.data.config import TokenizerConfig
+from model.data.config import DataConfig
 from model.data.shards import BOS, MANIFEST, SPLITS, Manifest, Shard, ShardWriter, Split
 from model.data.sources import Corpus, Document, open_corpus
 from model.data.sources.docstrings import unpinned_packages
 from model.data.sources.fineweb import fetch_published, open_published
-from model.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
+from model.data.tokenizer import Tokenizer, check_vocabulary, normalizer, train_tokenizer
 from model.runtime.errors import InputError
 from model.runtime.files import sha256, write_bytes
 from model.runtime.progress import progress
+from pocketlm.params.params import Params
 from pocketlm.params.paths import TOKENS
 from steps.common import StageRun, run
 
@@ -42,9 +44,11 @@ def main(stage: StageRun) -> None:
         manifest, inputs = published(stage)
     else:
         manifest, inputs = tokenized(stage)
-    require_documents(manifest)
+    train, validation = (manifest.totals(split)["documents"] for split in SPLITS)
+    require_documents(stage.params.data, train, validation, manifest.dropped)
     publish(manifest, TOKENS)
     metrics: dict[str, Any] = {split: manifest.totals(split) for split in SPLITS}
+    metrics["dropped_documents"] = manifest.dropped
     metrics["unpinned_packages"] = len(unpinned)
     metrics["seconds"] = round(time.perf_counter() - stage.started, 2)
     stage.publish(metrics, KEYS, inputs, [TOKENS / MANIFEST, TOKENS / TOKENIZER])
@@ -83,14 +87,16 @@ def tokenized(stage: StageRun) -> tuple[Manifest, list[Path]]:
     directory = stage.work / "tokens"
     shutil.rmtree(directory, ignore_errors=True)
     corpus = open_corpus(params.data)
+    note_repeated(stage, corpus)
     inputs = list(corpus.files)
     if params.tokenizer.model:
         inputs.append(Path(params.tokenizer.model))
-    tokenizer = make_tokenizer(params.tokenizer, corpus, directory / TOKENIZER)
+    tokenizer = make_tokenizer(params, corpus, directory / TOKENIZER)
     stage.log.event("tokenizer", vocabulary=tokenizer.vocabulary)
-    shards = encode(
+    shards, dropped = encode(
         corpus, tokenizer, directory, params.tokenizer.shard_tokens, torch.get_num_threads()
     )
+    note_dropped(stage, dropped)
     manifest = Manifest(
         directory,
         dataclasses.asdict(params.data),
@@ -98,50 +104,94 @@ def tokenized(stage: StageRun) -> tuple[Manifest, list[Path]]:
         TOKENIZER,
         sha256(directory / TOKENIZER),
         shards,
+        dropped,
     )
     return manifest, inputs
 
 
-def make_tokenizer(params: TokenizerConfig, corpus: Corpus, path: Path) -> Tokenizer:
+def note_repeated(stage: StageRun, corpus: Corpus) -> None:
+    """Say and log which names are further names of a file that is read once."""
+    stage.log.event("repeated", files=list(map(str, corpus.repeated)))
+    for path in corpus.repeated:
+        print(f"note: data: {path} is named twice, and read once", file=sys.stderr)
+
+
+def note_dropped(stage: StageRun, documents: int) -> None:
+    """Say and log how many documents are held out although they are in the training files."""
+    stage.log.event("dropped", documents=documents)
+    if documents:
+        print(
+            f"note: data.files: {documents} documents are in data.validation_files, too, and are "
+            "not trained on",
+            file=sys.stderr,
+        )
+
+
+def make_tokenizer(params: Params, corpus: Corpus, path: Path) -> Tokenizer:
     """Put the given tokenizer at `path`, or train one on the training documents."""
-    if params.model:
-        tokenizer = Tokenizer(params.model)
-        check_vocabulary(tokenizer, params.vocabulary, "give another tokenizer.model")
-        write_bytes(path, Path(params.model).read_bytes())
+    config = params.tokenizer
+    if config.model:
+        tokenizer = Tokenizer(config.model)
+        check_vocabulary(tokenizer, config.vocabulary, "give another tokenizer.model")
+        write_bytes(path, Path(config.model).read_bytes())
         return tokenizer
-    with progress("tokenizer: MB of text", params.training_megabytes) as bar:
+    found: Counter[Split | None] = Counter()
+    with progress("tokenizer: MB of text", config.training_megabytes) as bar:
 
         def texts() -> Iterator[str]:
-            for document in corpus.documents():
+            for document in corpus.documents(normalizer()):
+                found[document.split] += bool(document.bytes)
                 if document.split == "train":
                     yield document.text
                     if bar:
                         bar.advance(len(document.text.encode()) / 1e6)
+            if not found["train"]:
+                require_documents(params.data, found["train"], found["validation"], found[None])
 
-        return train_tokenizer(texts(), params.vocabulary, params.training_megabytes, path)
+        return train_tokenizer(texts(), config.vocabulary, config.training_megabytes, path)
 
 
 def encode(
     corpus: Corpus, tokenizer: Tokenizer, directory: Path, shard_tokens: int, threads: int
-) -> dict[Split, list[Shard]]:
-    """Write every document that is not empty as BOS and its pieces; returns the shards by split."""
+) -> tuple[dict[Split, list[Shard]], int]:
+    """Write every document that is not empty as BOS and its pieces.
+
+    Returns the shards by split, and how many documents were left out of training as they are held
+    out. Raises InputError if the tokens of a document do not stand for its bytes.
+    """
     writers = {split: ShardWriter(directory, split, shard_tokens) for split in SPLITS}
-    read = 0.0
+    read, dropped = 0.0, 0
     with (
         progress("encode: MB read", corpus.megabytes) as bar,
         writers["train"],
         writers["validation"],
     ):
-        for batch in batches(corpus.documents()):
+        for batch in batches(corpus.documents(tokenizer.normalize)):
             encoded = tokenizer.encode([document.text for document in batch], threads)
             for document, pieces in zip(batch, encoded, strict=True):
-                if pieces:
-                    tokens = np.array([BOS, *pieces], np.uint16)
-                    writers[document.split].write(tokens, tokenizer.sizes(tokens))
+                tokens = np.empty(len(pieces) + 1, np.uint16)
+                tokens[0], tokens[1:] = BOS, pieces
+                sizes = tokenizer.sizes(tokens)
+                require_exact(document, int(sizes.sum()))
+                if document.split is None:
+                    dropped += bool(document.bytes)
+                elif document.bytes:
+                    writers[document.split].write(tokens, sizes)
             if bar:
                 bar.advance(batch[-1].read - read)
             read = batch[-1].read
-    return {split: writer.shards for split, writer in writers.items()}
+    return {split: writer.shards for split, writer in writers.items()}, dropped
+
+
+def require_exact(document: Document, counted: int) -> None:
+    """Raise InputError unless the tokens of a document stand for the bytes of its text."""
+    if counted != document.bytes:
+        raise InputError(
+            f"tokenizer.model: the tokens of the document that begins {document.text[:40]!r} stand "
+            f"for {counted} bytes, but its normalized text has {document.bytes}: bits per byte "
+            "would be wrong",
+            "give another tokenizer, or set tokenizer.model to null to train one",
+        )
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -158,11 +208,21 @@ def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def require_documents(manifest: Manifest) -> None:
+def require_documents(data: DataConfig, train: int, validation: int, dropped: int) -> None:
     """Raise InputError unless there are documents to train on and to evaluate on."""
-    train, validation = (manifest.totals(split)["documents"] for split in SPLITS)
     if not train and not validation:
         raise InputError("data: the corpus is empty", "name files that hold text in data.files")
+    if train + validation == 1 and not data.validation_files:
+        raise InputError(
+            "data: there is one document, but training and validation need one each",
+            "name more files in data.files, or split the text (a .txt file is one document)",
+        )
+    if not train and dropped:
+        raise InputError(
+            f"data: all {dropped} documents of data.files are in data.validation_files, too, none "
+            "is left to train on",
+            "name other files in data.files",
+        )
     if not train:
         raise InputError(
             "data: all documents are held out, none is left to train on",
@@ -171,7 +231,9 @@ def require_documents(manifest: Manifest) -> None:
     if not validation:
         raise InputError(
             "data: there are no validation documents",
-            "raise data.validation_fraction or name data.validation_files",
+            "name files that hold text in data.validation_files"
+            if data.validation_files
+            else "raise data.validation_fraction or name data.validation_files",
         )
 
 

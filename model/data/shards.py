@@ -12,14 +12,15 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 import numpy as np
 
-from model.runtime.errors import InputError
+from model.runtime.errors import InputError, reading
 from model.runtime.files import atomic_file, read_json, sha256, write_json
 from model.runtime.provenance import Recorded
 
+Kind = TypeVar("Kind")
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
 BOS = 1
@@ -43,6 +44,12 @@ class Shard:
     documents: int
     bytes: int
     sha256: str
+
+    @classmethod
+    def from_json(cls, entry: Any) -> "Shard":
+        """A shard as JSON has it; raises as `json_at` does."""
+        kinds = {"file": str, "tokens": int, "documents": int, "bytes": int, "sha256": str}
+        return cls(**{key: json_at(entry, kind, key) for key, kind in kinds.items()})
 
 
 class ShardWriter:
@@ -114,28 +121,24 @@ def read_shard(path: str | Path) -> np.ndarray:
     Raises InputError if the file is absent, foreign, of another version, truncated or empty.
     """
     path = Path(path)
-    try:
+    with reading(path, REMAKE):
         size = path.stat().st_size
         with path.open("rb") as file:
             header = file.read(HEADER_BYTES)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file", REMAKE) from error
-    if size < HEADER_BYTES:
-        raise InputError(f"{path}: truncated: {size} bytes, less than a shard's header", REMAKE)
-    magic, version, tokens = np.frombuffer(header, HEADER)[:3].tolist()
-    if magic != MAGIC:
-        raise InputError(f"{path}: not a token shard (it begins with {magic}, not {MAGIC})", REMAKE)
-    if version != VERSION:
-        raise InputError(f"{path}: version {version} of the shard format, not {VERSION}", REMAKE)
-    expected = HEADER_BYTES + tokens * TOKEN.itemsize
-    if tokens < 1:
-        raise InputError(f"{path}: empty: its header counts {tokens} tokens", REMAKE)
-    if size != expected:
-        what = "truncated" if size < expected else "too long"
-        raise InputError(
-            f"{path}: {what}: {size} bytes, but {tokens} tokens make {expected}", REMAKE
-        )
-    return np.memmap(path, TOKEN, "r", HEADER_BYTES, (tokens,))
+        if size < HEADER_BYTES:
+            raise InputError(f"{path}: truncated: {size} bytes, less than a shard's header", REMAKE)
+        magic, version, tokens = np.frombuffer(header, HEADER)[:3].tolist()
+        expected = HEADER_BYTES + tokens * TOKEN.itemsize
+        problems = {
+            f"not a token shard (it begins with {magic}, not {MAGIC})": magic != MAGIC,
+            f"version {version} of the shard format, not {VERSION}": version != VERSION,
+            f"empty: its header counts {tokens} tokens": tokens < 1,
+            f"truncated: {size} bytes, but {tokens} tokens make {expected}": size < expected,
+            f"too long: {size} bytes, but {tokens} tokens make {expected}": size > expected,
+        }
+        if found := next((problem for problem, holds in problems.items() if holds), None):
+            raise InputError(f"{path}: {found}", REMAKE)
+        return np.memmap(path, TOKEN, "r", HEADER_BYTES, (tokens,))
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class Manifest:
 
     directory: where the files lie.  source: a description of where the text came from.
     shards: of each split, in the order of the stream.
+    dropped: documents left out of training because they are among the given held-out ones.
     """
 
     directory: Path
@@ -152,6 +156,7 @@ class Manifest:
     tokenizer_file: str
     tokenizer_sha256: str
     shards: dict[Split, list[Shard]]
+    dropped: int = 0
 
     @property
     def tokenizer(self) -> Path:
@@ -196,6 +201,7 @@ class Manifest:
                 "vocabulary": self.vocabulary,
                 "tokenizer": {"file": self.tokenizer_file, "sha256": self.tokenizer_sha256},
                 "splits": splits,
+                "dropped": self.dropped,
             },
         )
         return path
@@ -224,21 +230,24 @@ class Manifest:
         path = directory / MANIFEST
         value = read_json(path)
         try:
-            if value["format"] != MANIFEST_FORMAT:
-                raise InputError(f"{path}: format {value['format']}, not {MANIFEST_FORMAT}", REMAKE)
-            shards = {
-                split: [Shard(**shard) for shard in value["splits"][split]["shards"]]
-                for split in SPLITS
-            }
+            if (format_ := json_at(value, int, "format")) != MANIFEST_FORMAT:
+                raise InputError(f"{path}: format {format_}, not {MANIFEST_FORMAT}", REMAKE)
             return cls(
                 directory,
-                value["source"],
-                value["vocabulary"],
-                value["tokenizer"]["file"],
-                value["tokenizer"]["sha256"],
-                shards,
+                json_at(value, dict, "source"),
+                json_at(value, int, "vocabulary"),
+                json_at(value, str, "tokenizer", "file"),
+                json_at(value, str, "tokenizer", "sha256"),
+                {
+                    split: [
+                        Shard.from_json(entry)
+                        for entry in json_at(value, list, "splits", split, "shards")
+                    ]
+                    for split in SPLITS
+                },
+                json_at(value, int, "dropped"),
             )
-        except (KeyError, TypeError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path}: not a manifest of token shards ({error!r})", REMAKE
             ) from error
@@ -257,3 +266,18 @@ class Manifest:
                 f"{path}: holds token {largest}, but the tokenizer has {self.vocabulary} pieces",
                 REMAKE,
             )
+
+
+def json_at(value: Any, kind: type[Kind], *keys: str) -> Kind:
+    """The entry of nested JSON at `keys`.
+
+    Raises LookupError, TypeError or ValueError unless it is there, of that kind, not negative if it
+    is a number, and plain if it names a file.
+    """
+    for key in keys:
+        value = value[key]
+    if type(value) is not kind or (isinstance(value, int) and value < 0):
+        raise ValueError(f"{'.'.join(keys)} is {value!r:.50}")
+    if keys[-1] == "file" and Path(str(value)).name != value:
+        raise ValueError(f"{value!r:.50} is not a file beside it")
+    return value

@@ -10,10 +10,15 @@ normalized text exactly. What a token adds to its length in UTF-8:
     other                       len(piece without a leading U+2581)
                                 + 1 for that U+2581, unless the previous token is a control token
 
-The last rule leaves out the space that begins a document, if a tokenizer puts one there.
+The last rule leaves out the space that begins a document, if a tokenizer puts one there. The sum
+over a document is the length of its normalized text only if the space is a piece: bytes would make
+three of it. So U+2581 is asked for in training, and a tokenizer that fails on a probe is refused.
+
+Because the pieces spell the normalized text, two texts have the same tokens if and only if they are
+equal once normalized; so what is held out can be decided before there is a tokenizer.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from io import BytesIO
 from itertools import chain
@@ -24,7 +29,7 @@ import numpy as np
 
 from model.data.config import LARGEST_VOCABULARY
 from model.data.shards import BOS
-from model.runtime.errors import InputError
+from model.runtime.errors import InputError, reading
 from model.runtime.files import write_bytes
 
 SPACE = "\u2581"
@@ -33,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "byte_fallback": True,
     "split_digits": True,
     "character_coverage": 0.999,
+    "required_chars": SPACE,  # also where spaces are too rare for the coverage
     "normalization_rule_name": "nmt_nfkc",
     "add_dummy_prefix": False,
     "pad_id": 0,
@@ -44,6 +50,11 @@ SETTINGS: dict[str, Any] = {
 # The trainer aborts on words of 2**16 characters, and NFKC expands one character to up to 18, so
 # that texts are cut into sentences of so many characters.
 SENTENCE = 2048
+# Letters, digits, scripts, combining and joined characters, spaces before what has no piece.
+PROBE = (
+    "The fox, 0123456789: naïve e\u0301 a\u0323 漢字 かな 한 русский العربية हिन्दी \u0301 👍🏽 "
+    "👨\u200d👩\u200d👧 \ue000 \U000f0000  \U0010fffd x"
+)
 MORE_TEXT = "give it more text (data, tokenizer.training_megabytes)"
 OTHER_SIZE = f"raise or lower tokenizer.vocabulary and model.vocabulary, or {MORE_TEXT}"
 
@@ -51,39 +62,51 @@ OTHER_SIZE = f"raise or lower tokenizer.vocabulary and model.vocabulary, or {MOR
 class Tokenizer:
     """A trained SentencePiece model.
 
-    Raises InputError if the file is absent or foreign, if BOS is not id 1, if there are no byte
-    pieces (the bytes of unknown characters would be lost), or if ids do not fit into uint16.
+    Raises InputError if the file is absent or foreign, or if shards of it would be wrong: BOS is
+    not id 1, ids do not fit into uint16, or the bytes of its tokens are not those of the text.
     """
 
     def __init__(self, path: str | Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        try:
+        repair = "put an intact SentencePiece model there"
+        with reading(path, repair):
             model = Path(path).read_bytes()
-            self._model = SentencePieceProcessor(model_proto=model)
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: no such file", "run the tokenize stage") from error
-        except RuntimeError as error:
+            try:
+                self._model = SentencePieceProcessor()
+                self._model.LoadFromSerializedProto(model)
+                problem = self._unsuitable()
+            except RuntimeError as error:
+                raise InputError(f"{path}: not a SentencePiece model ({error})", repair) from error
+        if problem:
             raise InputError(
-                f"{path}: not a SentencePiece model ({error})", "replace it with an intact one"
-            ) from error
-        self.vocabulary: int = self._model.vocab_size()
-        pieces = range(self.vocabulary)
-        checks = {
-            f"BOS is {self._model.bos_id()}, not {BOS}": self._model.bos_id() == BOS,
-            "it has no byte pieces": sum(map(self._model.is_byte, pieces)) == 256,
-            f"more than {LARGEST_VOCABULARY} pieces": self.vocabulary <= LARGEST_VOCABULARY,
-        }
-        for problem, passed in checks.items():
-            if not passed:
-                raise InputError(
-                    f"{path}: unsuitable tokenizer: {problem}",
-                    "train one with bos_id=1 and byte_fallback, or set tokenizer.model to null",
-                )
+                f"{path}: unsuitable tokenizer: {problem}",
+                "train one with bos_id=1, byte_fallback and required_chars=\u2581, or set "
+                "tokenizer.model to null",
+            )
 
-    def encode(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """Return the pieces of each text, without BOS; the result does not depend on `threads`."""
-        return self._model.encode(texts, num_threads=threads)
+    def _unsuitable(self) -> str | None:
+        """Say why shards of this tokenizer would be wrong, None if they would not."""
+        self.vocabulary: int = self._model.vocab_size()
+        if self.vocabulary > LARGEST_VOCABULARY:
+            return f"more than {LARGEST_VOCABULARY} pieces"
+        if self._model.bos_id() != BOS:
+            return f"BOS is {self._model.bos_id()}, not {BOS}"
+        if sum(map(self._model.is_byte, range(self.vocabulary))) != 256:
+            return "it has no byte pieces, so the bytes of unknown characters would be lost"
+        if self._model.piece_to_id(SPACE) == self._model.unk_id():
+            return f"it has no piece for the space ({SPACE}), which would count three bytes"
+        counted = int(self.sizes(self.encode([PROBE])[0]).sum())
+        if counted != (length := len(self.normalize(PROBE).encode())):
+            return f"its tokens of a sample text stand for {counted} bytes, the text has {length}"
+        return None
+
+    def encode(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
+        """Return the pieces of each text, int32 (n,), without BOS.
+
+        The result does not depend on `threads`.
+        """
+        return self._model.encode(texts, num_threads=threads, return_type="numpy")
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text that tokens spell, control tokens left out."""
@@ -91,7 +114,7 @@ class Tokenizer:
 
     def normalize(self, text: str) -> str:
         """Return the text that the pieces of `text` spell; its UTF-8 length is what bpb counts."""
-        return self._model.normalize(text).replace(SPACE, " ").removeprefix(" ")
+        return _with_spaces(self._model.normalize(text))
 
     @cached_property
     def control(self) -> np.ndarray:
@@ -125,6 +148,24 @@ class Tokenizer:
         sizes, leading_space = self._token_bytes
         before = np.concatenate(([previous], tokens))[:-1]
         return sizes[tokens] + (leading_space[tokens] & ~self.control[before]).astype(np.int64)
+
+
+def normalizer() -> Callable[[str], str]:
+    """`Tokenizer.normalize` of every tokenizer that `train_tokenizer` makes, before it is made."""
+    from sentencepiece import SentencePieceNormalizer
+
+    model = SentencePieceNormalizer(
+        rule_name=SETTINGS["normalization_rule_name"],
+        add_dummy_prefix=SETTINGS["add_dummy_prefix"],
+        escape_whitespaces=True,
+        remove_extra_whitespaces=True,
+    )
+    return lambda text: _with_spaces(model.Normalize(text))
+
+
+def _with_spaces(normalized: str) -> str:
+    """Write spaces as such again, without the one that a tokenizer may put in front."""
+    return normalized.replace(SPACE, " ").removeprefix(" ")
 
 
 def train_tokenizer(

@@ -8,9 +8,11 @@ import pytest
 
 from model.data.shards import BOS, Manifest, ShardWriter, read_shard
 from model.data.sources.fineweb import count_shard, fetch_published, open_published
+from model.data.tokenizer import Tokenizer
 from model.runtime.errors import InputError
 from model.runtime.files import sha256
 from tests.helpers.corpora import sentences, small_tokenizer
+from tests.helpers.damage import wrong_values
 
 VOCABULARY = 320
 FOLDER = "datasets/datasets/fineweb10B_sp320"
@@ -119,6 +121,29 @@ def test_bytes_are_counted_across_spans(hub, tmp_path, monkeypatch):
     assert fetch(hub, tmp_path / "b").totals("train") == whole
 
 
+@pytest.mark.parametrize("cut", range(1, 40, 3))
+def test_bytes_are_counted_across_shards(hub, tmp_path, cut):
+    """A document may begin in one shard and go on with a space in the next."""
+    tokenizer = Tokenizer(hub.remote / "datasets/tokenizers/fineweb_320_bpe.model")
+    tokens = np.array([BOS, *tokenizer.encode(["kalo minu 12 tera  漢 é x"])[0]] * 2, np.uint16)
+    expected = int(tokenizer.sizes(tokens).sum())
+    for number, part in enumerate(np.split(tokens, [cut])):
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(part)
+        path = hub.remote / FOLDER / f"fineweb_train_{number:06d}.bin"
+        path.write_bytes(header.tobytes() + part.tobytes())
+    assert fetch(hub, tmp_path / "tokens").totals("train")["bytes"] == expected
+    assert fetch(hub, tmp_path / "tokens").totals("train")["bytes"] == expected
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"previous": 1}', "[" * 100_000])
+def test_saved_counts_that_are_damaged_are_made_again(hub, tmp_path, content):
+    whole = fetch(hub, tmp_path / "tokens").shards
+    for counts in (tmp_path / "tokens").glob("*.json"):
+        counts.write_text(content)
+    assert fetch(hub, tmp_path / "tokens").shards == whole
+
+
 def test_shards_are_linked_or_copied_to_another_disk(hub, tmp_path, monkeypatch):
     manifest = fetch(hub, tmp_path / "linked")
     blob = hub.cache / "blobs" / manifest.shards["train"][0].sha256
@@ -141,9 +166,9 @@ def test_an_interrupted_download_goes_on_where_it_was(hub, tmp_path, done, monke
     hub.break_after = None
     counted = []
 
-    def counting(path, tokenizer):
+    def counting(path, *rest):
         counted.append(path.name)
-        return count_shard(path, tokenizer)
+        return count_shard(path, *rest)
 
     monkeypatch.setattr("model.data.sources.fineweb.count_shard", counting)
     manifest = fetch(hub, tmp_path / "tokens")
@@ -153,7 +178,7 @@ def test_an_interrupted_download_goes_on_where_it_was(hub, tmp_path, done, monke
 
 
 def test_a_kill_while_a_shard_is_counted_is_made_good(hub, tmp_path, monkeypatch):
-    def killed(path, tokenizer):
+    def killed(path, *_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("model.data.sources.fineweb.count_shard", killed)
@@ -222,3 +247,16 @@ def test_wishes_that_the_publisher_cannot_meet(hub, tmp_path):
     write_manifest(hub.remote, stats=None)
     with pytest.raises(InputError, match=r"manifest\.json: not as expected"):
         fetch(hub, tmp_path / "tokens")
+
+
+def test_wrong_types_in_the_published_manifest_are_refused(hub):
+    path = hub.remote / "datasets" / "manifest.json"
+    for damaged in wrong_values(json.loads(path.read_text())):
+        path.write_text(json.dumps(damaged))
+        shutil.rmtree(hub.cache, ignore_errors=True)
+        try:
+            source = open_published(VOCABULARY, 2, hub)
+        except InputError as error:
+            assert "manifest.json" in error.problem or "fineweb_shards" in error.problem  # noqa: PT017
+        else:
+            assert source.counts["train"] == 2

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from model.data.shards import BOS, Manifest, Shard, ShardWriter, Split, read_shard
 from model.runtime.errors import InputError
 from model.runtime.files import sha256, write_bytes
+from tests.helpers.damage import wrong_values
 
 
 def write(directory, documents, shard_tokens=10, split="train"):
@@ -192,3 +193,45 @@ def test_what_does_not_match_the_manifest_is_named(manifest, tmp_path, damage, p
     damage(tmp_path)
     with pytest.raises(InputError, match=problem):
         Manifest.load(tmp_path)
+
+
+def test_wrong_types_in_a_manifest_are_refused(manifest, tmp_path):
+    path = tmp_path / "manifest.json"
+    value = json.loads(path.read_text())
+    for damaged in wrong_values(value):
+        path.write_text(json.dumps(damaged))
+        try:
+            read = Manifest.load(tmp_path)
+        except InputError as error:
+            assert str(tmp_path) in error.problem  # noqa: PT017
+        else:
+            read.totals("train")
+            assert isinstance(read.vocabulary, int)
+
+
+@pytest.mark.parametrize(
+    "examples", [100, pytest.param(20_000, marks=pytest.mark.campaign)], ids=["short", "long"]
+)
+@pytest.mark.parametrize("name", ["manifest.json", "train_000000.bin", "validation_000000.bin"])
+def test_damaged_files_are_named_or_equal(manifest, tmp_path, name, examples):
+    path = tmp_path / name
+    intact = path.read_bytes()
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.integers(0, len(intact)), st.integers(0, 8), st.binary(max_size=8), st.booleans())
+    def run(start, removed, added, random):
+        path.write_bytes(added if random else intact[:start] + added + intact[start + removed :])
+        try:
+            Manifest.load(tmp_path)
+        except InputError as error:
+            assert str(tmp_path) in error.problem  # noqa: PT017
+
+    run()
+
+
+def test_what_is_no_shard_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="Is a directory"):
+        read_shard(tmp_path)
+    (tmp_path / "link.bin").symlink_to("nothing")
+    with pytest.raises(InputError, match=r"link\.bin: no such file"):
+        read_shard(tmp_path / "link.bin")

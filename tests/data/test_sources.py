@@ -1,8 +1,13 @@
+import codecs
+import errno
 import hashlib
 import io
 import json
+import os
 import random
+import tempfile
 import tracemalloc
+import unicodedata
 from importlib import metadata
 from pathlib import Path
 
@@ -10,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.data.config import DataConfig
-from model.data.sources import Corpus, held_out, open_corpus
+from model.data.sources import Corpus, held_out, open_corpus, text_hash
 from model.data.sources import docstrings as docstrings_module
 from model.data.sources.docstrings import (
     PACKAGES,
@@ -23,6 +30,7 @@ from model.data.sources.docstrings import (
     unpinned_packages,
 )
 from model.data.sources.files import Files
+from model.data.tokenizer import normalizer
 from model.runtime.errors import InputError
 from tests.helpers.corpora import sentences, write_json_lines
 
@@ -184,8 +192,8 @@ def test_packages_that_are_not_as_pinned_are_named(tmp_path, monkeypatch):
 
 def test_the_default_source_is_the_documentation_of_packages():
     corpus = open_corpus(data_params(source="docstrings", docstring_megabytes=0.5))
-    first = [(d.split, d.text) for d in corpus.documents()]
-    assert first == [(d.split, d.text) for d in corpus.documents()]
+    first = [(d.split, d.text) for d in corpus.documents(normalizer())]
+    assert first == [(d.split, d.text) for d in corpus.documents(normalizer())]
     assert 5e5 <= sum(len(text.encode()) for _, text in first) < 1e6
     assert len({text for _, text in first}) == len(first)
     assert {split for split, _ in first} == {"train", "validation"}
@@ -233,16 +241,24 @@ BAD = {
     "half a character": ("a.txt", "é".encode()[:1], r"byte 0: not UTF-8"),
     "half a surrogate pair": ("a.jsonl", ROW + rb'{"text": "a\ud800"}', "line 2: character 1"),
     "not json": ("a.jsonl", ROW + ROW + b"{", "line 3: not valid JSON"),
+    "endless number": ("a.jsonl", ROW + b'{"n": ' + b"9" * 5000 + b"}", "line 2: not valid JSON"),
+    "deep": ("a.jsonl", ROW + b'{"n": ' + b"[" * 100_000, "line 2: not valid JSON"),
+    "empty zstd": ("a.jsonl.zst", b"", "empty, without a zstd frame"),
+    "zstd window": ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x00\xff" + bytes(9), "zstd window is larger"),
     "no text": ("a.jsonl", b'{"content": "a"}', 'line 1: no string under the key "text"'),
     "number": ("a.jsonl", b'{"text": 1}', 'no string under the key "text"'),
     "list": ("a.jsonl", b'["text"]', 'no string under the key "text"'),
     "not zstd": ("a.jsonl.zst", ROW * 9, "not valid zstd"),
     "truncated zstd": ("a.jsonl.zst", zstandard.compress(ROW * 9)[:-1], "truncated"),
-    "not parquet": ("a.parquet", ROW * 9, "not a readable parquet file"),
-    "truncated parquet": ("a.parquet", parquet(text=["a"] * 99)[:-9], "not a readable parquet"),
+    "not parquet": ("a.parquet", ROW * 9, "cannot be read .Arrow"),
+    "truncated parquet": (
+        "a.parquet",
+        parquet(text=["a"] * 99)[:-9],
+        "cannot be read .Arrow",
+    ),
     "no column": ("a.parquet", parquet(content=["a"]), "no column 'text', only content"),
     "null": ("a.parquet", parquet(text=["a", None]), "row 2: no text"),
-    "number column": ("a.parquet", parquet(text=[1, 2]), "not a readable parquet file of texts"),
+    "number column": ("a.parquet", parquet(text=[1, 2]), "cannot be read .ArrowNot"),
     "not utf-8, parquet": ("a.parquet", parquet(text=[b"a", b"b\xff"]), "row 2, byte 1: not UTF-8"),
 }
 
@@ -253,6 +269,107 @@ def test_bad_files_are_named_with_the_place(tmp_path, name, content, problem):
     with pytest.raises(InputError, match=problem) as error:
         texts_of(Files([str(tmp_path / "a.*")], "data.files"))
     assert str(tmp_path / name) in error.value.problem
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "[ab]", "a{x}*.jsonl", "a?", "**"])
+def test_the_name_of_a_file_is_taken_literally(tmp_path, name):
+    path = tmp_path / name.removesuffix(".jsonl") / "b[2].jsonl"
+    path.parent.mkdir()
+    write_json_lines(path, ["literal"])
+    write_json_lines(tmp_path / "b2.jsonl", ["a match"])
+    assert texts_of(Files([str(path)], "data.files")) == ["literal"]
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "directory.txt").mkdir()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/name\xff.txt")).write_text("text")
+    problems = {
+        "directory": "a directory",
+        "link": "no such file",
+        "loop": "cannot be read",
+        "pipe": "not a regular file",
+        "name": "its name is not UTF-8",
+    }
+    for name, problem in problems.items():
+        with pytest.raises(InputError, match=f"data.files: .*{name}.*{problem}"):
+            Files([str(tmp_path / f"{name}*.txt")], "data.files")
+
+
+def test_a_file_that_cannot_be_opened_or_read_is_named(tmp_path, monkeypatch):
+    write_json_lines(tmp_path / "a.jsonl", ["a"] * 9)
+    files = Files([str(tmp_path / "a.jsonl")], "data.files")
+    for number in (errno.EACCES, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOMEM):
+
+        def fail(*_, number=number, **__):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "open", fail)
+        with pytest.raises(InputError, match=rf"a\.jsonl: .*{os.strerror(number)}"):
+            texts_of(files)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for kind, content in (("jsonl", ROW), ("txt", b"good")):
+        (tmp_path / f"a.{kind}").write_bytes(codecs.BOM_UTF8 + content)
+        assert texts_of(Files([str(tmp_path / f"a.{kind}")], "data.files")) == ["good"]
+    (tmp_path / "a.jsonl").write_bytes(2 * (codecs.BOM_UTF8 + ROW) + codecs.BOM_UTF8)
+    assert texts_of(Files([str(tmp_path / "a.jsonl")], "data.files")) == ["good"] * 2
+
+
+@pytest.mark.parametrize("window_log", [27, 31])
+def test_zstd_of_large_windows_is_read(tmp_path, window_log):
+    parameters = zstandard.ZstdCompressionParameters(window_log=window_log, enable_ldm=True)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(frame.compress(ROW * 9) + frame.flush())
+    assert texts_of(Files([str(tmp_path / "a.jsonl.zst")], "data.files")) == ["good"] * 9
+
+
+# Fuzzing: whatever the bytes, the texts or an InputError that names the file.
+
+
+def fuzz(examples, work):
+    """Call `work(directory, name, content)` with random files and damaged ones, of every kind."""
+    lines = ROW * 3 + b'{"text": "\\u00e9 \xc3\xa9", "n": [1, {"a": null}]}\n'
+    valid = {
+        "a.txt": "漢字 text".encode(),
+        "a.jsonl": lines,
+        "a.jsonl.zst": zstandard.compress(lines),
+        "a.parquet": parquet(n=list(range(40)), text=["text é"] * 40),
+    }
+    place = st.floats(0, 1, exclude_max=True)
+    edits = st.lists(st.tuples(place, st.integers(0, 4), st.binary(max_size=8)), max_size=4)
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.sampled_from(sorted(valid)), st.none() | st.binary(max_size=200), edits)
+    def run(name, content, edits):
+        content = valid[name] if content is None else content
+        for where, removed, added in edits:
+            start = int(where * len(content))
+            content = content[:start] + added + content[start + removed :]
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / name).write_bytes(content)
+            work(Path(directory) / name)
+
+    run()
+
+
+def only_input_errors(path):
+    try:
+        texts = texts_of(Files([str(path)], "data.files"))
+    except InputError as error:
+        assert str(path) in error.problem  # noqa: PT017
+    else:
+        assert all(isinstance(text, str) for text in texts)
+
+
+@pytest.mark.parametrize(
+    "examples", [150, pytest.param(20_000, marks=pytest.mark.campaign)], ids=["short", "long"]
+)
+def test_damaged_files_are_named_or_read(examples):
+    fuzz(examples, only_input_errors)
 
 
 def test_patterns_must_match_files_of_known_kinds(tmp_path):
@@ -269,16 +386,52 @@ def test_patterns_must_match_files_of_known_kinds(tmp_path):
 def test_hold_out_by_hash(tmp_path):
     write_json_lines(tmp_path / "a.jsonl", [*sentences(2000), *sentences(2000)])
     corpus = open_corpus(data_params(files=[str(tmp_path / "a.jsonl")]))
-    split: dict[str, str] = {}
-    for document in corpus.documents():
+    split: dict[str, str | None] = {}
+    for document in corpus.documents(normalizer()):
         assert split.setdefault(document.text, document.split) == document.split
     share = sum(s == "validation" for s in split.values()) / len(split)
     assert len(split) == 2000
     assert share == pytest.approx(0.1, abs=0.025)
-    assert not any(held_out(text, 0.0) for text in split)
-    assert all(held_out(text, 1.0) for text in split)
+    hashes = [text_hash(text.encode()) for text in split]
+    assert not any(held_out(hashed, 0.0) for hashed in hashes)
+    assert all(held_out(hashed, 1.0) for hashed in hashes)
     # A larger share contains the smaller one.
-    assert all(held_out(text, 0.2) for text in split if held_out(text, 0.1))
+    assert all(held_out(hashed, 0.2) for hashed in hashes if held_out(hashed, 0.1))
+
+
+VARIANTS = {
+    "byte order mark": lambda text: "\ufeff" + text,
+    "line ends": lambda text: text.replace(". ", ".\r\n") + "\r\n",
+    "white space around": lambda text: f" \t{text}\n\n",
+    "no-break spaces": lambda text: text.replace(" ", "\u00a0"),
+    "double spaces": lambda text: text.replace(" ", "  "),
+    "decomposed": lambda text: unicodedata.normalize("NFD", text),
+    "wide": lambda text: text.replace("T", "\uff34"),
+    "control characters": lambda text: f"\x01{text}\x7f",
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_texts_of_the_same_tokens_are_on_one_side(tmp_path, name):
+    texts = [f"ü {text}" for text in sentences(200)]
+    write_json_lines(tmp_path / "a.jsonl", [*texts, *(VARIANTS[name](text) for text in texts)])
+    corpus = open_corpus(data_params(files=[str(tmp_path / "a.jsonl")]))
+    splits = [document.split for document in corpus.documents(normalizer())]
+    assert splits[:200] == splits[200:]
+    assert len(set(splits)) == 2
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_given_held_out_texts_are_not_trained_on(tmp_path, name):
+    texts = [f"ü {text}" for text in sentences(20)]
+    write_json_lines(tmp_path / "a.jsonl", [*texts, "", " "])
+    write_json_lines(tmp_path / "v.jsonl", [*(VARIANTS[name](text) for text in texts[5:8]), ""])
+    params = data_params(
+        files=[str(tmp_path / "a.jsonl")], validation_files=[str(tmp_path / "v.jsonl")]
+    )
+    splits = [document.split for document in open_corpus(params).documents(normalizer())]
+    expected = ["train"] * 5 + [None] * 3 + ["train"] * 14
+    assert splits == ["validation"] * 4 + expected
 
 
 def test_given_validation_files_are_the_hold_out(tmp_path):
@@ -289,7 +442,7 @@ def test_given_validation_files_are_the_hold_out(tmp_path):
         validation_files=[str(tmp_path / "v.jsonl")],
         validation_fraction=1.0,
     )
-    documents = list(open_corpus(params).documents())
+    documents = list(open_corpus(params).documents(normalizer()))
     assert [(d.split, d.text) for d in documents] == [
         ("validation", "v"),
         ("train", "a"),
@@ -298,11 +451,30 @@ def test_given_validation_files_are_the_hold_out(tmp_path):
     assert [path.name for path in open_corpus(params).files] == ["v.jsonl", "a.jsonl"]
 
 
+def other_names(path):
+    """Paths that lead to the file `path` in other ways."""
+    symbolic, hard = path.with_name("symbolic.jsonl"), path.with_name("hard.jsonl")
+    symbolic.symlink_to(path)
+    hard.hardlink_to(path)
+    relative = os.path.relpath(path)
+    return [str(path.parent / ".." / path.parent.name / path.name), relative, symbolic, hard]
+
+
 def test_training_on_the_validation_files_is_refused(tmp_path):
     write_json_lines(tmp_path / "a.jsonl", ["a", "b"])
-    everything = [str(tmp_path / "*.jsonl")]
-    with pytest.raises(InputError, match=r"a\.jsonl is also among data\.files"):
-        open_corpus(data_params(files=everything, validation_files=everything))
+    for name in [tmp_path / "a.jsonl", tmp_path / "*.jsonl", *other_names(tmp_path / "a.jsonl")]:
+        params = data_params(files=[str(tmp_path / "a.jsonl")], validation_files=[str(name)])
+        with pytest.raises(InputError, match=r"jsonl is also among data\.files"):
+            open_corpus(params)
+
+
+def test_a_file_of_several_names_is_read_once(tmp_path):
+    write_json_lines(tmp_path / "a.jsonl", ["a", "b"])
+    names = [str(name) for name in other_names(tmp_path / "a.jsonl")]
+    files = Files([str(tmp_path / "a.jsonl"), *names], "data.files")
+    assert texts_of(files) == ["a", "b"]
+    assert files.repeated == [Path(name) for name in names]
+    assert files.megabytes == pytest.approx((tmp_path / "a.jsonl").stat().st_size / 1e6)
 
 
 # Streaming
@@ -314,7 +486,7 @@ def peak_memory(corpus: Corpus) -> tuple[int, int]:
     before = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
-        for document in corpus.documents():
+        for document in corpus.documents(normalizer()):
             characters += len(document.text)
             arrow = max(arrow, pa.total_allocated_bytes() - before)
         return characters, tracemalloc.get_traced_memory()[1] + arrow

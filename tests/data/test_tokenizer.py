@@ -1,4 +1,6 @@
 # ruff: noqa: RUF001 (awkward characters are the point)
+from typing import Any
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -6,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.data.shards import BOS
-from model.data.tokenizer import Tokenizer, check_vocabulary, train_tokenizer
+from model.data.tokenizer import Tokenizer, check_vocabulary, normalizer, train_tokenizer
 from model.runtime.errors import InputError
 from tests.helpers.corpora import sentences, small_tokenizer
 
@@ -88,9 +90,9 @@ def test_token_bytes_by_hand(tokenizer):
 
 def test_encoding_is_the_same_in_any_batch_and_with_threads(tokenizer):
     texts = [*sentences(200, seed=3), *AWKWARD.values()]
-    alone = [tokenizer.encode([text])[0] for text in texts]
-    assert tokenizer.encode(texts) == alone
-    assert tokenizer.encode(texts, threads=4) == alone
+    alone = [tokenizer.encode([text])[0].tolist() for text in texts]
+    for threads in (1, 4):
+        assert [pieces.tolist() for pieces in tokenizer.encode(texts, threads)] == alone
     assert all(BOS not in pieces for pieces in alone)
 
 
@@ -204,3 +206,103 @@ def test_a_given_model_with_a_dummy_prefix_counts_exactly_too(tmp_path):
     for text in ("kalo minu", "  two spaces  inside ", ""):
         tokens = np.array([BOS, *tokenizer.encode([text])[0]], np.uint16)
         assert int(tokenizer.sizes(tokens).sum()) == len(tokenizer.normalize(text).encode())
+
+
+# Every tokenizer: its bytes are those of the text, or it is refused.
+
+
+def characters(count, seed):
+    """A text of so many Chinese characters, without a space."""
+    return "".join(chr(0x4E00 + c) for c in np.random.default_rng(seed).integers(0, 90, count))
+
+
+SPACELESS = [characters(60, seed) for seed in range(400)]
+CORPORA = {
+    "no space": SPACELESS,
+    "rare spaces": [*SPACELESS, "a b c d e f"],
+    "digits alone": [str(7**n) for n in range(200)],
+    "emoji": ["👍🏽🌈👩\u200d👧🎉" * 20],
+}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_bytes_are_exact_whatever_text_a_tokenizer_was_trained_on(tmp_path, name):
+    vocabulary = {"digits alone": 271, "emoji": 272}.get(name, 480)
+    tokenizer = train_tokenizer(CORPORA[name], vocabulary, 1.0, tmp_path / "tokenizer.model")
+    for text in [*AWKWARD.values(), *sentences(20), "漢 字 1 2 👍 x"]:
+        assert_bytes_are_exact(tokenizer, text)
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "as ours": {"required_chars": "\u2581"},
+    "no piece for the space": {},
+    "unigram": {"model_type": "unigram", "required_chars": "\u2581"},
+    "unigram without the space": {"model_type": "unigram"},
+    "spaces behind words": {"treat_whitespace_as_suffix": True},
+    "spaces kept": {"remove_extra_whitespaces": False, "required_chars": "\u2581"},
+    "not normalized": {"normalization_rule_name": "identity", "required_chars": "\u2581"},
+    "user's symbols": {"user_defined_symbols": ["漢 字", "\u2581x", "👍"]},
+    "control symbols": {"control_symbols": ["<sep>", "x"], "required_chars": "\u2581"},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_tokenizer_is_exact_or_refused(tmp_path, name):
+    options: dict[str, Any] = {
+        "model_type": "bpe",
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        **FOREIGN[name],
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SPACELESS[:200]),
+        model_prefix=str(tmp_path / "foreign"),
+        vocab_size=480,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        add_dummy_prefix=False,
+        minloglevel=2,
+        **options,
+    )
+    refused = "without" in name or name in ("no piece for the space", "user's symbols")
+    if refused or name == "spaces behind words":
+        with pytest.raises(InputError, match="no piece for the space"):
+            Tokenizer(tmp_path / "foreign.model")
+        return
+    tokenizer = Tokenizer(tmp_path / "foreign.model")
+    for text in [*AWKWARD.values(), *sentences(20), "  a  b  "]:
+        tokens = np.array([BOS, *tokenizer.encode([text])[0]], np.uint16)
+        assert int(tokenizer.sizes(tokens).sum()) == len(tokenizer.normalize(text).encode())
+
+
+@settings(max_examples=200, deadline=None)
+@given(*2 * [st.text("a \t\n\u00a0\ufeff\u2581e\u0301é\uff21A漢👍\x01", max_size=6)])
+@example("<s>", "")
+@example("\u00a0a\r\n", "a")
+def test_texts_have_the_same_tokens_if_and_only_if_they_are_equal_once_normalized(tokenizer, a, b):
+    assert normalizer()(a) == tokenizer.normalize(a)
+    same = tokenizer.encode([a])[0].tolist() == tokenizer.encode([b])[0].tolist()
+    assert same == (tokenizer.normalize(a) == tokenizer.normalize(b))
+
+
+@pytest.mark.parametrize(
+    "examples", [60, pytest.param(5_000, marks=pytest.mark.campaign)], ids=["short", "long"]
+)
+def test_a_damaged_tokenizer_is_refused_or_exact(tokenizer, tmp_path, examples):
+    intact = tokenizer._model.serialized_model_proto()
+    path = tmp_path / "damaged.model"
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.integers(0, len(intact) - 1), st.integers(0, 8), st.binary(max_size=8), st.booleans())
+    def run(start, removed, added, random):
+        path.write_bytes(added if random else intact[:start] + added + intact[start + removed :])
+        try:
+            damaged = Tokenizer(path)
+        except InputError as error:
+            assert str(path) in error.problem  # noqa: PT017
+        else:
+            tokens = np.array([BOS, *damaged.encode(["a 漢 b"])[0]], np.uint16)
+            assert damaged.sizes(tokens).sum() == len(damaged.normalize("a 漢 b").encode())
+
+    run()

@@ -59,7 +59,7 @@ def write_tokens(directory: Path, params: Params) -> None:
     tokenizer = small_tokenizer(directory / "tokenizer.model", VOCABULARY)
     texts = [" ".join(sentences(count, seed=count)) for count in (1, 2, 3, 1, 2)]
     with ShardWriter(directory, "validation", 20000) as writer:
-        for pieces in [*tokenizer.encode(texts), []]:
+        for pieces in [*tokenizer.encode(texts), np.array([])]:
             tokens = np.array([BOS, *pieces], np.uint16)
             writer.write(tokens, tokenizer.sizes(tokens))
     Manifest(

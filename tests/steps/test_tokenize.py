@@ -15,7 +15,7 @@ import zstandard
 import model.runtime.files
 from model.data.loader import TokenStream, validation_documents
 from model.data.shards import BOS, Manifest
-from model.data.sources import held_out
+from model.data.sources import held_out, text_hash
 from model.data.tokenizer import Tokenizer
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
@@ -73,8 +73,9 @@ def test_every_document_is_written_once_and_counted():
     train = stream.span(0, stream.total)[:-1]
     expected: dict[str, list[str]] = {"train": [], "validation": []}
     for text in TEXTS:
-        if tokenizer.normalize(text):
-            expected["validation" if held_out(text, 0.1) else "train"].append(text)
+        if normalized := tokenizer.normalize(text):
+            held = held_out(text_hash(normalized.encode()), 0.1)
+            expected["validation" if held else "train"].append(text)
     starts = np.flatnonzero(train == BOS)
     documents = {
         "train": np.split(train, starts[1:]),
@@ -138,6 +139,48 @@ def test_given_validation_files_are_all_of_the_hold_out():
     manifest = run_step("data.validation_files=[held_out.jsonl]")
     assert manifest.totals("validation")["documents"] == 7
     assert manifest.totals("train")["documents"] == len([t for t in TEXTS if t.strip()])
+
+
+def test_held_out_documents_among_the_training_files_are_left_out_and_counted(capsys):
+    """Also where they are spelled otherwise, and before the tokenizer is trained."""
+    secret = "ζψξ " * 200
+    write_json_lines(Path("corpus/b.jsonl"), [f"{secret}\r\n", f"\ufeff{secret}"])
+    write_json_lines(Path("held_out.jsonl"), [*sentences(7), secret, secret])
+    manifest = run_step("data.validation_files=[held_out.jsonl]")
+    assert manifest.dropped == 7 + 2
+    assert manifest.totals("validation")["documents"] == 9
+    assert read_json(OUTPUT.parent / "metrics.json")["dropped_documents"] == 9
+    (line,) = read_log("logs/tokenize.jsonl", "dropped")
+    assert line["documents"] == 9
+    assert "9 documents are in data.validation_files, too" in capsys.readouterr().err
+    stream = TokenStream(manifest.train)
+    train = stream.span(0, stream.total)[:-1]
+    trained = {document.tobytes() for document in np.split(train, np.flatnonzero(train == BOS)[1:])}
+    assert trained.isdisjoint(document.tobytes() for document in validation_documents(manifest))
+    pieces = map(Tokenizer(manifest.tokenizer)._model.id_to_piece, range(320))
+    assert not any(set(secret.strip()) & set(piece) - {" "} for piece in pieces)
+
+
+def test_a_file_named_twice_is_read_once_and_said(capsys):
+    reference = run_step().shards
+    Path("corpus/b.jsonl").symlink_to("a.jsonl")
+    assert run_step().shards == reference
+    assert "corpus/b.jsonl is named twice, and read once" in capsys.readouterr().err
+    (line,) = read_log("logs/tokenize.jsonl", "repeated")
+    assert line["files"] == ["corpus/b.jsonl"]
+
+
+def test_a_document_whose_tokens_miss_its_length_is_refused(monkeypatch):
+    sizes = Tokenizer.sizes
+
+    def one_less(tokenizer, tokens, previous=BOS):
+        exact = sizes(tokenizer, tokens, previous)
+        return exact - ("not a token" in tokenizer.decode(tokens.tolist())) * (tokens == BOS)
+
+    monkeypatch.setattr(Tokenizer, "sizes", one_less)
+    with pytest.raises(InputError, match=r"begins '<s> not a token.* for 19 bytes, but .* has 20"):
+        run_step()
+    assert not OUTPUT.exists()
 
 
 def test_a_given_tokenizer_is_used_as_it_is():
@@ -218,6 +261,25 @@ def test_bad_corpora_are_refused(content, problem, given):
     assert not OUTPUT.exists()
 
 
+@pytest.mark.parametrize("fraction", ["0.001", "0.999"])
+@pytest.mark.parametrize("given", [False, True], ids=["trained", "given tokenizer"])
+def test_one_document_alone_is_refused_as_such(fraction, given):
+    Path("corpus/a.jsonl").unlink()
+    Path("corpus/a.txt").write_text(" ".join(sentences(400)))
+    small_tokenizer(Path("tokenizers/given.model"))
+    overrides = ["tokenizer.model=tokenizers/given.model"] if given else []
+    with pytest.raises(InputError, match="there is one document") as caught:
+        run_step(f"data.validation_fraction={fraction}", *overrides)
+    assert "raise" not in caught.value.repair
+    assert not OUTPUT.exists()
+
+
+def test_training_files_that_are_all_held_out_are_refused():
+    write_json_lines(Path("held_out.jsonl"), TEXTS)
+    with pytest.raises(InputError, match=r"all 402 documents of data\.files are in data"):
+        run_step("data.validation_files=[held_out.jsonl]")
+
+
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
@@ -241,7 +303,7 @@ def test_all_held_out_is_refused():
 
 def test_a_bad_parquet_file_is_named():
     Path("corpus/b.parquet").write_bytes(b"PAR1" * 9)
-    with pytest.raises(InputError, match=r"corpus/b\.parquet: .*not a readable parquet file"):
+    with pytest.raises(InputError, match=r"corpus/b\.parquet: .*cannot be read"):
         run_step()
 
 

@@ -36,6 +36,7 @@ class Docstrings:
     def __init__(self, megabytes: float, modules: Mapping[str, Path] | None = None) -> None:
         self.megabytes = megabytes
         self.files: list[Path] = []  # packages are named by their versions
+        self.repeated: list[Path] = []
         self._modules = installed_modules() if modules is None else modules
 
     def texts(self) -> Iterator[tuple[str, float]]:

@@ -5,45 +5,89 @@ with an error naming file and line, row or byte: a corpus must not shrink silent
 """
 
 import json
+import os
+import stat
 from collections.abc import Callable, Iterator
 from glob import glob
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from model.runtime.errors import InputError
+from model.runtime.errors import InputError, reading
 
 Reader = Callable[[Path], Iterator[tuple[str, int]]]  # texts, and bytes of the file read so far
 PIECE = 1 << 18  # bytes read at once
 COMPRESSED_PIECE = 1 << 11  # the same of zstd, which may expand a thousandfold
+WINDOW = 1 << 31  # bytes of the largest window of zstd, that of --long=31
 ROWS = 256  # rows of a parquet file decoded at once
+INTACT = "replace the file with an intact one"
 
 
 class Files:
     """The texts of all files that match `patterns`, pattern by pattern, sorted by name within one.
 
+    A pattern that is the name of a file is that file, whatever brackets it holds. A file that is
+    named twice, by whatever path, is read once; `repeated` holds its further names.
     key: the parameter the patterns come from, for messages.
-    Raises InputError if a pattern matches nothing or a file's kind is unknown.
+    Raises InputError if a pattern matches nothing or anything that is no file of a known kind.
     """
 
     def __init__(self, patterns: list[str], key: str) -> None:
-        matches = {pattern: sorted(glob(pattern, recursive=True)) for pattern in patterns}
+        matches = {pattern: _matches(pattern) for pattern in patterns}
         for pattern, names in matches.items():
             if not names:
                 raise InputError(
                     f"{key}: {pattern} matches no file", f"correct {key}; paths start at the root"
                 )
-        self.files = [Path(name) for name in dict.fromkeys(chain(*matches.values()))]
+        paths = [Path(name) for name in dict.fromkeys(chain(*matches.values()))]
+        first: dict[tuple[int, int], Path] = {}
+        for path in paths:
+            _require_file(path, key)
+            first.setdefault(identity(path), path)
+        self.files = list(first.values())
+        self.repeated = [path for path in paths if first[identity(path)] is not path]
         self._readers = [_reader(path, key) for path in self.files]
-        self.megabytes = sum(path.stat().st_size for path in self.files) / 1e6
+        self._sizes = [path.stat().st_size for path in self.files]
+        self.megabytes = sum(self._sizes) / 1e6
 
     def texts(self) -> Iterator[tuple[str, float]]:
         """Yield the texts of one file after the other."""
         before = 0
-        for path, reader in zip(self.files, self._readers, strict=True):
-            for text, read in reader(path):
-                yield text, (before + read) / 1e6
-            before += path.stat().st_size
+        for path, reader, size in zip(self.files, self._readers, self._sizes, strict=True):
+            count = 0
+            with reading(path, INTACT, lambda: f"after {count} documents"):  # noqa: B023
+                for text, read in reader(path):
+                    yield text, (before + read) / 1e6
+                    count += 1
+            before += size
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """What all names of one file have in common: device and inode."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _matches(pattern: str) -> list[str]:
+    """The names that a pattern stands for, sorted."""
+    return [pattern] if os.path.lexists(pattern) else sorted(glob(pattern, recursive=True))
+
+
+def _require_file(path: Path, key: str) -> None:
+    """Raise InputError unless `path` is a regular file or leads to one."""
+    try:
+        place = f"{key}: {str(path).encode().decode()}"
+    except UnicodeEncodeError as error:
+        name = os.fsencode(path)
+        raise InputError(f"{key}: {name!r}: its name is not UTF-8", "rename the file") from error
+    with reading(place, f"remove the link or correct {key}"):
+        mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{place}: a directory", f"name the files in it: {path / '*.jsonl'}")
+    if not stat.S_ISREG(mode):
+        raise InputError(
+            f"{place}: not a regular file", "save the text to a file: it is read more than once"
+        )
 
 
 def _reader(path: Path, key: str) -> Reader:
@@ -68,8 +112,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, int]]:
         else:
             pieces = iter(lambda: file.read(PIECE), b"")
         for number, line in enumerate(_lines(pieces), start=1):
-            if line.strip():
-                yield _text_of_json(line, f"{path}: line {number}"), file.tell()
+            place = f"{path}: line {number}"
+            if (decoded := _decode(line, f"{place}, byte ")).strip():
+                yield _text_of_json(decoded, place), file.tell()
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, int]]:
@@ -78,27 +123,26 @@ def read_parquet(path: Path) -> Iterator[tuple[str, int]]:
     import pyarrow.parquet
 
     size, row = path.stat().st_size, 0
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as table:
-            if "text" not in table.schema_arrow.names:
-                raise InputError(
-                    f"{path}: no column 'text', only {', '.join(table.schema_arrow.names)}",
-                    "rename the column that holds the documents to text",
-                )
-            rows = table.metadata.num_rows
-            for batch in table.iter_batches(ROWS, columns=["text"], use_threads=False):
-                for value in batch.column(0).cast(pyarrow.binary()):
-                    row += 1
-                    place = f"{path}: row {row}"
-                    content = value.as_py()
-                    if content is None:
-                        raise InputError(f"{place}: no text", "remove the row or give it a text")
-                    yield _decode(content, f"{place}, byte "), size * row // rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path}: after row {row}: not a readable parquet file of texts ({error})",
-            "replace the file with an intact one whose column text holds strings",
-        ) from error
+    with (
+        reading(path, "replace the file with an intact one whose column text holds strings"),
+        pyarrow.parquet.ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as table,
+    ):
+        if "text" not in table.schema_arrow.names:
+            raise InputError(
+                f"{path}: no column 'text', only {', '.join(table.schema_arrow.names)}",
+                "rename the column that holds the documents to text",
+            )
+        rows = table.metadata.num_rows
+        for batch in table.iter_batches(ROWS, columns=["text"], use_threads=False):
+            for value in batch.column(0).cast(pyarrow.binary()):
+                row += 1
+                place = f"{path}: row {row}"
+                content = value.as_py()
+                if content is None:
+                    raise InputError(f"{place}: no text", "remove the row or give it a text")
+                yield _decode(content, f"{place}, byte "), size * row // rows
+        if row != rows:
+            raise InputError(f"{path}: {row} rows, but its metadata says {rows}", INTACT)
 
 
 READERS: dict[str, Reader] = {
@@ -113,19 +157,26 @@ def _decompress(pieces: Iterator[bytes], path: Path) -> Iterator[bytes]:
     """Decompress zstd frames that follow one another; a frame without its end is an error."""
     import zstandard
 
-    repair = "replace the file with an intact one"
-    frame = None
+    frame, empty = None, True
     try:
         for piece in pieces:
+            empty = False
             while piece:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=WINDOW).decompressobj()
                 yield frame.decompress(piece)
                 piece = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
-        raise InputError(f"{path}: not valid zstd ({error})", repair) from error
+        if "memory" in str(error):
+            raise InputError(
+                f"{path}: its zstd window is larger than 2 GiB, or than the memory left",
+                "compress it again with a smaller window (zstd --long=27)",
+            ) from error
+        raise InputError(f"{path}: not valid zstd ({error})", INTACT) from error
+    if empty:
+        raise InputError(f"{path}: empty, without a zstd frame", INTACT)
     if frame is not None:
-        raise InputError(f"{path}: truncated, its last zstd frame has no end", repair)
+        raise InputError(f"{path}: truncated, its last zstd frame has no end", INTACT)
 
 
 def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -140,11 +191,11 @@ def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(parts)
 
 
-def _text_of_json(line: bytes, place: str) -> str:
+def _text_of_json(line: str, place: str) -> str:
     """Return the text of one line; `place` names the line in messages."""
     try:
-        value: Any = json.loads(_decode(line, f"{place}, byte "))
-    except json.JSONDecodeError as error:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits, too
         raise InputError(f"{place}: not valid JSON ({error})", "correct or remove it") from error
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
@@ -160,9 +211,12 @@ def _text_of_json(line: bytes, place: str) -> str:
 
 
 def _decode(content: bytes, place: str) -> str:
-    """Decode UTF-8; `place` and the offset of the first bad byte name it in messages."""
+    """Decode UTF-8 without a byte order mark.
+
+    `place` and the offset of the first bad byte name it in messages.
+    """
     try:
-        return content.decode()
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{place}{error.start}: not UTF-8 ({error.reason})", "convert the document to UTF-8"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from model.data.shards import BOS, SPLITS, Manifest, Shard, Split, read_shard
+from model.data.shards import BOS, SPLITS, Manifest, Shard, Split, json_at, read_shard
 from model.data.tokenizer import Tokenizer, check_vocabulary
 from model.runtime.errors import InputError
 from model.runtime.files import atomic_file, read_json, sha256, write_json
@@ -76,18 +76,20 @@ def open_published(vocabulary: int, train_shards: int, download: Callable[..., s
     manifest = read_json(_download(download, f"{FOLDER}/manifest.json", False))
     dataset = f"fineweb10B_sp{vocabulary}"
     try:
-        entry = _named(manifest["datasets"], dataset)
+        entry = _named(json_at(manifest, list, "datasets"), dataset)
         if entry is None:
             raise InputError(
                 f"tokenizer.vocabulary: {place} has no data set {dataset}",
-                "choose among " + ", ".join(item["name"] for item in manifest["datasets"]),
+                "choose among " + ", ".join(str(item["name"]) for item in manifest["datasets"]),
             )
-        tokenizer = (_named(manifest["tokenizers"], entry["tokenizer_name"]) or {})["model_path"]
+        tokenizer = _named(json_at(manifest, list, "tokenizers"), entry["tokenizer_name"])
+        model = json_at(tokenizer, str, "model_path")
         counts: dict[Split, int] = {
-            "train": entry["stats"]["files_train"],
-            "validation": entry["stats"]["files_val"],
+            "train": json_at(entry, int, "stats", "files_train"),
+            "validation": json_at(entry, int, "stats", "files_val"),
         }
-    except (KeyError, TypeError) as error:
+        hashes = json_at(entry, dict, "sha256") if "sha256" in entry else {}
+    except (LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"{place}: not as expected ({error!r})", "the publisher changed it: update fineweb.py"
         ) from error
@@ -96,10 +98,10 @@ def open_published(vocabulary: int, train_shards: int, download: Callable[..., s
             f"data.fineweb_shards: {train_shards}, but {dataset} has {counts['train']}",
             f"use at most {counts['train']}",
         )
-    folder = f"{FOLDER}/datasets/{dataset}"
-    hashes = {f"{folder}/{name}": value for name, value in entry.get("sha256", {}).items()}
     counts["train"] = train_shards
-    return Published(download, folder, f"{FOLDER}/{tokenizer}", counts, hashes)
+    folder = f"{FOLDER}/datasets/{dataset}"
+    hashes = {f"{folder}/{name}": value for name, value in hashes.items()}
+    return Published(download, folder, f"{FOLDER}/{model}", counts, hashes)
 
 
 def fetch_published(
@@ -118,10 +120,12 @@ def fetch_published(
     done()
     shards: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
     for split in reversed(SPLITS):
+        previous = BOS
         for number in range(published.counts[split]):
             name = f"{published.folder}/fineweb_{NAMES[split]}_{number:06d}.bin"
             path = directory / f"{split}_{number:06d}.bin"
-            shards[split].append(_fetch_shard(published, name, path, tokenizer))
+            shards[split].append(_fetch_shard(published, name, path, tokenizer, previous))
+            previous = int(read_shard(path)[-1])
             done()
     return Manifest(
         directory,
@@ -133,24 +137,40 @@ def fetch_published(
     )
 
 
-def _fetch_shard(published: Published, name: str, path: Path, tokenizer: Tokenizer) -> Shard:
-    """Fetch one shard to `path`, unless its saved counts show that an earlier run did."""
+def _fetch_shard(
+    published: Published, name: str, path: Path, tokenizer: Tokenizer, previous: int
+) -> Shard:
+    """Fetch one shard to `path`, unless its saved counts show that an earlier run did.
+
+    previous: the last token of the shard before it.
+    """
     counts = path.with_suffix(".json")
-    if counts.exists() and path.exists():
-        shard = Shard(**read_json(counts))
-        if len(read_shard(path)) == shard.tokens:
-            return shard
+    shard = _counted(counts, previous) if path.exists() else None
+    if shard and len(read_shard(path)) == shard.tokens:
+        return shard
     _link(published.fetch(name), path)
-    shard = count_shard(path, tokenizer)
-    write_json(counts, asdict(shard))
+    shard = count_shard(path, tokenizer, previous)
+    write_json(counts, {**asdict(shard), "previous": previous})
     return shard
 
 
-def count_shard(path: Path, tokenizer: Tokenizer) -> Shard:
-    """Describe a shard: its documents, and the bytes of text its tokens stand for."""
+def _counted(path: Path, previous: int) -> Shard | None:
+    """The counts that an earlier run saved, None if they are of no use."""
+    try:
+        values = read_json(path)
+        shard = Shard.from_json(values)
+        return shard if json_at(values, int, "previous") == previous else None
+    except (InputError, LookupError, TypeError, ValueError):
+        return None
+
+
+def count_shard(path: Path, tokenizer: Tokenizer, previous: int) -> Shard:
+    """Describe a shard: its documents, and the bytes of text its tokens stand for.
+
+    previous: the last token of the shard before it, as a document may begin there.
+    """
     tokens = read_shard(path)
     documents = total = 0
-    previous = BOS
     for start in range(0, len(tokens), SPAN):
         span = np.asarray(tokens[start : start + SPAN])
         if span.max() >= tokenizer.vocabulary:
