@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model.runtime.files import read_json
-from pocketlm.report.blocks import Block, Paragraph, Table
+from pocketlm.report.blocks import Block, Link, Paragraph, Table
 
 SWEEP = "sweep.md"
 HOLDS = {"≤": operator.le, "≥": operator.ge}
@@ -116,12 +116,13 @@ def benchmark_table(directory: Path) -> list[Block]:
     if not found:
         return [Paragraph("No figures are recorded yet.")]
     rows = [bar.row(found[bar.file]) for bar in BARS if bar.file in found]
-    origins = [
-        f"[{file}]({places[file].as_posix()}) on {figures.get('device')}, commit "
-        f"`{str(figures.get('commit'))[:10]}`"
-        for file, figures in found.items()
-    ]
-    text = f"Measured: {'; '.join(origins)}."
+    text: list[str | Link] = []
+    for file, figures in found.items():
+        commit = str(figures.get("commit"))[:10]
+        text += ["; " if text else "Measured: ", Link(file, places[file].as_posix())]
+        text += [f" on {figures.get('device')}, commit `{commit}`"]
+    text += ["."]
     if (directory / SWEEP).is_file():
-        text += f" All settings of TTT that were tried: [sweep]({(directory / SWEEP).as_posix()})."
+        sweep = Link("sweep", (directory / SWEEP).as_posix())
+        text += [" All settings of TTT that were tried: ", sweep, "."]
     return [Table(["figure", "original", "goal", "measured", "met"], rows), Paragraph(text)]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pocketlm.report.blocks import Block, Figure, Heading, Paragraph, Table
+from pocketlm.report.blocks import Block, Figure, Heading, Paragraph, Table, clean
 from pocketlm.report.significance import Sample
 from pocketlm.report.summary import welch_result
 
@@ -376,5 +376,5 @@ def _memory(mebibytes: float | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text without the marks of code."""
-    return text.replace("`", "")
+    """Text for a terminal, without the marks of code."""
+    return clean(text.replace("`", ""))

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from pocketlm.report.blocks import label
 from pocketlm.report.results import SeedResult
 from pocketlm.report.summary import beyond, pool
 
@@ -143,7 +144,7 @@ def artifact_bytes(summary: dict[str, Any]) -> Figure:
     total = fmean(run["total_bytes"] for run in summary["runs"]) / 1000
     budget = summary["size"]["budget_bytes"] / 1000
     figure, (axis,) = _panels(1, 1.4 + 0.34 * len(parts))
-    bars = axis.barh([part["part"] for part in parts], sizes, color=COLOURS[0], height=0.7)
+    bars = axis.barh([label(part["part"]) for part in parts], sizes, color=COLOURS[0], height=0.7)
     labels = [f"{size:,.1f} kB  ({100 * size / total:.1f} %)" for size in sizes]
     axis.bar_label(bars, labels, padding=4, color=GREY)
     axis.invert_yaxis()

@@ -1,12 +1,14 @@
 """The page of a sweep: all combinations in a table, loss against cost with the Pareto front."""
 
+import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from model.runtime.files import atomic_file, write_bytes
-from pocketlm.report.blocks import Table, to_markdown
+from pocketlm.report.blocks import Table, clean, label, to_markdown
 
 Combination = dict[str, Any]  # values by `section.key` of params.yaml
 
@@ -40,8 +42,9 @@ def write_page(directory: Path, points: list[Point], title: str) -> None:
         values = [_text(point.combination.get(key)) for key in keys]
         star = "*" if point.name in front else ""
         rows.append([point.name, *values, f"{point.loss:.4f}", f"{point.cost:.1f}", star])
-    csv = "\n".join(",".join(row) for row in [header, *rows]) + "\n"
-    write_bytes(directory / "sweep.csv", csv.encode())
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([map(clean, row) for row in [header, *rows]])
+    write_bytes(directory / "sweep.csv", text.getvalue().encode())
     write_bytes(directory / "sweep.md", to_markdown([Table(header, rows)]).encode())
     plot(directory / "sweep.svg", points, title)
 
@@ -62,7 +65,8 @@ def plot(path: Path, points: list[Point], title: str) -> None:
     axes.scatter([p.cost for p in points], [p.loss for p in points], s=18, color="tab:gray")
     costs, losses = [p.cost for p in front], [p.loss for p in front]
     axes.step(costs, losses, where="post", marker="o", color="tab:blue", label="Pareto front")
-    axes.set(xscale="log", xlabel="device seconds", ylabel="loss (nats per token)", title=title)
+    axes.set(xscale="log", xlabel="device seconds", ylabel="loss (nats per token)")
+    axes.set_title(label(title))
     axes.legend()
     with atomic_file(path) as file:
         figure.savefig(file, format="svg")
