@@ -5,17 +5,16 @@ The code that is shipped is counted here; with an artifact above the budget, the
 
 from pathlib import Path
 
-from model.artifact.code_size import code_bytes
 from model.runtime.files import write_bytes
 from pocketlm.report.blocks import to_html, to_markdown
 from pocketlm.report.document import TITLE, headline, report
 from pocketlm.report.figures import draw
 from pocketlm.report.results import read_seed, result_files
 from pocketlm.report.summary import summarize
+from pocketlm.submission.bundle import code_bytes
 from steps.common import StageRun, run
 
-PROJECT = Path(__file__).parents[1]
-KEYS = ("seeds", "model.sequence_length", "evaluate.sliding_stride", "report")
+KEYS = ("seeds", "model.sequence_length", "evaluate", "ops", "ttt", "report")
 
 
 def main(stage: StageRun) -> None:
@@ -23,7 +22,7 @@ def main(stage: StageRun) -> None:
     stage.open_log(KEYS)
     root, seeds = Path("."), stage.params.seeds
     results = [read_seed(root, seed) for seed in seeds]
-    summary = summarize(results, stage.params, code_bytes(PROJECT))
+    summary = summarize(results, stage.params, code_bytes(stage.params))
     output = stage.output
     drawings, blocks = draw(results, summary), report(summary)
     texts = {

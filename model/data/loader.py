@@ -174,21 +174,27 @@ def validation_documents(
             f"{manifest.directory}: there are no validation documents",
             "raise data.validation_fraction or name data.validation_files, then tokenize again",
         )
-    shards = [read_shard(path) for path in manifest.validation]
-    stream = np.concatenate(shards) if len(shards) > 1 else shards[0]
+    documents = documents_in(manifest.validation)
+    count = min(limit or len(documents), len(documents))
+    if offset >= len(documents) // count:
+        raise InputError(
+            f"evaluate.offset: {offset} leads to documents already taken: evaluate.documents takes "
+            f"{limit or 'all'} of {len(documents)} validation documents",
+            "lower evaluate.offset or evaluate.documents, or hold out more documents",
+        )
+    return [documents[i] for i in np.arange(count) * len(documents) // count + offset]
+
+
+def documents_in(shards: Sequence[Path]) -> list[np.ndarray]:
+    """Return the documents of shards that follow one another, each uint16 (n,) from its BOS on.
+
+    Raises InputError if the first shard does not begin with a document.
+    """
+    streams = [read_shard(path) for path in shards]
+    stream = np.concatenate(streams) if len(streams) > 1 else streams[0]
     starts = np.flatnonzero(stream == BOS)
     if not len(starts) or starts[0] != 0:
         raise InputError(
-            f"{manifest.validation[0]}: does not begin with BOS ({BOS})",
-            "run the tokenize stage again",
+            f"{shards[0]}: does not begin with BOS ({BOS})", "run the tokenize stage again"
         )
-    ends = np.append(starts[1:], len(stream))
-    count = min(limit or len(starts), len(starts))
-    if offset >= len(starts) // count:
-        raise InputError(
-            f"evaluate.offset: {offset} leads to documents already taken: there are {len(starts)} "
-            f"validation documents, of which evaluate.documents takes {limit or 'all'}",
-            "lower evaluate.offset or evaluate.documents, or hold out more documents",
-        )
-    chosen = np.arange(count) * len(starts) // count + offset
-    return [np.asarray(stream[starts[i] : ends[i]]) for i in chosen]
+    return [np.asarray(document) for document in np.split(stream, starts[1:])]

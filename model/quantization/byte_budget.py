@@ -2,7 +2,7 @@
 
 The reserve, `code_reserve_bytes`, is a parameter, so that the artifact does not depend on files
 that have nothing to do with it; the report counts what the code really takes
-(`model.artifact.code_size`).
+(`pocketlm.submission.bundle`).
 
 The step sizes follow from the budget: `model.quantization.bit_allocation` gives them for a number
 of bits, the artifact made with them has a real size, and the difference corrects the number of

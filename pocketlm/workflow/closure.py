@@ -5,19 +5,21 @@ with the `__init__` of each package on the way, without what only type checkers 
 are no imports count besides: a module whose full name stands in the source as a text, and the
 kernels of `model.kernels.dispatch` that a key of `ops` in the stage's `params` can choose.
 
-Left out is the short list below, and files that hold nothing but a docstring. A folder is named in
+Left out is the short list below, and files that hold nothing but a docstring; but the report, which
+counts the bytes of the shipped code, depends on all of that. A folder is named in
 place of its files where all of them count. A test fails as long as the `deps` in dvc.yaml differ
 from this, be one missing or too wide.
 """
 
 import ast
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from model.runtime.errors import InputError
 from model.runtime.files import write_bytes
 from pocketlm.workflow.stages import stages
 
@@ -36,8 +38,14 @@ NO_RESULT = {
     "model/runtime/process.py": "measures memory and age, chooses caches",
     "model/runtime/lock.py": "lets runs of a stage take turns",
 }
-# What is counted in bytes is a dep of the stage that counts, imported or not.
-SHIPPED = {"report": list(PACKAGES)}
+# Shipped beside an artifact (`pocketlm.submission.bundle`): the program that evaluates alone, and
+# those of the stages from text to scores. Paths, as a dotted name would count as an import.
+STANDALONE = "pocketlm/submission/standalone.py"
+SHIPPED_PROGRAMS = (
+    STANDALONE,
+    *(f"steps/{stage}.py" for stage in ("tokenize", "train", "quantize", "evaluate", "ttt_eval")),
+)
+COUNTING = ("report",)  # stages that count the bytes of what is shipped
 
 NEVER_FOLDED = {Path("."), Path("steps")}  # programs are named one by one
 
@@ -45,12 +53,28 @@ NEVER_FOLDED = {Path("."), Path("steps")}  # programs are named one by one
 def closure(stage: str) -> set[Path]:
     """The files whose content may change what `stage` makes; paths from the current directory."""
     ops = {key for key in stages()[stage]["params"] if key.split(".")[0] == "ops"}
-    found: set[Path] = set()
-    waiting = {Path(f"steps/{stage}.py")}
+    return _reached({Path(f"steps/{stage}.py")}, lambda file: filter(_counts, imports(file, ops)))
+
+
+def shipped(programs: Iterable[str] = SHIPPED_PROGRAMS) -> list[Path]:
+    """The files that programs import, directly or not, with all kernels; sorted.
+
+    Raises InputError if the current directory is not that of the packages.
+    """
+    names = [program.removesuffix(".py").replace("/", ".") for program in programs]
+    begin = {file for name in names for file in _files(name)}
+    if not begin:
+        raise InputError(f"{Path.cwd()}: the packages are not here", "run this where Snakefile is")
+    return sorted(_reached(begin, lambda file: imports(file, {"ops"})))
+
+
+def _reached(begin: set[Path], following: Callable[[Path], Iterable[Path]]) -> set[Path]:
+    """The files of `begin`, those that follow from them, and so on."""
+    found, waiting = set[Path](), set(begin)
     while waiting:
         file = waiting.pop()
         found.add(file)
-        waiting |= {other for other in imports(file, ops) if _counts(other)} - found
+        waiting |= set(following(file)) - found
     return found
 
 
@@ -71,10 +95,8 @@ def imports(file: Path, ops: Collection[str]) -> set[Path]:
 
 def code_deps(stage: str) -> list[str]:
     """What `deps` of a stage in dvc.yaml must list of the code: the program first, then by name."""
-    if stage in SHIPPED:
-        return SHIPPED[stage]
     program = f"steps/{stage}.py"
-    folded = _folded(closure(stage))
+    folded = _folded(closure(stage).union(shipped() if stage in COUNTING else ()))
     order = sorted(folded, key=lambda dep: (PACKAGES.index(dep.split("/")[0]), dep))
     return [program, *(dep for dep in order if dep != program)]
 

@@ -56,8 +56,8 @@ def test_a_stage_is_spared_edits_of_what_it_does_not_run() -> None:
     def readers(*places: str) -> set[str]:
         return {s for s, files in found.items() if any(f.startswith(places) for f in files)}
 
-    assert readers("pocketlm/cli", "pocketlm/workflow") == set()
-    assert readers("pocketlm/report", "model/artifact/code_size") == {"report"}
+    assert readers("pocketlm/cli", "pocketlm/workflow/launch", "pocketlm/workflow/plan") == set()
+    assert readers("pocketlm/report", "pocketlm/submission") == {"report"}
     assert readers("model/ttt", "steps/ttt_eval", "model/kernels/low_rank") == {"ttt_eval"}
     beside = ("model/kernels/cached_attention_triton", "model/kernels/query_subset_attention")
     assert readers(*beside) == {"quantize", "ttt_eval"}

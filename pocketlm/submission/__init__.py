@@ -1,0 +1,1 @@
+"""The bundle of code that is shipped beside an artifact."""

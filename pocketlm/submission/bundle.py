@@ -1,0 +1,97 @@
+"""One Python file with all code that an artifact needs: `pocketlm.submission.standalone` in it.
+
+The file holds the modules that the programs import, directly or not, less comments and docstrings,
+as JSON compressed by LZMA in base 85, and an importer for them. Everything that is imported is
+shipped, so that the file runs in an empty folder.
+
+**What is counted.** The challenge counts all code, that of training included, plus the compressed
+model. So the file has the programs of all stages, from text to scores, and its bytes are those that
+count. What the program of the evaluation alone would take is given beside it.
+"""
+
+import ast
+import base64
+import dataclasses
+import json
+import lzma
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from model.runtime.files import write_bytes
+from pocketlm.params.params import Params
+from pocketlm.workflow.closure import SHIPPED_PROGRAMS, shipped
+
+NAME = "bundle.py"
+SECTIONS = ("evaluate", "ops", "ttt")  # the settings of evaluation
+
+TEMPLATE = '''"""pocketlm: code and settings of one artifact. `python {name} --help`"""
+import base64, importlib.abc, importlib.util, json, lzma, sys
+FILES = json.loads(lzma.decompress(base64.b85decode("{files}")))
+SETTINGS = json.loads({settings!r})
+class Bundle(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    def find_spec(self, name, path, target=None):
+        package = name.replace(".", "/") + "/__init__.py"
+        file = package if package in FILES else name.replace(".", "/") + ".py"
+        if file in FILES:
+            spec = importlib.util.spec_from_loader
+            return spec(name, self, origin=file, is_package=file == package)
+    def get_source(self, name):
+        return FILES[self.find_spec(name, None).origin]
+    def is_package(self, name):
+        return self.find_spec(name, None).origin.endswith("/__init__.py")
+    def get_code(self, name):
+        return compile(self.get_source(name), self.find_spec(name, None).origin, "exec")
+sys.meta_path.insert(0, Bundle())
+if __name__ == "__main__":
+    from pocketlm.submission.standalone import main
+    main(SETTINGS, sys.argv[1:])
+'''
+
+
+def bundle(settings: dict[str, Any], programs: tuple[str, ...] = SHIPPED_PROGRAMS) -> bytes:
+    """The file's content; the same settings and code give the same bytes.
+
+    settings: of evaluation, see `settings_of`; the current directory is that of the packages.
+    """
+    text = TEMPLATE.format(
+        name=NAME, files=_packed(programs), settings=json.dumps(settings, sort_keys=True)
+    )
+    return text.encode()
+
+
+@cache
+def _packed(programs: tuple[str, ...]) -> str:
+    files = {file.as_posix(): minified(file.read_text("utf-8")) for file in shipped(programs)}
+    content = json.dumps(files, separators=(",", ":")).encode()
+    preset = 9 | lzma.PRESET_EXTREME
+    return base64.b85encode(lzma.compress(content, check=lzma.CHECK_NONE, preset=preset)).decode()
+
+
+def settings_of(params: Params) -> dict[str, Any]:
+    """The sections of the parameters that the standalone program reads, as plain values."""
+    values = dataclasses.asdict(params)
+    return {name: values[name] for name in SECTIONS}
+
+
+def code_bytes(params: Params) -> int:
+    """Bytes of code that count: those of the bundle."""
+    return len(bundle(settings_of(params)))
+
+
+def write_bundle(path: Path, params: Params) -> int:
+    """Write the bundle atomically; returns its bytes."""
+    content = bundle(settings_of(params))
+    write_bytes(path, content)
+    return len(content)
+
+
+def minified(source: str) -> str:
+    """Python source without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
