@@ -8,8 +8,9 @@ compares it with that, so that rot, a damaged copy in a cache and a file of anot
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,23 @@ class Comparison:
         finally:
             self._pool.shutdown(cancel_futures=True)
         return None
+
+
+@contextmanager
+def comparing(files: Mapping[Path, Recorded]) -> Iterator[None]:
+    """Compare files with what is recorded of them while the block runs.
+
+    Raises InputError if one differs, whatever the block has made of it.
+    """
+    comparison = Comparison(files)
+    try:
+        yield
+    except Exception:
+        if problem := comparison.problem():
+            raise problem from None
+        raise
+    if problem := comparison.problem():
+        raise problem
 
 
 def require_recorded(files: Mapping[Path, Recorded]) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from model.runtime.errors import reading
+
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "snakemake", "dvc")
 
 
@@ -70,10 +72,16 @@ def first_lines(path: Path, lines: int) -> list[bytes]:
 
 
 def read_log(path: str | Path, event: str) -> list[dict[str, Any]]:
-    """Return the lines of a log whose `event` has the given name, in order."""
-    with open(path, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    return [line for line in lines if line["event"] == event]
+    """Return the lines of a log whose `event` has the given name, in order; raises InputError."""
+    repair = "delete it and run the stage that wrote it again"
+    with reading(path, repair):
+        lines = Path(path).read_bytes().splitlines()
+    values: list[dict[str, Any]] = []
+    with reading(path, repair, lambda: f"line {len(values) + 1}"):
+        for line in lines:
+            parsed = json.loads(line)
+            values.append({"event": parsed["event"], **parsed})  # an object with an event
+    return [line for line in values if line["event"] == event]
 
 
 def environment() -> dict[str, Any]:

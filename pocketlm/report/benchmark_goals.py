@@ -4,15 +4,16 @@ A file is what a benchmark wrote by --json (records/README.md). One that is abse
 a figure that it lacks, or holds as null, is a dash: nothing is shown that was not measured.
 """
 
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.runtime.errors import InputError
 from model.runtime.files import read_json
 from pocketlm.report.blocks import Block, Link, Paragraph, Table
+from pocketlm.report.records import LARGEST
 
 SWEEP = "sweep.md"
 HOLDS = {"≤": operator.le, "≥": operator.ge}
@@ -37,7 +38,7 @@ class Bar:
     def value(self, figures: Mapping[str, Any]) -> float | None:
         """The figure; None if it was not measured."""
         found = [figures.get(key) for key in self.figure.split(" - ")]
-        numbers = [one for one in found if isinstance(one, int | float) and math.isfinite(one)]
+        numbers = [one for one in found if isinstance(one, int | float) and abs(one) <= LARGEST]
         if len(numbers) < len(found):
             return None
         return numbers[0] - sum(numbers[1:])
@@ -109,10 +110,10 @@ BARS = (
 def benchmark_table(directory: Path) -> list[Block]:
     """Every bar of the files in `directory`, and where they were measured.
 
-    Raises InputError if one of them is not JSON.
+    Raises InputError if one of them is not JSON, or holds no figures.
     """
     places = {file: directory / f"{file}.json" for file in dict.fromkeys(bar.file for bar in BARS)}
-    found = {file: read_json(place) for file, place in places.items() if place.is_file()}
+    found = {file: _figures(place) for file, place in places.items() if place.is_file()}
     if not found:
         return [Paragraph("No figures are recorded yet.")]
     rows = [bar.row(found[bar.file]) for bar in BARS if bar.file in found]
@@ -126,3 +127,12 @@ def benchmark_table(directory: Path) -> list[Block]:
         sweep = Link("sweep", (directory / SWEEP).as_posix())
         text += [" All settings of TTT that were tried: ", sweep, "."]
     return [Table(["figure", "original", "goal", "measured", "met"], rows), Paragraph(text)]
+
+
+def _figures(place: Path) -> dict[str, Any]:
+    figures = read_json(place)
+    if not isinstance(figures, dict):
+        raise InputError(
+            f"{place}: holds no figures by name", "record it again (records/README.md)"
+        )
+    return figures

@@ -321,7 +321,7 @@ def _provenance(summary: dict[str, Any]) -> list[Block]:
             ", ".join(map(str, origin["seeds"])),
             f"`{_commit(origin['commit'])}`",
             f"{origin['processes']} on {origin['device']}",
-            f"Python {origin['python']}, torch {origin['versions']['torch']}",
+            f"Python {origin['python']}, torch {origin['versions'].get('torch')}",
         ]
         for origin in origins
     ]

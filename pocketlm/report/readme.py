@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from model.runtime.errors import InputError
+from model.runtime.errors import InputError, reading
 from model.runtime.files import read_json, write_bytes
 from pocketlm.params.paths import REPORT
 from pocketlm.report.benchmark_goals import benchmark_table
@@ -44,8 +44,14 @@ def render(readme: str, source: str | None = None) -> str:
             "add the lines `<!-- results: records/demo/metrics.json -->` and "
             "`<!-- end of results -->`",
         )
-    readme = _fill(readme, "results", lambda file: result_table(read_json(file)), source)
+    readme = _fill(readme, "results", _recorded_table, source)
     return _fill(readme, "benchmarks", lambda directory: benchmark_table(Path(directory)))
+
+
+def _recorded_table(file: str) -> Sequence[Block]:
+    summary = read_json(file)
+    with reading(file, "record it again: `pocketlm readme --record DIR`"):
+        return result_table(summary)
 
 
 def _place(name: str) -> re.Pattern[str]:
@@ -70,5 +76,6 @@ def update_readme(directory: Path | None = None) -> None:
     if directory is not None:
         record(directory)
     source = None if directory is None else (directory / "metrics.json").as_posix()
-    text = render(README.read_text(encoding="utf-8"), source)
-    write_bytes(README, text.encode())
+    with reading(README, "restore it: git checkout README.md"):
+        text = README.read_text(encoding="utf-8")
+    write_bytes(README, render(text, source).encode())

@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from model.runtime.errors import InputError
 from model.runtime.files import read_json
 
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+LARGEST = 10**15  # of any figure; what is larger is a damaged number, and breaks its formats
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+PROBLEMS = 5  # that one message names
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -80,7 +82,8 @@ def check(schema: type[Model], values: Any, path: str | Path, repair: str) -> Mo
         return schema.model_validate(values)
     except ValidationError as error:
         problems = [
-            f"{path}: {'.'.join(map(str, item['loc'])) or 'top level'}: {item['msg'].lower()}"
-            for item in error.errors()
+            f"{path}: {'.'.join(map(str, item['loc']))[:200] or 'top level'}: "
+            f"{item['msg'].lower()[:200]}"
+            for item in error.errors()[:PROBLEMS]
         ]
         raise InputError("\n".join(problems), repair) from error

@@ -4,24 +4,36 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from model.evaluation.score import TTT, WITHOUT_ADAPTATION
-from model.runtime.errors import InputError
-from model.runtime.files import read_json
+from model.runtime.errors import InputError, reading
+from model.runtime.files import SIDECAR, read_json
+from model.runtime.provenance import (
+    Recorded,
+    comparing,
+    how_to_restore,
+    read_provenance,
+    recorded,
+)
 from model.runtime.run_log import read_log
-from pocketlm.report.records import Model, check
+from pocketlm.report.records import LARGEST, Count, Model, check
 
 STEPS = ("train", "quantize", "evaluate", "ttt_eval")
 # The steps that score every token, with the columns of their losses.parquet, and what is in both.
 SCORED_BY = {"evaluate": WITHOUT_ADAPTATION, "ttt_eval": (TTT,)}
 ROW = ("document", "position", "token", "bytes")
+INTEGERS, FLOATS = ("int8", "int16", "int32", "int64", "uint8", "uint16"), ("float", "double")
 # Sums of float32 losses and the steps' own sums may differ by rounding, never by this much.
 TOLERANCE = 1e-4  # nats per token
+
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Amount = Annotated[float, Field(ge=0, le=LARGEST)]
+Bytes = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 class Metrics(BaseModel):
@@ -33,50 +45,81 @@ class Metrics(BaseModel):
 class ScoreMetrics(Metrics):
     """A loss in nats per token and the same in bits per byte."""
 
-    loss: float
-    bpb: float
+    loss: Number
+    bpb: Number
 
 
 class TrainMetrics(ScoreMetrics):
     """Training; the score is that of the averaged weights."""
 
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory_mib: float | None
+    steps: Count
+    tokens: Count
+    seconds: Amount
+    tokens_per_second: Amount
+    peak_memory_mib: Amount | None
 
 
 class QuantizeMetrics(ScoreMetrics):
     """Quantization; the score is that of the artifact."""
 
-    artifact_bytes: int
-    code_reserve_bytes: int
-    budget_bytes: int
-    bits_per_weight: float
+    artifact_bytes: Count
+    code_reserve_bytes: Bytes
+    budget_bytes: Count
+    bits_per_weight: Amount
     compressor: str
-    seconds: dict[str, float]
-    bytes: dict[str, int]
+    seconds: dict[str, Amount]
+    bytes: dict[str, Bytes]
+
+
+class EvaluateSeconds(Metrics):
+    """Seconds by way of scoring."""
+
+    plain: Amount
+    sliding: Amount
 
 
 class EvaluateMetrics(Metrics):
-    """Evaluation of the artifact without adaptation; seconds by way of scoring."""
+    """Evaluation of the artifact without adaptation."""
 
-    tokens: int
-    bytes: int
+    tokens: Count
+    bytes: Count
     plain: ScoreMetrics
     sliding: ScoreMetrics
-    seconds: dict[str, float]
+    seconds: EvaluateSeconds
+
+
+class TTTSeconds(Metrics):
+    """Seconds of test-time training and scoring together."""
+
+    ttt: Amount
 
 
 class TTTMetrics(ScoreMetrics):
     """Evaluation of the artifact with test-time training."""
 
-    tokens: int
-    bytes: int
-    seconds: dict[str, float]
-    tokens_per_second: float
-    peak_memory_mib: float | None
+    tokens: Count
+    bytes: Count
+    seconds: TTTSeconds
+    tokens_per_second: Amount
+    peak_memory_mib: Amount | None
+
+
+class Provenance(Metrics):
+    """What the report says of the run that made a result; hashes by file."""
+
+    commit: str | None
+    device: str
+    world_size: Count
+    python: str
+    versions: dict[str, str | None]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+class LogLine(Metrics):
+    """A line of a stage's log."""
+
+    seconds: Amount
 
 
 @dataclass(frozen=True)
@@ -111,18 +154,14 @@ class SeedResult:
     curve: pd.DataFrame
     losses: TokenLosses
     step_seconds: dict[str, float]
-    provenance: dict[str, dict[str, Any]]
+    provenance: dict[str, Provenance]
 
 
 def result_files(root: Path, seed: int) -> list[Path]:
     """The files `read_seed` reads."""
     places = {step: root / "artifacts" / step / f"seed{seed}" for step in STEPS}
     return [
-        *(
-            place / name
-            for place in places.values()
-            for name in ("metrics.json", "provenance.json")
-        ),
+        *(place / name for place in places.values() for name in ("metrics.json", SIDECAR)),
         *(root / "logs" / step / f"seed{seed}.jsonl" for step in STEPS),
         places["train"] / "curve.csv",
         *(places[step] / "losses.parquet" for step in SCORED_BY),
@@ -133,11 +172,18 @@ def read_seed(root: Path, seed: int) -> SeedResult:
     """Read and check one seed's results below `root`.
 
     Raises InputError that names the file, for absent or malformed files, missing keys, numbers
-    that are not finite, and files that come from different runs.
+    that are not finite, files that are not those which the stages of this seed recorded, and stages
+    that read other versions than the ones before them wrote.
     """
-    place = {step: root / "artifacts" / step / f"seed{seed}" for step in STEPS}
-    provenance = {step: read_json(place[step] / "provenance.json") for step in STEPS}
+    provenance, files = _recorded(root, seed)
     _check_chain(provenance, seed)
+    with comparing(files):
+        return _read(root, seed, provenance)
+
+
+def _read(root: Path, seed: int, provenance: dict[str, Provenance]) -> SeedResult:
+    """The results of a seed, which must tell the same story."""
+    place = {step: root / "artifacts" / step / f"seed{seed}" for step in STEPS}
     evaluate = _metrics(EvaluateMetrics, place["evaluate"])
     ttt = _metrics(TTTMetrics, place["ttt_eval"])
     losses = read_losses(*(place[step] / "losses.parquet" for step in SCORED_BY))
@@ -159,18 +205,31 @@ def read_seed(root: Path, seed: int) -> SeedResult:
     )
 
 
+def _recorded(root: Path, seed: int) -> tuple[dict[str, Provenance], dict[Path, Recorded]]:
+    """The sidecar of every step, and what they say of the other files of this seed."""
+    sidecars, files = {}, dict[Path, Recorded]()
+    for step in STEPS:
+        sidecar = root / "artifacts" / step / f"seed{seed}" / SIDECAR
+        target = f"{step}@{seed}"
+        content = read_provenance(sidecar, target)
+        sidecars[step] = check(Provenance, content, sidecar, how_to_restore(sidecar, target))
+        made = [file for file in result_files(root, seed) if step in file.relative_to(root).parts]
+        files |= recorded(sidecar, target, [file for file in made if file != sidecar], root)
+    return sidecars, files
+
+
 def read_curve(path: Path) -> pd.DataFrame:
-    """Read a loss curve; raises InputError if it is absent, empty or not finite."""
-    try:
+    """Read a loss curve; raises InputError if it is absent, empty, malformed or not finite."""
+    with reading(path, "run train again"):
         curve = pd.read_csv(path, dtype="float64")
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError(f"{path}: {error}", "run train again") from error
-    missing = {"step", "seconds", "tokens", "loss", "lr"} - set(curve.columns)
+    columns = ["step", "seconds", "tokens", "loss", "lr"]
+    missing = set(columns) - set(curve.columns)
     if missing or curve.empty:
         problem = f"lacks the columns {sorted(missing)}" if missing else "has no rows"
         raise InputError(f"{path}: {problem}", "run train again")
-    if not np.isfinite(curve["loss"]).all():
-        raise InputError(f"{path}: loss: not finite", "train with a lower learning rate")
+    for name in columns:
+        if not (curve[name].abs() <= LARGEST).all():
+            raise InputError(f"{path}: {name}: not finite", "train with a lower learning rate")
     return curve
 
 
@@ -200,31 +259,31 @@ def read_losses(without: Path, adapted: Path) -> TokenLosses:
         gain = _add(gain, np.bincount(rows["position"], weights=saved))
     if tokens == 0:
         raise InputError(f"{adapted}: has no rows", "check the validation documents")
-    if count[0]:
-        raise InputError(f"{adapted}: position: begins at 0 instead of 1", "run ttt_eval again")
     return TokenLosses(sums, tokens, text_bytes, int(count[1]), count, gain)
 
 
 def _batches(path: Path, scores: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
     """The columns of a table of losses, some rows at a time; raises InputError."""
-    import pyarrow as pa
     from pyarrow import parquet
 
-    step, columns = path.parent.parent.name, [*ROW, *scores]
-    try:
-        with parquet.ParquetFile(path) as file:
-            missing = set(columns) - set(file.schema_arrow.names)
-            if missing:
-                raise InputError(f"{path}: lacks the columns {sorted(missing)}", f"run {step}")
-            for batch in file.iter_batches(columns=columns):
-                yield {
-                    name: batch.column(name).to_numpy(zero_copy_only=False)
-                    for name in batch.schema.names
-                }
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file", f"run {step}") from error
-    except pa.ArrowException as error:
-        raise InputError(f"{path}: not a Parquet file ({error})", f"run {step} again") from error
+    step, columns, seen = path.parent.parent.name, [*ROW, *scores], 0
+    again = f"run {step} again"
+    with reading(path, again), parquet.ParquetFile(path) as file:
+        types = {field.name: str(field.type) for field in file.schema_arrow}
+        if missing := set(columns) - set(types):
+            raise InputError(f"{path}: lacks the columns {sorted(missing)}", f"run {step}")
+        for name in columns:
+            if types[name] not in (INTEGERS if name in ROW else FLOATS):
+                raise InputError(f"{path}: {name}: is of type {types[name][:40]}", again)
+        for batch in filter(len, file.iter_batches(columns=columns)):
+            if any(batch.column(name).null_count for name in ROW):
+                raise InputError(f"{path}: a row is incomplete", again)
+            rows = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in columns}
+            seen += len(batch)
+            # A document's positions are counted from 1, so none is beyond the rows so far.
+            if rows["position"].min() < 1 or rows["position"].max() > seen:
+                raise InputError(f"{path}: position: none in a document", again)
+            yield rows
 
 
 def _differ(left: np.ndarray, right: np.ndarray) -> bool:
@@ -233,7 +292,7 @@ def _differ(left: np.ndarray, right: np.ndarray) -> bool:
 
 def _finite_sum(values: np.ndarray, name: str) -> float:
     total = float(values.sum(dtype=np.float64))
-    if not np.isfinite(total):
+    if not abs(total) <= LARGEST:
         raise InputError(f"{name}: a loss is not finite", "lower ttt.lr, or train again")
     return total
 
@@ -254,12 +313,10 @@ def _metrics(schema: type[Model], place: Path) -> Model:
 
 def _duration(path: Path, step: str) -> float:
     """Seconds from start to end of the process that finished the step, by its log."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file", f"run {step}")
     ends = read_log(path, "end")
     if not ends:
         raise InputError(f"{path}: has no `end` line: the step did not finish", f"run {step} again")
-    return float(ends[-1]["seconds"])
+    return check(LogLine, ends[-1], path, f"run {step} again").seconds
 
 
 def _check_sums(
@@ -285,10 +342,10 @@ def _check_sums(
         )
 
 
-def _check_chain(provenance: dict[str, dict[str, Any]], seed: int) -> None:
+def _check_chain(provenance: dict[str, Provenance], seed: int) -> None:
     """What a step read must be what the step before it wrote, by SHA-256."""
     for before, after in combinations(STEPS, 2):
-        written, read = provenance[before]["outputs"], provenance[after]["inputs"]
+        written, read = provenance[before].outputs, provenance[after].inputs
         for file in sorted(written.keys() & read.keys()):
             if written[file] != read[file]:
                 raise InputError(

@@ -145,15 +145,15 @@ def welch_result(test: dict[str, Any]) -> WelchTest:
 def _stages(results: Sequence[SeedResult], report: ReportConfig) -> list[dict[str, Any]]:
     """Seconds of every stage by seed, with the budget where there is one."""
     stages = [("train", "training clock", [r.train.seconds for r in results])]
+    parts = dict.fromkeys(part for r in results for part in r.quantize.seconds)
     stages += [
-        ("quantize", part, [r.quantize.seconds[part] for r in results])
-        for part in results[0].quantize.seconds
+        ("quantize", part, [r.quantize.seconds.get(part, 0.0) for r in results]) for part in parts
     ]
     stages += [
-        ("evaluate", name, [r.evaluate.seconds[name] for r in results])
+        ("evaluate", name, [getattr(r.evaluate.seconds, name) for r in results])
         for name in WITHOUT_ADAPTATION
     ]
-    stages.append(("ttt_eval", TTT, [r.ttt.seconds[TTT] for r in results]))
+    stages.append(("ttt_eval", TTT, [r.ttt.seconds.ttt for r in results]))
     stages += [
         (step, "whole step", [r.step_seconds[step] for r in results])
         for step in results[0].step_seconds
@@ -225,11 +225,11 @@ def _origins(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
             made = result.provenance[step]
             origin = {
                 "step": step,
-                "commit": made["commit"],
-                "device": made["device"],
-                "processes": made["world_size"],
-                "python": made["python"],
-                "versions": made["versions"],
+                "commit": made.commit,
+                "device": made.device,
+                "processes": made.world_size,
+                "python": made.python,
+                "versions": made.versions,
             }
             known = next((o for o in origins if origin.items() <= o.items()), None)
             if known is None:

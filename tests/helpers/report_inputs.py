@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from model.evaluation.score import TTT, WITHOUT_ADAPTATION
-from model.runtime.files import sha256, write_json
-from model.runtime.provenance import write_provenance
+from model.runtime.files import SIDECAR, sha256, write_json
+from model.runtime.provenance import SEAL, _seal, write_provenance
 from model.runtime.run_log import RunLog
 from pocketlm.report.results import ROW, STEPS
 
@@ -109,21 +109,33 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
         evaluate: [artifact_file],
         ttt: [artifact_file],
     }
-    outputs = {
-        train: [train / "model.safetensors"],
-        quantize: [artifact_file],
-        evaluate: [evaluate / "losses.parquet"],
-        ttt: [ttt / "losses.parquet"],
-    }
     for place, values in metrics.items():
         step = place.parent.name
         write_json(place / "metrics.json", values)
-        write_provenance(place / "provenance.json", step, {}, inputs[place], outputs[place])
         log = RunLog(root / "logs" / step / f"seed{seed}.jsonl")
         log.start(step, {})
         log.event("end", metrics=values)
         log.close()
+        write_provenance(place / SIDECAR, step, {}, inputs[place], [*_made(place), log_of(place)])
     return table
+
+
+def log_of(place: Path) -> Path:
+    """The log of the stage whose outputs lie at `place`."""
+    return Path("logs", place.parent.name, f"{place.name}.jsonl")
+
+
+def _made(place: Path) -> list[Path]:
+    return sorted(file for file in place.iterdir() if file.name != SIDECAR)
+
+
+def seal(place: Path, **changes: object) -> None:
+    """Write the sidecar anew, as if the stage had made the files that now lie at `place`."""
+    sidecar = json.loads((place / SIDECAR).read_text())
+    files = [file for file in (*_made(place), log_of(place)) if file.exists()]
+    content = {**sidecar, "outputs": {str(file): sha256(file) for file in files}, **changes}
+    content.pop(SEAL, None)
+    (place / SIDECAR).write_text(json.dumps({**content, SEAL: _seal(content)}))  # NaN, too
 
 
 def edit_json(path: Path, **changes: object) -> None:
@@ -138,10 +150,7 @@ def change_weights(root: Path, seed: int) -> None:
     """Train again without running the steps that follow."""
     place = root / "artifacts" / "train" / f"seed{seed}"
     (place / "model.safetensors").write_bytes(b"other weights")
-    provenance = json.loads((place / "provenance.json").read_text())
-    file = str(place / "model.safetensors")
-    provenance["outputs"][file] = sha256(file)
-    write_json(place / "provenance.json", provenance)
+    seal(place)
 
 
 def _score(table: pd.DataFrame, name: str) -> dict[str, float]:

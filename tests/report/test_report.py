@@ -20,7 +20,7 @@ from scipy import stats
 
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
-from model.runtime.files import write_json
+from model.runtime.files import SIDECAR, write_json
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
 from pocketlm.params.presets import compose, render
@@ -28,11 +28,18 @@ from pocketlm.report import readme
 from pocketlm.report.benchmark_goals import BARS
 from pocketlm.report.blocks import Block, Heading, Paragraph, Table, to_html, to_markdown
 from pocketlm.report.records import load_record
-from pocketlm.report.results import read_losses
+from pocketlm.report.results import STEPS, read_losses
 from pocketlm.report.summary import beyond
 from steps.common import StageRun
 from steps.report import main
-from tests.helpers.report_inputs import PARTS, change_weights, edit_json, token_losses, write_seed
+from tests.helpers.report_inputs import (
+    PARTS,
+    change_weights,
+    edit_json,
+    seal,
+    token_losses,
+    write_seed,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 BASELINE = "records/2026-03-25_baseline.json"
@@ -184,7 +191,9 @@ def test_one_seed_without_a_test(run):
 def test_code_that_outgrew_its_reserve_fails(run):
     params, reserve, budget = parameters(), 200_000, 16_000_000
     room = budget - CODE
-    edit_json(Path("artifacts/quantize/seed1/metrics.json"), artifact_bytes=room)
+    quantize = Path("artifacts/quantize/seed1")
+    edit_json(quantize / "metrics.json", artifact_bytes=room)
+    seal(quantize)
     assert make(params)["size"] == {
         "artifact_bytes": room,
         "code_bytes": CODE,
@@ -195,7 +204,8 @@ def test_code_that_outgrew_its_reserve_fails(run):
     page = Path("artifacts/report/report.md").read_text()
     for count in (CODE, reserve, room):
         assert f"{count:,}" in page
-    edit_json(Path("artifacts/quantize/seed1/metrics.json"), artifact_bytes=room + 100)
+    edit_json(quantize / "metrics.json", artifact_bytes=room + 100)
+    seal(quantize)
     with pytest.raises(InputError, match=f"seed 1: {room + 100:,} bytes") as error:
         make(params)
     assert f"{CODE:,} of code are 100 more than quantize.budget_bytes" in error.value.problem
@@ -259,6 +269,12 @@ def test_missing_baseline_fails_early_and_late(run):
     assert "report.baseline" in error.value.repair
 
 
+def seal_what_is_complete(place: Path) -> None:
+    made = json.loads((place / SIDECAR).read_text())["outputs"]
+    if all(Path(file).exists() for file in made):
+        seal(place)
+
+
 TRAIN = Path("artifacts/train/seed1")
 EVALUATE = Path("artifacts/evaluate/seed1")
 TTT = Path("artifacts/ttt_eval/seed1")
@@ -300,7 +316,10 @@ def _with_other_tokens() -> None:
         ),
         (lambda: (TTT / "metrics.json").write_text("{"), "ttt_eval/seed1.*not valid JSON"),
         (lambda: (TTT / "losses.parquet").unlink(), "losses.parquet: no such file"),
-        (lambda: (TTT / "losses.parquet").write_text("x"), "losses.parquet: not a Parquet"),
+        (
+            lambda: (TTT / "losses.parquet").write_text("x"),
+            "losses.parquet: cannot be read",
+        ),
         (lambda: _without(EVALUATE, "sliding"), r"lacks the columns \['sliding'\]"),
         (lambda: _without(TTT, "bytes"), r"lacks the columns \['bytes'\]"),
         (_with_nan, "losses.parquet: ttt: a loss is not finite"),
@@ -314,6 +333,8 @@ def _with_other_tokens() -> None:
 )
 def test_spoilt_input_is_named(run, spoil, problem):
     spoil()
+    for step in STEPS:  # as if the stages themselves had made it so
+        seal_what_is_complete(Path("artifacts", step, "seed1"))
     with pytest.raises(InputError, match=problem):
         make(parameters())
     assert not Path("artifacts/report/metrics.json").exists()
@@ -439,8 +460,7 @@ def test_the_readme_shows_what_its_record_says(monkeypatch):
 
 
 def test_commits_that_differ_are_mentioned(run):
-    path = TRAIN / "provenance.json"
-    write_json(path, {**json.loads(path.read_text()), "commit": "f" * 40 + "+changes"})
+    seal(TRAIN, commit="f" * 40 + "+changes")
     metrics = make(parameters())
     assert sorted(
         origin["seeds"] for origin in metrics["origins"] if origin["step"] == "train"
