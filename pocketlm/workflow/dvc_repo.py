@@ -13,24 +13,29 @@ that `dvc repro` has started puts back the entry of its `dvc` before it ends (`k
 import hashlib
 import json
 import logging
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from model.runtime.errors import InputError
-from model.runtime.files import write_json
+from model.runtime.files import write_bytes, write_json
 from model.runtime.lock import is_held
+from pocketlm.workflow.preconditions import dvc_option
 from pocketlm.workflow.stages import RUN_LOCK, covers, node
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
 RWLOCK = Path(".dvc/tmp/rwlock")
+LOCK_FILE, LOCK_COPY = Path("dvc.lock"), Path(".dvc/tmp/dvc.lock")
 
 
 @dataclass
@@ -58,18 +63,78 @@ def repository() -> "Iterator[Repo]":
     """DVC's view of this checkout; raises InputError for what DVC cannot do or read.
 
     Holds DVC's lock of the repository, which no command of a stage holds, as dvc.lock is written in
-    place: who read it meanwhile would see half of it.
+    place: who read it meanwhile would see half of it. What a killed DVC has left of it is mended.
     """
+    from dvc.dirs import site_cache_dir
     from dvc.exceptions import DvcException
     from dvc.repo import Repo, lock_repo
 
     logging.getLogger("dvc").setLevel(logging.ERROR)
     try:
         with Repo(_wait_for_lock=True) as repo, lock_repo(repo):
-            yield repo
+            mend_records()
+            repo.stage_cache._load_cache = partial(_load_entry, repo.stage_cache)
+            try:
+                yield repo
+            finally:
+                mend_records()
+    except sqlite3.OperationalError:  # it is locked, or the disk is full
+        raise
+    except sqlite3.DatabaseError as error:
+        place = site_cache_dir(dvc_option("core", "site_cache_dir"))
+        raise InputError(
+            f"{place}/repo: DVC's notes on files that it has hashed are damaged ({error})",
+            f"`rm -r {place}/repo` and run again: DVC hashes the files anew",
+        ) from error
     except DvcException as error:
         problem = ": ".join(str(cause) for cause in _chain(error) if str(cause))
         raise InputError(f"dvc: {problem}", "make `dvc status` work, then run again") from error
+
+
+def mend_records() -> None:
+    """Keep a copy of dvc.lock, or restore it from that copy if it is damaged; says so then.
+
+    DVC writes dvc.lock in place, and leaves an empty or unfinished file if it is killed meanwhile.
+    Raises InputError if there is no copy.
+    """
+    if not LOCK_FILE.exists():
+        return
+    content = LOCK_FILE.read_bytes()
+    copy = LOCK_COPY.read_bytes() if LOCK_COPY.exists() else None
+    if content == copy:
+        return
+    if b"\n<<<<<<< " in b"\n" + content:
+        raise InputError(
+            f"{LOCK_FILE}: git has left a conflict in it",
+            f"`git checkout --ours {LOCK_FILE}` or --theirs, then run again",
+        )
+    damage = _damage(content)
+    if not damage:
+        write_bytes(LOCK_COPY, content)
+    elif copy is not None and not _damage(copy):
+        write_bytes(LOCK_FILE, copy)
+        print(f"{LOCK_FILE}: damaged ({damage}); restored from {LOCK_COPY}", file=sys.stderr)
+    else:
+        raise InputError(
+            f"{LOCK_FILE}: damaged ({damage}), and there is no copy of it",
+            f"`git checkout {LOCK_FILE}` if it was committed, else delete it: results that DVC's "
+            "run cache knows are not computed again",
+        )
+
+
+def _damage(content: bytes) -> str:
+    """What is wrong with the content of a dvc.lock; empty if it is whole."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    if not content.strip(b"\0\n"):
+        return "it is empty"
+    try:
+        values = yaml.load(content.decode(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        COMPILED_LOCKFILE_SCHEMA(values)
+    except (yaml.YAMLError, Invalid, ValueError, RecursionError):
+        return "it is no file of DVC"
+    return "" if content.endswith(b"\n") else "it is incomplete"
 
 
 def inspect() -> dict[str, State]:
@@ -269,6 +334,23 @@ def _store(repo: "Repo", stage: Any) -> None:
     stage.commit()
     repo.stage_cache.save(stage)
     stage.dump(update_pipeline=False)
+
+
+def _load_entry(runs: Any, key: str, name: str) -> dict[str, Any] | None:
+    """An entry of the run cache, whose name is the hash of its content; None if it is damaged.
+
+    In place of DVC's own method, which believes all that has the form of an entry.
+    """
+    from dvc.stage.cache import StageCache, _get_cache_hash
+
+    entry = StageCache._load_cache(runs, key, name)
+    with suppress(LookupError, TypeError):
+        if entry is None or _get_cache_hash(entry) == name:
+            return entry
+    path = Path(runs._get_cache_path(key, name))
+    print(f"{path}: damaged, removed from DVC's run cache", file=sys.stderr)
+    path.unlink()
+    return None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

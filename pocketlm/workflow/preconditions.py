@@ -73,7 +73,7 @@ def _check_code() -> None:
 
 def _git_root() -> Path | None:
     """The git repository that DVC uses, or None if it was told to do without."""
-    if (_dvc_option("core", "no_scm") or "").lower() == "true":
+    if (dvc_option("core", "no_scm") or "").lower() == "true":
         return None
     here = Path.cwd()
     for place in (here, *here.parents):
@@ -180,10 +180,10 @@ def _nearest(path: Path) -> Path:
 
 def cache_directory() -> Path:
     """Where DVC keeps the results of stages."""
-    return Path(_dvc_option("cache", "dir") or ".dvc/cache")
+    return Path(dvc_option("cache", "dir") or ".dvc/cache")
 
 
-def _dvc_option(section: str, name: str) -> str | None:
+def dvc_option(section: str, name: str) -> str | None:
     """A value of DVC's configuration, where the last file that has it counts; paths absolute."""
     user = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     value = None
