@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pocketlm.report.blocks import Block, Figure, Heading, Paragraph, Table, clean
+from pocketlm.report.power import MOST, WANTED
 from pocketlm.report.significance import Sample
 from pocketlm.report.summary import welch_result
 
@@ -54,7 +55,7 @@ def headline(summary: dict[str, Any], report_path: str) -> str:
         for row in rows
     ]
     lines += ["", _plain(_gain_sentence(summary)), _plain(_verdict(summary))]
-    lines += [_plain(sentence) for sentence in _overruns(summary)]
+    lines += [_plain(sentence) for sentence in (*_overruns(summary), *_too_few(summary))]
     return "\n".join([*lines, f"report: {report_path}"]) + "\n"
 
 
@@ -88,6 +89,7 @@ def _opening(summary: dict[str, Any]) -> list[Block]:
         ),
         Paragraph(f"{_gain_sentence(summary)} {_verdict(summary)}"),
         Paragraph(" ".join(over) if over else "Every budget of bytes and time is kept."),
+        *(Paragraph(sentence) for sentence in _too_few(summary)),
     ]
 
 
@@ -150,7 +152,45 @@ def _significance(summary: dict[str, Any]) -> list[Block]:
         table,
         numbers,
         Paragraph(_verdict(summary)),
+        Paragraph(f"{_paired_sentence(summary)} {_power_sentence(summary)}".strip()),
     ]
+
+
+def _paired_sentence(summary: dict[str, Any]) -> str:
+    paired = summary["test"]["paired"]
+    if paired is None:
+        return ""
+    return (
+        f"Student's test of pairs, the same seeds without and with TTT: t = {paired['t']:.3f}, "
+        f"p = {_probability(paired['p'])}."
+    )
+
+
+def _power_sentence(summary: dict[str, Any]) -> str:
+    """What to expect of a repetition, and how many seeds it should have."""
+    test, power = summary["test"], summary["test"]["power"]
+    seeds = power["seeds"]
+    needed = (
+        f"more than {MOST} seeds are needed"
+        if seeds is None and test["difference"] > test["margin"]
+        else "no number of seeds is expected to show it"
+        if seeds is None
+        else f"{seeds} are needed"
+    )
+    return (
+        "Power: were the difference and the spread seen here the true ones, as many seeds would "
+        f"show it (p < {test['significance']:g}) with a probability of {power['power']:.2f}; "
+        f"for {WANTED:g}, {needed}. As many seeds as here show a difference of "
+        f"{power['detectable']:.4f} nats or more with that probability."
+    )
+
+
+def _too_few(summary: dict[str, Any]) -> list[str]:
+    """A warning if so few seeds would probably not show the claim again."""
+    test = summary["test"]
+    if test is None or not _same_text(summary) or test["power"]["power"] >= WANTED:
+        return []
+    return [f"TOO FEW SEEDS or too small a gain. {_power_sentence(summary)}"]
 
 
 def _baseline_sentence(summary: dict[str, Any]) -> str:
@@ -265,7 +305,7 @@ def _bytes(summary: dict[str, Any]) -> list[Block]:
         "Bytes of each part of the submission, mean over the seeds.",
     )
     code = Paragraph(
-        f"The code is that of the checkout that made this report, as one compressed archive: "
+        f"The code is that of the checkout that made this report, training included, as one file: "
         f"{_count(size['code_bytes'])} bytes. `quantize.code_reserve_bytes` left "
         f"{_count(size['code_reserve_bytes'])} for it when the artifact was made; a total above "
         "the budget fails."

@@ -5,6 +5,8 @@ reject is m_b − m_v ≤ δ. SciPy tests the baseline's losses less δ against 
 need not be equal, and the samples are taken as independent. The confidence interval is two-sided
 and that of m_b − m_v itself, without the margin.
 
+Where the same seeds stand on both sides, `paired_test` is Student's test of their differences.
+
 Source: B. L. Welch, "The generalization of Student's problem when several different population
 variances are involved", Biometrika 34 (1947); ν is Satterthwaite's (1946).
 """
@@ -109,6 +111,35 @@ def welch_test(
         low=float(interval.low),
         high=float(interval.high),
     )
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Result of `paired_test`: t (n − 1 degrees of freedom) and p, one-sided, with the margin."""
+
+    t: float
+    p: float
+
+
+def paired_test(baseline: Sequence[float], new: Sequence[float], margin: float) -> PairedTest:
+    """Student's test of pairs: losses of the same seeds before and after, in the same order.
+
+    What makes a seed good or bad on both sides cancels, so that differences far smaller than the
+    spread of the seeds can be seen. Raises InputError as `welch_test`, and if no pair differs from
+    another.
+    """
+    from scipy.stats import ttest_rel
+
+    after, before = _sample("new", new), _sample("baseline", baseline)
+    gains = [b - a for b, a in zip(before.values, after.values, strict=True)]
+    if min(gains) == max(gains):
+        raise InputError(
+            "significance test: all pairs of losses differ by the same",
+            "check that the seeds really differ; identical gains allow no test",
+        )
+    shifted = [loss - margin for loss in before.values]
+    test = ttest_rel(shifted, after.values, alternative="greater")
+    return PairedTest(t=float(test.statistic), p=float(test.pvalue))
 
 
 def _sample(name: str, values: Sequence[float]) -> Sample:

@@ -15,9 +15,10 @@ from model.evaluation.score import TTT, WITHOUT_ADAPTATION
 from model.runtime.errors import InputError
 from pocketlm.params.params import Params
 from pocketlm.report.config import ReportConfig
+from pocketlm.report.power import power_of
 from pocketlm.report.records import load_record
 from pocketlm.report.results import SeedResult, TokenLosses
-from pocketlm.report.significance import Sample, WelchTest, welch_test
+from pocketlm.report.significance import Sample, WelchTest, paired_test, welch_test
 
 # Evaluations in the order of the system; the key in the summary of each.
 EVALUATIONS = ("pre_quant", "quantized", *WITHOUT_ADAPTATION, TTT)
@@ -123,7 +124,9 @@ def _test(report: ReportConfig, runs: Sequence[dict[str, Any]]) -> dict[str, Any
         record = load_record(report.baseline)
         before, scored = record.losses, [record.scored.tokens, record.scored.bytes]
     new = [run["ttt"]["loss"] for run in runs]
-    test = asdict(welch_test(before, new, report.margin, report.confidence))
+    own = report.baseline == "no_ttt"
+    welch = welch_test(before, new, report.margin, report.confidence)
+    test = asdict(welch)
     del test["baseline"], test["new"]
     return {
         "baseline": report.baseline,
@@ -131,6 +134,8 @@ def _test(report: ReportConfig, runs: Sequence[dict[str, Any]]) -> dict[str, Any
         "baseline_losses": before,
         "new_losses": new,
         "significance": report.significance,
+        "paired": asdict(paired_test(before, new, report.margin)) if own else None,
+        "power": asdict(power_of(welch, report.significance, redraw=own)),
         **test,
     }
 

@@ -89,7 +89,7 @@ def run(finished, tmp_path, monkeypatch):
     root, tables = finished
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("steps.report.code_bytes", lambda root: CODE)
+    monkeypatch.setattr("steps.report.code_bytes", lambda params: CODE)
     return tables
 
 
@@ -249,6 +249,7 @@ def test_figures_and_html_are_well_formed(run):
 
 def test_short_documents(tmp_path, monkeypatch):
     """One-token documents leave figures without an axis to speak of; they must still be drawn."""
+    monkeypatch.setattr("steps.report.code_bytes", lambda params: CODE)
     monkeypatch.chdir(tmp_path)
     for seed in (0, 1):
         write_seed(Path("."), seed, token_losses(seed, documents=5, longest=1))

@@ -10,7 +10,7 @@ from scipy import stats
 
 from model.runtime.errors import InputError
 from pocketlm.report.records import load_record
-from pocketlm.report.significance import Sample, welch_test
+from pocketlm.report.significance import Sample, paired_test, welch_test
 
 PUBLISHED = load_record("records/2026-04-04_varlen_fused_ttt.json")
 BASELINE = load_record("records/2026-03-25_baseline.json")
@@ -129,3 +129,21 @@ def test_hypothesis_names_the_margin():
 def test_samples_are_plain_data():
     assert asdict(Sample((1.0, 2.0))) == {"values": (1.0, 2.0)}
     assert Sample((1.0, 3.0)).sample_std == pytest.approx(np.std([1, 3], ddof=1))
+
+
+def test_pairs_see_what_the_spread_of_seeds_hides() -> None:
+    """A gain of 1e-3 that every seed has, among seeds that spread by a hundred times as much."""
+    before = [1.0, 1.1, 1.2, 1.3]
+    after = [0.999, 1.0989, 1.1991, 1.299]
+    assert welch_test(before, after, 0.0, 0.95).p > 0.4
+    found = paired_test(before, after, 0.0)
+    gains = np.subtract(before, after)
+    t = gains.mean() / (gains.std(ddof=1) / 2)
+    assert found.t == pytest.approx(t)
+    assert found.p == pytest.approx(stats.t.sf(t, 3))
+    assert paired_test(before, after, 0.002).p > 0.99
+
+
+def test_pairs_without_any_difference_allow_no_test() -> None:
+    with pytest.raises(InputError, match="differ by the same"):
+        paired_test([1.0, 2.0], [0.5, 1.5], 0.0)
