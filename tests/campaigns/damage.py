@@ -135,7 +135,8 @@ def copy(source: Path, target: Path) -> Path:
     for folder in ("artifacts", "logs", ".work/train"):
         shutil.copytree(source / folder, target / folder)
     shutil.copy(source / "params.yaml", target)
-    (target / ".git").symlink_to(source / ".git")
+    for name in (".git", "model", "pocketlm", "steps"):  # the report counts the code
+        (target / name).symlink_to(source / name)
     return target
 
 
