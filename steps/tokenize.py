@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from model.data.sources import Corpus, Document, open_corpus
 from model.data.sources.docstrings import unpinned_packages
 from model.data.sources.fineweb import fetch_published, open_published
 from model.data.tokenizer import Tokenizer, check_vocabulary, normalizer, train_tokenizer
-from model.runtime.errors import InputError
+from model.runtime.errors import InputError, reading
 from model.runtime.files import sha256, write_bytes
 from model.runtime.progress import progress
 from pocketlm.params.params import Params
@@ -91,11 +92,12 @@ def tokenized(stage: StageRun) -> tuple[Manifest, list[Path]]:
     inputs = list(corpus.files)
     if params.tokenizer.model:
         inputs.append(Path(params.tokenizer.model))
-    tokenizer = make_tokenizer(params, corpus, directory / TOKENIZER)
-    stage.log.event("tokenizer", vocabulary=tokenizer.vocabulary)
-    shards, dropped = encode(
-        corpus, tokenizer, directory, params.tokenizer.shard_tokens, torch.get_num_threads()
-    )
+    with unchanged(inputs):
+        tokenizer = make_tokenizer(params, corpus, directory / TOKENIZER)
+        stage.log.event("tokenizer", vocabulary=tokenizer.vocabulary)
+        shards, dropped = encode(
+            corpus, tokenizer, directory, params.tokenizer.shard_tokens, torch.get_num_threads()
+        )
     note_dropped(stage, dropped)
     manifest = Manifest(
         directory,
@@ -107,6 +109,24 @@ def tokenized(stage: StageRun) -> tuple[Manifest, list[Path]]:
         dropped,
     )
     return manifest, inputs
+
+
+@contextmanager
+def unchanged(files: list[Path]) -> Iterator[None]:
+    """Raise InputError if one of the files has another size or time after the block than before."""
+
+    def look(path: Path) -> tuple[int, int, int]:
+        with reading(path, "put it back and run again"):
+            status = path.stat()
+            return status.st_ino, status.st_size, status.st_mtime_ns
+
+    before = [look(path) for path in files]
+    yield
+    for path, seen in zip(files, before, strict=True):
+        if look(path) != seen:
+            raise InputError(
+                f"{path}: changed while it was read", "run again once it is written to the end"
+            )
 
 
 def note_repeated(stage: StageRun, corpus: Corpus) -> None:

@@ -1,7 +1,9 @@
 """The `data` and `tokenizer` sections of params.yaml: where the text comes from, and its pieces."""
 
+import os
 import re
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +36,12 @@ class DataConfig(Settings):
         "training shards to download (source: fineweb)", "100 M tokens", ge=1
     )
 
+    @property
+    def patterns(self) -> list[str]:
+        """Globs of all files that are read."""
+        text = self.files if self.source == "files" else []
+        return [] if self.source == "fineweb" else [*text, *self.validation_files]
+
     def __post_init__(self) -> None:
         if self.source == "files":
             require(bool(self.files), "files", "is empty", "name at least one glob")
@@ -59,6 +67,11 @@ def require_readable(key: str, patterns: list[str]) -> None:
             f"{pattern} names files of unknown kind",
             f"name files that end in {', '.join(TEXT_SUFFIXES)}",
         )
+
+
+def matching(pattern: str) -> list[str]:
+    """The names that a pattern stands for, sorted; the name of a file stands for itself alone."""
+    return [pattern] if os.path.lexists(pattern) else sorted(glob(pattern, recursive=True))
 
 
 @dataclass(frozen=True)

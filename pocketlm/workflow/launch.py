@@ -31,7 +31,7 @@ from model.runtime.files import SIDECAR, read_json, write_json
 from model.runtime.lock import held
 from pocketlm.params.load import load_params
 from pocketlm.params.paths import TOKENS
-from pocketlm.workflow import dvc_repo
+from pocketlm.workflow import corpus, dvc_repo
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
 from pocketlm.workflow.stages import RUN_LOCK, Node, node, target_name
 
@@ -227,7 +227,13 @@ def main() -> None:
         if "DVC_STAGE" in os.environ:  # else who starts this has looked
             check_checkout()
         complete_environment()
-        processes = load_params().execution.processes
+        params = load_params()
+        if (changed := corpus.update(params.data)) and stage != "tokenize":
+            raise InputError(
+                f"data.files: not as tokenize has read them: {', '.join(changed)}",
+                "run again: now DVC knows, and tokenize comes first",
+            )
+        processes = params.execution.processes
         launch(target_name(stage, options.seed), 1 if options.seed is None else processes)
 
 

@@ -107,7 +107,7 @@ def _output_folders() -> Iterator[Path]:
 def _written() -> Iterator[Path]:
     """The folders in which a run makes or removes files, and the files that it opens to write."""
     cache = cache_directory()
-    yield from map(Path, (".", "dvc.lock", ".snakemake", ".dvc", ".dvc/tmp"))
+    yield from map(Path, (".", "dvc.lock", "corpus.json", ".snakemake", ".dvc", ".dvc/tmp"))
     yield from (Path(".dvc/tmp", name) for name in ("lock", "rwlock", "rwlock.lock"))
     yield from (cache, cache / "files", cache / "files/md5", cache / "runs")
     yield from (ARTIFACTS, LOGS, WORK)

@@ -18,7 +18,7 @@ from typing import Any
 from model.runtime.errors import InputError
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
-from pocketlm.workflow import dvc_repo
+from pocketlm.workflow import corpus, dvc_repo
 from pocketlm.workflow.plan import VARIABLE, Plan, explain, fetch_needed, make_plan, set_markers
 from pocketlm.workflow.plan import marker as marker
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
@@ -39,6 +39,7 @@ def begin(workflow: Any) -> Params:
         return load_params()
     check_checkout()
     params = load_params()
+    corpus.update(params.data)
     options = _options()
     wanted = {target for name in options.targets or ["report"] for target in _of(name, params)}
     forced = {target for name in options.forcerun for target in _of(name, params)}
@@ -54,6 +55,8 @@ def begin(workflow: Any) -> Params:
         print("to be restored:", ", ".join(plan.fetched), file=sys.stderr)
     if plan.reasons:
         print(explain(plan), file=sys.stderr, flush=True)
+    if str(corpus.LISTING) in plan.reasons.get("tokenize", ""):
+        print(f"text: {', '.join(corpus.since_tokenized())}", file=sys.stderr, flush=True)
     set_markers(plan)
     names = {target.partition("@")[0] for target in forced}
     names |= set(stages()) if options.forceall else set()

@@ -8,11 +8,11 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
-from glob import glob
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from model.data.config import matching
 from model.runtime.errors import InputError, reading
 
 Reader = Callable[[Path], Iterator[tuple[str, int]]]  # texts, and bytes of the file read so far
@@ -33,7 +33,7 @@ class Files:
     """
 
     def __init__(self, patterns: list[str], key: str) -> None:
-        matches = {pattern: _matches(pattern) for pattern in patterns}
+        matches = {pattern: matching(pattern) for pattern in patterns}
         for pattern, names in matches.items():
             if not names:
                 raise InputError(
@@ -66,11 +66,6 @@ def identity(path: Path) -> tuple[int, int]:
     """What all names of one file have in common: device and inode."""
     status = path.stat()
     return status.st_dev, status.st_ino
-
-
-def _matches(pattern: str) -> list[str]:
-    """The names that a pattern stands for, sorted."""
-    return [pattern] if os.path.lexists(pattern) else sorted(glob(pattern, recursive=True))
 
 
 def _require_file(path: Path, key: str) -> None:
