@@ -63,7 +63,7 @@ def main(stage: StageRun) -> None:
         training.train(batches)
 
     score = validate(stage, training.averaged_model(), documents, tokenizer)
-    publish(stage, training, score)
+    publish(stage, training, score, manifest.dropped)
 
 
 def check_batches(stage: StageRun, manifest: Manifest, stream: TokenStream) -> None:
@@ -253,8 +253,11 @@ class LossLog:
         self._shown = done
 
 
-def publish(stage: StageRun, training: Training, score: Score | None) -> None:
-    """Write checkpoint, curve and metrics; delete the state."""
+def publish(stage: StageRun, training: Training, score: Score | None, dropped: int) -> None:
+    """Write checkpoint, curve and metrics; delete the state.
+
+    dropped: documents that were left out of training because they are held out.
+    """
     if score is None:
         return
     checkpoint, curve = stage.output / "model.safetensors", stage.output / "curve.csv"
@@ -270,6 +273,7 @@ def publish(stage: StageRun, training: Training, score: Score | None) -> None:
         "startup_seconds": training.startup_seconds,
         "tokens_per_second": tokens / training.seconds,
         "peak_memory_mib": training.peak_memory,
+        "dropped_documents": dropped,
         "world_size": stage.group.size,
     }
     stage.publish(metrics, KEYS, [TOKENS / MANIFEST], [checkpoint, curve])

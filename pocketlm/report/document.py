@@ -86,11 +86,23 @@ def _opening(summary: dict[str, Any]) -> list[Block]:
             f"{_count(scored['documents'])} held-out documents: {_count(scored['tokens'])} tokens, "
             f"{_count(scored['bytes'])} bytes of text. With test-time training (TTT) they reach "
             f"{_mean_std(ttt, 'bpb')} bits per byte ({_mean_std(ttt, 'loss')} nats per token)."
+            f"{_dropped(runs)}"
         ),
         Paragraph(f"{_gain_sentence(summary)} {_verdict(summary)}"),
         Paragraph(" ".join(over) if over else "Every budget of bytes and time is kept."),
         *(Paragraph(sentence) for sentence in _too_few(summary)),
     ]
+
+
+def _dropped(runs: Sequence[dict[str, Any]]) -> str:
+    """How many documents were left out of training, a sentence if there are any."""
+    dropped = max(run["dropped_documents"] for run in runs)
+    if not dropped:
+        return ""
+    return (
+        f" {_count(dropped)} document{'s' * (dropped > 1)} of the training files stood among the "
+        "held-out ones and were not trained on."
+    )
 
 
 def _scores(summary: dict[str, Any]) -> list[Block]:

@@ -57,6 +57,7 @@ class TrainMetrics(ScoreMetrics):
     seconds: Amount
     tokens_per_second: Amount
     peak_memory_mib: Amount | None
+    dropped_documents: Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 class QuantizeMetrics(ScoreMetrics):

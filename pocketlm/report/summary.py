@@ -88,6 +88,7 @@ def _run(result: SeedResult, code_bytes: int) -> dict[str, Any]:
         **{name: {"loss": score.loss, "bpb": score.bpb} for name, score in scores.items()},
         "steps": train.steps,
         "train_tokens": train.tokens,
+        "dropped_documents": train.dropped_documents,
         "train_tokens_per_second": train.tokens_per_second,
         "ttt_tokens_per_second": ttt.tokens_per_second,
         "train_peak_memory_mib": train.peak_memory_mib,

@@ -71,6 +71,7 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
             "seconds": 599.9,
             "tokens_per_second": 9.36e6,
             "peak_memory_mib": 22_987.0,
+            "dropped_documents": 0,
         },
         quantize: {
             **scores["plain"],

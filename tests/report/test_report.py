@@ -188,6 +188,17 @@ def test_one_seed_without_a_test(run):
     assert "One seed would allow none" in Path("artifacts/report/report.md").read_text()
 
 
+def test_documents_left_out_of_training_are_said(run):
+    make(parameters())
+    assert "not trained on" not in Path("artifacts/report/report.md").read_text()
+    edit_json(TRAIN / "metrics.json", dropped_documents=1234)
+    make(parameters())
+    said = (
+        "1,234 documents of the training files stood among the held-out ones and were not trained"
+    )
+    assert said in Path("artifacts/report/report.md").read_text()
+
+
 def test_code_that_outgrew_its_reserve_fails(run):
     params, reserve, budget = parameters(), 200_000, 16_000_000
     room = budget - CODE
