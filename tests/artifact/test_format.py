@@ -199,7 +199,7 @@ def test_crafted_files_are_refused_by_name(tmp_path):
     """With correct checksums for the most part; the campaign below measures them, too."""
     source = random.Random(1)
     endless = [kind(source) for kind in (flips, cuts, mutations, coders, values)]
-    found = [*headers(), *list(giants())[:16], *list(bombs(2**20))[::3]]
+    found = [*headers(), *list(giants())[:16], *list(bombs(2**18))[::3]]
     for kind, content in [*found, *(next(cases) for cases in endless for _ in range(3))]:
         path = tmp_path / f"{kind}.pocket"
         path.write_bytes(content)
