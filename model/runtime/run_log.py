@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,37 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit of the working tree, with `+changes` if tracked files differ from it."""
+    """Commit of the working tree, with `+changes` if tracked files differ; None with a warning.
+
+    Git reads no repository of another user unless told to trust it. As this process runs the code
+    that lies in it, reading its commit adds no danger.
+    """
+    words = ["git", "-c", f"safe.directory={_work_tree()}", "describe", "--always", "--abbrev=40"]
     try:
-        run = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
-        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        run = subprocess.run(
+            [*words, "--exclude=*", "--dirty=+changes"], capture_output=True, text=True, check=True
+        )
+        return run.stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+        _warn_of_no_commit(said)
         return None
+
+
+def _work_tree() -> Path:
+    """The folder of the git repository that holds the current directory."""
+    here = Path.cwd()
+    return next((place for place in (here, *here.parents) if (place / ".git").exists()), here)
+
+
+@cache
+def _warn_of_no_commit(reason: str) -> None:
+    """Say once that results will not name the code that has made them."""
+    repair = "install git, and commit the code (`git init && git add --all && git commit`)"
+    if "dubious ownership" in reason:
+        repair = f"`git config --global --add safe.directory {_work_tree()}`"
+    print(
+        f"warning: the provenance names no commit: {reason}\n  repair: {repair}, and run again",
+        file=sys.stderr,
+        flush=True,
+    )

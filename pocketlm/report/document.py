@@ -379,6 +379,14 @@ def _provenance(summary: dict[str, Any]) -> list[Block]:
     ]
     commits = {origin["commit"] for origin in origins}
     blocks: list[Block] = [Table(["step", "seeds", "commit", "processes", "versions"], rows)]
+    if None in commits:
+        nameless = ", ".join(dict.fromkeys(o["step"] for o in origins if o["commit"] is None))
+        blocks.append(
+            Paragraph(
+                f"The provenance is incomplete: git named no commit when these ran: {nameless}. "
+                "Which code made their results is not recorded."
+            )
+        )
     if len(commits) > 1:
         blocks.append(
             Paragraph(

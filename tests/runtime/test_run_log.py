@@ -1,9 +1,11 @@
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from model.runtime.errors import InputError, user_errors
-from model.runtime.run_log import RunLog, read_log
+from model.runtime.run_log import RunLog, _warn_of_no_commit, environment, read_log
 from steps.common import run
 
 ROOT = Path(__file__).parents[2]
@@ -69,3 +71,62 @@ def test_a_step_that_fails_says_so_in_its_log(tmp_path, monkeypatch, error, repa
     (line,) = read_log(".work/fail/seed1/log.jsonl", "error")
     assert line["kind"] == type(error).__name__
     assert line["repair"] == repair
+
+
+GIT = ["git", "-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A git repository with one commit and a folder in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    _warn_of_no_commit.cache_clear()
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/file").write_text("text")
+    for words in (["init", "-q"], ["add", "--all"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*GIT, *words], check=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("folder", [".", "inner"])
+def test_the_commit_of_another_users_repository_is_named(repository, monkeypatch, folder, capsys):
+    monkeypatch.chdir(repository / folder)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own way to test this
+    assert subprocess.run(["git", "describe", "--always"], capture_output=True).returncode
+    commit = environment()["commit"]
+    assert len(commit) == 40
+    (repository / "inner/file").write_text("other")
+    assert environment()["commit"] == f"{commit}+changes"
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("no git", ("install git",)),
+        ("no repository", ("not a git repository", "git init")),
+        ("no commit", ("warning: the provenance names no commit",)),
+        ("old git", ("dubious ownership", "git config --global --add safe.directory")),
+    ],
+)
+def test_a_commit_that_cannot_be_named_is_said_once(repository, monkeypatch, kind, words, capsys):
+    if kind == "no git":
+        monkeypatch.setenv("PATH", "")
+    elif kind == "old git":  # which does not read this setting from its command line
+        script = repository / "bin/git"
+        script.parent.mkdir()
+        script.write_text(
+            "#!/bin/sh\necho \"fatal: detected dubious ownership in repository at '/x'\" >&2\n"
+            "exit 128\n"
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", str(script.parent), prepend=":")
+    else:
+        shutil.rmtree(repository / ".git")
+        if kind == "no commit":
+            subprocess.run([*GIT, "init", "-q"], check=True)
+    assert [environment()["commit"] for _ in range(2)] == [None, None]
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said
+    assert said.count("warning: the provenance names no commit") == 1
