@@ -9,14 +9,14 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from model.data.shards import MANIFEST, Manifest, Split
 from model.runtime.distributed import Group, process_group
-from model.runtime.errors import user_errors
+from model.runtime.errors import InputError, user_errors
 from model.runtime.files import SIDECAR, write_bytes, write_json
 from model.runtime.lock import held
 from model.runtime.process import end_with_launcher
@@ -169,7 +169,8 @@ def run(name: str, main: Callable[[StageRun], None], seeded: bool = True) -> Non
                 main(stage)
         except Exception as error:
             problem, repair = getattr(error, "problem", str(error)), getattr(error, "repair", None)
-            stage.log.event("error", kind=type(error).__name__, problem=problem, repair=repair)
+            with suppress(InputError):  # its disk may be full
+                stage.log.event("error", kind=type(error).__name__, problem=problem, repair=repair)
             raise
 
 

@@ -6,6 +6,7 @@ written under `.work/` and moved when all are complete, the manifest last.
 """
 
 import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -25,7 +26,7 @@ from model.data.sources.docstrings import unpinned_packages
 from model.data.sources.fineweb import fetch_published, open_published
 from model.data.tokenizer import Tokenizer, check_vocabulary, normalizer, train_tokenizer
 from model.runtime.errors import InputError, reading
-from model.runtime.files import sha256, write_bytes
+from model.runtime.files import link_file, sha256, write_bytes, writing
 from model.runtime.progress import progress
 from pocketlm.params.params import Params
 from pocketlm.params.paths import TOKENS
@@ -259,12 +260,24 @@ def require_documents(data: DataConfig, train: int, validation: int, dropped: in
 
 def publish(manifest: Manifest, output: Path) -> None:
     """Move the files to `output` in place of those of an earlier run, the manifest last."""
-    output.mkdir(parents=True, exist_ok=True)
-    for old in [output / MANIFEST, *output.glob("*.bin")]:
-        old.unlink(missing_ok=True)
     path = manifest.save()
-    for file in [manifest.tokenizer, *manifest.validation, *manifest.train, path]:
-        shutil.move(file, output / file.name)
+    files = [manifest.tokenizer, *manifest.validation, *manifest.train, path]
+    place = output.with_name(f".{output.name}")  # on its file system, where renaming cannot fail
+    shutil.rmtree(place, ignore_errors=True)
+    with writing(output):
+        place.mkdir(parents=True)
+        output.mkdir(exist_ok=True)
+    try:
+        for file in files:
+            link_file(file, place / file.name)
+        for old in [output / MANIFEST, *output.glob("*.bin")]:
+            old.unlink(missing_ok=True)
+        for file in files:
+            os.replace(place / file.name, output / file.name)
+    finally:
+        shutil.rmtree(place)
+    for file in files:
+        file.unlink()
 
 
 if __name__ == "__main__":

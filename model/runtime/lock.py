@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from model.runtime.files import writing
+
 
 @contextmanager
 def held(path: Path, waiting: str) -> Iterator[None]:
     """Hold the lock file `path` for the block; while another process has it, say so and wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")  # noqa: SIM115
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

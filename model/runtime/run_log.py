@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from model.runtime.errors import reading
+from model.runtime.files import writing
 
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "snakemake", "dvc")
 
@@ -38,12 +39,13 @@ class RunLog:
         self._file = None
         if path is None:
             return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = first_lines(path, keep_lines) if keep_lines else []
-        self._file = path.open("wb")
-        self._file.writelines(kept)
-        self._file.flush()
+        self._path = path = Path(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = first_lines(path, keep_lines) if keep_lines else []
+            self._file = path.open("wb")
+            self._file.writelines(kept)
+            self._file.flush()
         self.lines = len(kept)
 
     def event(self, event: str, /, **values: Any) -> None:
@@ -51,8 +53,9 @@ class RunLog:
         if self._file is None:
             return
         line = {"event": event, "seconds": round(time.perf_counter() - self.started, 4), **values}
-        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
         self.lines += 1
 
     def start(self, stage: str, params: Mapping[str, Any], **values: Any) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from model.runtime.errors import InputError
-from model.runtime.files import write_bytes, write_json
+from model.runtime.files import write_bytes, write_json, writing
 from model.runtime.lock import is_held
 from pocketlm.workflow.preconditions import dvc_option
 from pocketlm.workflow.stages import RUN_LOCK, covers, node
@@ -86,6 +86,9 @@ def repository() -> "Iterator[Repo]":
             f"{place}/repo: DVC's notes on files that it has hashed are damaged ({error})",
             f"`rm -r {place}/repo` and run again: DVC hashes the files anew",
         ) from error
+    except OSError as error:
+        with writing(error.filename or LOCK_COPY.parent):
+            raise
     except DvcException as error:
         problem = ": ".join(str(cause) for cause in _chain(error) if str(cause))
         raise InputError(f"dvc: {problem}", "make `dvc status` work, then run again") from error

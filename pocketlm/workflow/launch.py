@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from model.runtime.errors import InputError, user_errors
-from model.runtime.files import SIDECAR, read_json, write_json
+from model.runtime.files import SIDECAR, link_file, read_json, write_json
 from model.runtime.lock import held
 from pocketlm.params.load import load_params
 from pocketlm.params.paths import TOKENS
@@ -89,9 +89,13 @@ def keep(one: Node, inputs: dict[str, Any]) -> None:
     """Link the outputs of a run, which costs no space, as DVC may remove them unrecorded."""
     place = one.work / FINISHED
     shutil.rmtree(place, ignore_errors=True)
-    for out in one.outs:
-        _link(Path(out), place / out)
-    write_json(place / RECORD, {"inputs": inputs, "files": _files(place)})
+    try:
+        for out in one.outs:
+            _link(Path(out), place / out)
+        write_json(place / RECORD, {"inputs": inputs, "files": _files(place)})
+    except (InputError, OSError, shutil.Error) as error:  # another file system, which is full
+        print(f"note: {one.target}: no second copy is kept: {error}", file=sys.stderr)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def put_back(one: Node, inputs: dict[str, Any]) -> bool:
@@ -142,16 +146,9 @@ def _link(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, target, copy_function=_link_file)
+        shutil.copytree(source, target, copy_function=link_file)
     elif source.exists():
-        _link_file(source, target)
-
-
-def _link_file(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
+        link_file(source, target)
 
 
 def run(one: Node, processes: int) -> None:

@@ -307,8 +307,25 @@ def test_a_bad_parquet_file_is_named():
         run_step()
 
 
-@pytest.mark.parametrize("writes", [2, 3, 5])
-def test_a_full_disk_leaves_the_earlier_result(monkeypatch, writes):
+def no_link(*paths):
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
+def test_tokens_are_published_to_another_file_system(monkeypatch):
+    run_step()
+    before = files(OUTPUT)
+    monkeypatch.setattr(os, "link", no_link)
+    run_step()
+    assert files(OUTPUT) == before
+    assert not [name for name in files() if name.endswith(".part") or "/." in name]
+
+
+@pytest.mark.parametrize(
+    ("writes", "crossing"), [(2, False), (5, False), (6, True), (7, True), (8, True), (9, True)]
+)
+def test_a_full_disk_leaves_the_earlier_result(monkeypatch, writes, crossing):
+    if crossing:
+        monkeypatch.setattr(os, "link", no_link)
     run_step()
     before = files(OUTPUT)
     fsync, count = os.fsync, 0
@@ -325,6 +342,7 @@ def test_a_full_disk_leaves_the_earlier_result(monkeypatch, writes):
         run_step("tokenizer.shard_tokens=4000")
     assert files(OUTPUT) == before
     assert not [name for name in files() if name.endswith(".part")]
+    assert not OUTPUT.with_name(".tokens").exists()
 
 
 def test_the_command_line_reports_bad_input_in_two_lines():
