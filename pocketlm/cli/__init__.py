@@ -8,7 +8,7 @@ InputError is shown as `error: problem` and `repair: what to do`, and ends with 
 import typer
 
 from model.runtime.errors import user_errors
-from pocketlm.cli import accept, preset, readme, sweep
+from pocketlm.cli import accept, preset, readme, submission, sweep
 
 app = typer.Typer(
     help="Presets, sweeps and recorded results; steps are run by Snakemake or DVC.",
@@ -16,6 +16,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (preset, sweep, accept, readme):
+for command in (preset, sweep, accept, readme, submission):
     name = command.__name__.rpartition(".")[2]
     app.command(name)(user_errors(status=1)(command.main))

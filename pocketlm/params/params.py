@@ -25,6 +25,7 @@ from model.runtime.settings import Settings, require, setting
 from model.training.config import TrainConfig
 from model.ttt.config import TTTConfig
 from pocketlm.report.config import ReportConfig
+from pocketlm.submission.config import SubmissionConfig
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -43,6 +44,7 @@ class Params(Settings):
     evaluate: EvaluateConfig
     ttt: TTTConfig
     report: ReportConfig
+    submission: SubmissionConfig
     ops: OpsConfig
 
     def __post_init__(self) -> None:

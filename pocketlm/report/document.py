@@ -25,7 +25,7 @@ def report(summary: dict[str, Any]) -> list[Block]:
         Heading(2, "Scores by seed"),
         *_scores(summary),
         Heading(2, "Significance"),
-        *_significance(summary),
+        *significance(summary),
         Heading(2, "Training"),
         _loss_figure(),
         Heading(2, "What test-time training gains, and where"),
@@ -132,7 +132,8 @@ def _scores(summary: dict[str, Any]) -> list[Block]:
     return [*tables, note, sizes]
 
 
-def _significance(summary: dict[str, Any]) -> list[Block]:
+def significance(summary: dict[str, Any]) -> list[Block]:
+    """The test, its numbers, and how far it can be relied upon."""
     if summary["test"] is None:
         reason = "`report.baseline` is `none`: no test was asked for."
         if len(summary["runs"]) == 1:

@@ -108,6 +108,7 @@ class TTTMetrics(ScoreMetrics):
 class Provenance(Metrics):
     """What the report says of the run that made a result; hashes by file."""
 
+    time: str
     commit: str | None
     device: str
     world_size: Count

@@ -49,6 +49,7 @@ def summarize(results: Sequence[SeedResult], params: Params, code_bytes: int) ->
         },
         "size": size,
         "test": _test(params.report, runs),
+        "finished": max(result.provenance["ttt_eval"].time for result in results),
         "context": [params.model.sequence_length, params.evaluate.sliding_stride],
         "runs": runs,
         "stages": _stages(results, params.report),
