@@ -70,8 +70,14 @@ def recorded(
 ) -> dict[Path, Recorded]:
     """What the sidecar of `target` says of files; root: the folder it was run in, default here.
 
-    Raises InputError if the sidecar is damaged, or does not name them: then it is of another run.
+    Raises InputError if one is absent, or if the sidecar is damaged, or does not name them: then it
+    is of another run.
     """
+    if absent := [str(file) for file in files if not file.exists()]:
+        repair = (
+            f"`snakemake report --cores all` restores it or makes it; alone: `dvc repro {target}`"
+        )
+        raise InputError(f"{', '.join(absent)}: no such file", repair)
     outputs = read_provenance(sidecar, target)["outputs"]
     found = {file: outputs.get(str(file.relative_to(root) if root else file)) for file in files}
     if foreign := [str(file) for file, digest in found.items() if digest is None]:

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from pocketlm.params.load import load_params
 from pocketlm.params.paths import TOKENS
 from pocketlm.workflow import corpus, dvc_repo
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
-from pocketlm.workflow.stages import RUN_LOCK, Node, node, target_name
+from pocketlm.workflow.stages import RUN_LOCK, Node, node, stages, target_name
 
 FINISHED = "finished"  # in `Node.work`: what the last run has made, and what it had read
 RECORD = "record.json"
@@ -230,8 +231,23 @@ def main() -> None:
                 f"data.files: not as tokenize has read them: {', '.join(changed)}",
                 "run again: now DVC knows, and tokenize comes first",
             )
-        processes = params.execution.processes
-        launch(target_name(stage, options.seed), 1 if options.seed is None else processes)
+        one = node(chosen(stage, options.seed, params.seeds))
+        launch(one.target, 1 if one.seed is None else params.execution.processes)
+
+
+def chosen(stage: str, seed: int | None, seeds: Sequence[int]) -> str:
+    """The target of a call: of the seed named, or of the stage that DVC has started.
+
+    DVC puts commands together before anything has looked at params.yaml, and a shell reads them: so
+    they hold no value of it, and DVC names the stage in the environment (`train@0`).
+    """
+    if seed is not None or "matrix" not in stages().get(stage, {}):
+        return target_name(stage, seed)
+    started = os.environ.get("DVC_STAGE", "").rpartition(":")[2]
+    targets = [target_name(stage, one) for one in seeds]
+    if started not in targets:
+        raise InputError(f"{stage}: of which seed?", f"--seed N, one of {seeds}")
+    return started
 
 
 if __name__ == "__main__":

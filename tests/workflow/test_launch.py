@@ -1,5 +1,7 @@
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,9 @@ from torch.distributed.elastic.utils.logging import get_logger
 from model.runtime.distributed import require_gpus
 from model.runtime.errors import InputError
 from pocketlm.params.presets import compose, render
-from pocketlm.workflow.launch import main
+from pocketlm.workflow.launch import chosen, main
 from pocketlm.workflow.torchrun import torchrun
+from tests.helpers.checkout import Checkout
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,10 +61,54 @@ def test_the_number_of_processes_is_that_of_the_parameters(
     monkeypatch.setattr("pocketlm.workflow.launch.launch", lambda *call: calls.append(call))
     settings = ["execution.processes=4", "train.tokens_per_microbatch=256"]
     (tmp_path / "params.yaml").write_text(render(compose("demo", settings, ROOT / "conf")))
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["launch", "-m", "steps.train", "--seed", "7"])
     main()
     assert calls == [("train@7", 4)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "seed", "started", "target"),
+    [
+        ("train", None, "train@7", "train@7"),
+        ("train", None, "../dvc.yaml:train@7", "train@7"),
+        ("train", 0, "train@7", "train@0"),
+        ("report", None, "report", "report"),
+        ("report", None, "", "report"),
+    ],
+)
+def test_the_stage_is_the_one_that_dvc_has_started(
+    monkeypatch: pytest.MonkeyPatch, stage: str, seed: int | None, started: str, target: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DVC_STAGE", started)
+    assert chosen(stage, seed, [0, 7]) == target
+
+
+@pytest.mark.parametrize("started", ["", "train", "train@8", "quantize@7", "train@0 ; touch x"])
+def test_a_stage_of_no_seed_is_refused(monkeypatch: pytest.MonkeyPatch, started: str) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DVC_STAGE", started)
+    with pytest.raises(InputError, match="of which seed"):
+        chosen("train", None, [0, 7])
+
+
+HOSTILE = ["0 ; touch x", "$(touch x)", "`touch x`", "0' ; touch x '", '0" ; touch x ; "']
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("key", ["seeds", "execution.processes"])
+@pytest.mark.parametrize("value", [*HOSTILE, "/../../../x", "0\ntouch x"])
+def test_no_value_of_the_parameters_reaches_a_shell(
+    checkout: Checkout, engine: list[str], key: str, value: str
+) -> None:
+    text = json.dumps(value)
+    checkout.set(key, f"[{text}, 1]" if key == "seeds" else text)
+    said = checkout.run(*engine, succeeds=False)
+    assert not list(checkout.path.rglob("x"))
+    assert not (checkout.path.parent / "x").exists()
+    assert key in said or "dvc" in engine
 
 
 def test_the_launcher_keeps_quiet_whatever_level_its_loggers_have(monkeypatch):
