@@ -77,6 +77,7 @@ def test_a_sidecar_of_another_shape_is_refused(tmp_path: Path, content: object) 
 
 
 def test_the_sidecar_of_another_seed_is_refused(sidecar: Path) -> None:
+    (sidecar.parent / "other").write_text("")
     with pytest.raises(InputError, match=r"does not name .*other: it belongs to another seed"):
         recorded(sidecar, "train@1", [sidecar.parent / "other"])
 
@@ -102,6 +103,9 @@ def test_a_file_with_a_flipped_bit_is_named_with_its_repair(
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="gone: no such file"):
         require_recorded({tmp_path / "gone": Recorded("", "train@0")})
+    with pytest.raises(InputError, match="gone: no such file") as error:
+        recorded(tmp_path / "provenance.json", "train@0", [tmp_path / "gone"])
+    assert "dvc repro train@0" in error.value.repair
 
 
 def _read(group: Group, place: Path) -> str:
