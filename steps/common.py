@@ -145,10 +145,12 @@ class StageRun:
 def load_tokens(*splits: Split) -> tuple[Manifest, dict[Path, Recorded]]:
     """The manifest of the tokens, and what is recorded of the shards of some splits.
 
+    The shards of other splits are not opened.
+
     Raises InputError if the manifest or the tokenizer is not what the stage tokenize wrote.
     """
     require_recorded(recorded(TOKENS.parent / SIDECAR, "tokenize", [TOKENS / MANIFEST]))
-    manifest = Manifest.load(TOKENS)
+    manifest = Manifest.load(TOKENS, splits)
     return manifest, manifest.recorded(*splits)
 
 

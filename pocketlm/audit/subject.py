@@ -23,7 +23,7 @@ WAYS = (*WITHOUT_ADAPTATION, TTT)
 SEED = 20240520  # of what the audit chooses at random
 SAMPLE = 3  # documents of the experiments
 WINDOWS = 2  # to which these are cut, in units of model.sequence_length
-MEMORY = 2**31  # bytes of adapters at once on a CPU
+MEMORY = 2**28  # bytes that adapters may take at once in the black box
 Losses = list[np.ndarray]
 
 # Largest difference of losses that the order of sums may make, in nats, by device. Of one token;

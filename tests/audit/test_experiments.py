@@ -16,7 +16,7 @@ from model.ttt.loop import Session
 from model.ttt.per_document_optimizer import DocumentParameters
 from pocketlm.audit import subject as audited
 from pocketlm.audit.checks import CHECKS, failed
-from pocketlm.audit.experiments import experiments
+from pocketlm.audit.experiments import Experiments
 from tests.helpers.audit import small_subject
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -29,7 +29,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_clean_evaluation_passes_all_experiments(tmp_path: Path, mode: str) -> None:
-    checks = experiments(small_subject(tmp_path, *MODES[mode]))
+    checks = list(Experiments(small_subject(tmp_path, *MODES[mode])).checks())
     assert not failed(checks), [check.problems for check in checks]
     names = [check.name for check in checks]
     assert names == [name for name in CHECKS if name in names]
@@ -159,5 +159,5 @@ def test_a_planted_violation_is_named(
 ) -> None:
     subject = small_subject(tmp_path, *MODES["window"])
     plant(monkeypatch)
-    checks = experiments(subject)
+    checks = list(Experiments(subject).checks())
     assert set(failed(checks)) == PLANTS[plant], [check.problems for check in checks]

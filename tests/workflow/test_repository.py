@@ -28,7 +28,7 @@ PAGES = [
 COMMANDS = vars(typer.main.get_command(app))["commands"]
 BANNED = {"brotli", "constriction", "dvc", "hydra", "matplotlib", "pandas", "pyarrow", "pydantic"}
 BANNED |= {"rich", "safetensors", "scipy", "sentencepiece", "snakemake", "typer", "zstandard"}
-STEPS = ["tokenize", "train", "quantize", "evaluate", "ttt_eval", "report"]
+STEPS = ["tokenize", "train", "quantize", "evaluate", "ttt_eval", "report", "audit"]
 
 
 @pytest.fixture(autouse=True)
