@@ -141,7 +141,7 @@ def network(trace: Trace) -> Check:
     problems += [f"starts {start}" for start in foreign[:3]]
     started = sorted({_tool(start) for start in trace.starts})
     evidence = (
-        f"{len(trace.network)} events of sockets, {len(trace.reads) + len(trace.writes)} of files; "
+        f"{len(trace.network)} events of sockets by the audit hook, which saw files being opened; "
         f"programs started: {', '.join(started) or 'none'}"
     )
     return Check("network", evidence, tuple(problems))
@@ -170,8 +170,8 @@ def files(trace: Trace, folder: Path, given: Sequence[str], repository: Path) ->
     problems = [f"reads {path}" for path in foreign[:5]]
     used = sorted(Path(real).name for real in read.values() if real in known)
     evidence = (
-        f"of {len(trace.reads)} files read, outside of Python, its packages, the system and caches "
-        f"of compilers: {', '.join(used)}; the folder held {', '.join(given)}"
+        "read, besides Python, its packages, the system and caches of compilers: "
+        f"{', '.join(used)}; the folder held {', '.join(given)}"
     )
     return Check("files", evidence, tuple(problems))
 
