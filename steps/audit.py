@@ -96,11 +96,12 @@ class Audit:
             read_json(records.place(stage, seed) / "metrics.json") for stage in records.STAGES
         )
         logs = {stage: records.log_of(stage, seed) for stage in records.STAGES}
-        budget = self.params.report
+        training = self.params.report.train_budget_seconds
+        evaluation = self.params.report.evaluate_budget_seconds
         yield byte_budget(artifact, self.bundle, quantize)
-        yield training_clock(train, quantize, logs["train"], budget.train_budget_seconds)
+        yield training_clock(train, quantize, logs["train"], training)
         yield training_data(logs)
-        yield evaluation_clock(ttt, evaluate, logs["ttt_eval"], budget.evaluate_budget_seconds)
+        yield evaluation_clock(ttt, evaluate, logs["ttt_eval"], evaluation)
         yield records.hashes(seed)
         yield records.logs(seed)
 
