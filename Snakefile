@@ -1,7 +1,7 @@
 """The order of the stages and their resources.
 
-tokenize > train > quantize > evaluate, ttt_eval > report, audit; of the two evaluations neither waits
-for the other. Only `snakemake audit` asks for the audit.
+tokenize > train > quantize > evaluate, ttt_eval > report, audit > submission; of the two evaluations
+neither waits for the other. Only `snakemake audit` and `snakemake submission` ask for the audit.
 
 What a stage runs, reads and writes is defined in dvc.yaml alone, and DVC decides by content what is
 stale. The rules' inputs and outputs are markers without content (pocketlm/workflow/plan.py): one is
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from model.runtime.errors import InputError
 from pocketlm.workflow.scheduler import (
+    GOALS,
     begin,
     is_forced,
     is_shown,
@@ -168,3 +169,12 @@ rule audit:
         "audit: artifacts/audit/audit.md"
     shell:
         reproduce("audit", seeded=False, processes=1)
+
+
+rule submission:
+    input:
+        [markers_of(stage, SEEDS) for stage in GOALS["submission"]],
+    message:
+        "submission: a folder below records/"
+    shell:
+        "python -m pocketlm submission"
