@@ -7,49 +7,11 @@ result is recorded. Stages that share a machine get GPUs of their own.
 
 import argparse
 import os
-import subprocess
-import time
-from pathlib import Path
-from typing import TextIO
 
 from model.runtime.errors import user_errors
-from model.runtime.lock import try_lock
+from pocketlm.workflow.gpus import claim_gpus
 from pocketlm.workflow.launch import launch
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
-
-
-def claim_gpus(count: int, directory: Path = Path(".work/gpus")) -> list[TextIO]:
-    """Wait for `count` GPUs that no other step of this checkout holds and make only them visible.
-
-    They are held until the returned files are closed. Nothing is claimed where there are no more
-    than `count` GPUs: then steps cannot run side by side, or the step itself says what is missing.
-    """
-    gpus = visible_gpus()
-    if count == 0 or len(gpus) <= count:
-        return []
-    directory.mkdir(parents=True, exist_ok=True)
-    while True:
-        held = [(gpu, file) for gpu in gpus if (file := try_lock(directory / f"{gpu}.lock"))]
-        for _, file in held[count:]:
-            file.close()
-        if len(held) >= count:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for gpu, _ in held[:count])
-            return [file for _, file in held[:count]]
-        for _, file in held:
-            file.close()
-        time.sleep(1)
-
-
-def visible_gpus() -> list[str]:
-    """Names by which CUDA_VISIBLE_DEVICES addresses the GPUs this process may use."""
-    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in given.split(",") if gpu.strip()]
-    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-    try:
-        listing = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return listing.split()
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from pocketlm.workflow import corpus, dvc_repo
 from pocketlm.workflow.plan import VARIABLE, Plan, explain, fetch_needed, make_plan, set_markers
 from pocketlm.workflow.plan import marker as marker
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
-from pocketlm.workflow.reproduce import visible_gpus
+from pocketlm.workflow.gpus import visible_gpus
 from pocketlm.workflow.stages import seeds_of, stages, target_name, upstream
 
 FORCED = "forced.json"  # in the folder of markers
