@@ -31,9 +31,9 @@ class DataConfig(Settings):
         ge=0,
         le=1,
     )
-    docstring_megabytes: float = setting("stop collecting documentation here", "MB", gt=0)
+    docstring_megabytes: float = setting("stop collecting documentation here", "MB", gt=0, le=1e6)
     fineweb_shards: int = setting(
-        "training shards to download (source: fineweb)", "100 M tokens", ge=1
+        "training shards to download (source: fineweb)", "100 M tokens", ge=1, le=100_000
     )
 
     @property
@@ -81,6 +81,6 @@ class TokenizerConfig(Settings):
     model: str | None = setting(
         "a given SentencePiece model, a file in tokenizers/; null: train one"
     )
-    vocabulary: int = setting("pieces; the published vocabulary has 1024", "tokens", ge=1)
-    training_megabytes: float = setting("text the tokenizer is trained on", "MB", gt=0)
-    shard_tokens: int = setting("tokens per shard file", "tokens", ge=1)
+    vocabulary: int = setting("pieces; the published vocabulary has 1024", "tokens", ge=1, le=2**18)
+    training_megabytes: float = setting("text the tokenizer is trained on", "MB", gt=0, le=1e6)
+    shard_tokens: int = setting("tokens per shard file", "tokens", ge=1, le=2**31 - 1)

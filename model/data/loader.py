@@ -12,7 +12,6 @@ so that a step sees the same tokens for any number of processes.
 
 import queue
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,10 +29,7 @@ Batch = tuple[Tensor, Tensor, Documents]
 
 
 class TokenStream:
-    """The shards as one cyclic stream with random access; `total` tokens before it repeats.
-
-    last_read: when a span was last read, in seconds of `time.perf_counter`.
-    """
+    """The shards as one cyclic stream with random access; `total` tokens before it repeats."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         if not paths:
@@ -41,7 +37,6 @@ class TokenStream:
         self._shards = [read_shard(path) for path in paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self.total = int(self._ends[-1])
-        self.last_read = time.perf_counter()
 
     def span(self, index: int, length: int) -> np.ndarray:
         """Return tokens [i * length, i * length + length] of the stream for i = index.
@@ -56,9 +51,7 @@ class TokenStream:
             parts.append(part)
             missing -= len(part)
             start = (start + len(part)) % self.total
-        span = np.concatenate(parts)
-        self.last_read = time.perf_counter()
-        return span
+        return np.concatenate(parts)
 
 
 def pack_span(tokens: np.ndarray, sequence_length: int) -> list[int]:

@@ -27,7 +27,9 @@ class ModelConfig(Settings):
     sequence_length: int = setting(
         "documents are cut here in training and evaluation", "tokens", ge=1, le=2**24
     )
-    rope_width: int = setting("dimensions of a head that are rotated; 0 = off", "values", ge=0)
+    rope_width: int = setting(
+        "dimensions of a head that are rotated; 0 = off", "values", ge=0, le=1024
+    )
     rope_base: float = setting(
         "pair i is rotated by rope_base^(-2i/rope_width) radians per token",
         gt=0,
@@ -69,6 +71,7 @@ class ModelConfig(Settings):
         "layers from this on have two residual lanes, for attention and MLP; null = off",
         off=None,
         ge=0,
+        le=256,
     )
     output_gate: bool = setting("gate each head's output by the block's input", off=False)
 
@@ -119,6 +122,9 @@ class ModelConfig(Settings):
             f"{self.rope_width} is odd or larger than head_width ({self.head_width})",
             "choose an even number up to head_width",
         )
+        for key, most in (("value_layers", self.layers), ("layer_order", 1024)):
+            listed = len(getattr(self, key))
+            require(listed <= most, key, f"lists {listed} layers", f"list at most {most}")
         require(
             set(self.value_layers) <= set(range(self.layers)),
             "value_layers",

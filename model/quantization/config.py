@@ -11,22 +11,29 @@ class QuantizeConfig(Settings):
     """GPTQ, compression and the byte budget."""
 
     budget_bytes: int = setting(
-        "code + artifact, decimal; weights are rounded as finely as it allows", "bytes", ge=1
+        "code + artifact, decimal; weights are rounded as finely as it allows",
+        "bytes",
+        ge=1,
+        le=10**12,
     )
     code_reserve_bytes: int = setting(
-        "left free for the code, whose real size the report counts", "bytes", ge=0
+        "left free for the code, whose real size the report counts", "bytes", ge=0, le=10**12
     )
-    calibration_sequences: int = setting("documents the model writes for its own calibration", ge=1)
-    calibration_tokens: int = setting("length of each of them", "tokens", ge=1)
-    calibration_temperature: float = setting("of the sampling", gt=0)
-    calibration_seed: int = setting("of the sampling, here and for sensitivities", ge=0)
-    damping: float = setting("added to the Hessian's diagonal", "share of its mean", gt=0)
-    block_columns: int = setting("columns GPTQ solves at once", "columns", ge=1)
+    calibration_sequences: int = setting(
+        "documents the model writes for its own calibration", ge=1, le=10**6
+    )
+    calibration_tokens: int = setting("length of each of them", "tokens", ge=1, le=2**24)
+    calibration_temperature: float = setting("of the sampling", gt=0, le=1e3)
+    calibration_seed: int = setting(
+        "of the sampling, here and for sensitivities", ge=0, le=2**32 - 1
+    )
+    damping: float = setting("added to the Hessian's diagonal", "share of its mean", gt=0, le=1e6)
+    block_columns: int = setting("columns GPTQ solves at once", "columns", ge=1, le=2**16)
     compressors: list[Literal["lzma", "zstd", "brotli"]] = setting(
         "tried on what is not codes, which are range-coded; the smallest result wins"
     )
     validation_documents: int | None = setting(
-        "validation documents scored with the artifact, evenly spaced; null = all", ge=1
+        "validation documents scored with the artifact, evenly spaced; null = all", ge=1, le=10**9
     )
 
     def __post_init__(self) -> None:

@@ -13,24 +13,26 @@ from model.runtime.settings import Settings, setting
 class ExecutionConfig(Settings):
     """How a run is executed: no result depends on it, no stage becomes stale."""
 
-    processes: int = setting("per stage; one GPU each if there are GPUs", ge=1)
-    log_every: int = setting("training steps between lines of the log", "steps", ge=1)
+    processes: int = setting("per stage; one GPU each if there are GPUs", ge=1, le=4096)
+    log_every: int = setting("training steps between lines of the log", "steps", ge=1, le=10**9)
     save_every_seconds: float = setting(
-        "between saves of the training state for resuming", "s", gt=0
+        "between saves of the training state for resuming", "s", gt=0, le=1e9
     )
     compile: bool = setting("compile the model on CUDA, before the clock; CPUs always run eagerly")
     cuda_graphs: bool = setting("capture and replay chunks of TTT and calibration tokens (CUDA)")
     evaluation_tokens: int = setting(
-        "packed tokens run at once where nothing is trained", "tokens", ge=1
+        "packed tokens run at once where nothing is trained", "tokens", ge=1, le=2**30
     )
     ttt_documents: int = setting(
         "largest batch of documents in TTT; on CUDA smaller if memory does not suffice",
         "documents",
         ge=1,
+        le=2**20,
     )
     ttt_tokens: int = setting(
         "upper bound of a TTT batch's tokens per forward pass: fewer documents where windows are "
         "long",
         "tokens",
         ge=1,
+        le=2**30,
     )

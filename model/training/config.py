@@ -9,35 +9,42 @@ from model.runtime.settings import Settings, require, setting
 class TrainConfig(Settings):
     """Optimization."""
 
-    steps: int = setting("upper limit of optimizer steps", "steps", ge=1)
+    steps: int = setting("upper limit of optimizer steps", "steps", ge=1, le=10**9)
     budget_seconds: float | None = setting(
-        "training clock at which to stop; null: stop at `steps`, schedule by steps", "s", gt=0
+        "training clock at which to stop; null: stop at `steps`, schedule by steps",
+        "s",
+        gt=0,
+        le=1e9,
     )
     tokens_per_step: int = setting(
-        "batch of one optimizer step, all processes together", "tokens", ge=1
+        "batch of one optimizer step, all processes together", "tokens", ge=1, le=2**30
     )
-    tokens_per_microbatch: int = setting("flat span one process takes at once", "tokens", ge=1)
+    tokens_per_microbatch: int = setting(
+        "flat span one process takes at once", "tokens", ge=1, le=2**30
+    )
     cooldown_steps: int = setting(
-        "lr falls linearly to 0 over the last so many steps", "steps", ge=0
+        "lr falls linearly to 0 over the last so many steps", "steps", ge=0, le=10**9
     )
-    matrix_lr: float = setting("Muon, matrices of the blocks", gt=0)
-    embedding_lr: float = setting("AdamW, embedding tables", gt=0)
-    scalar_lr: float = setting("AdamW, scalars, vectors and small projections", gt=0)
+    matrix_lr: float = setting("Muon, matrices of the blocks", gt=0, le=1e6)
+    embedding_lr: float = setting("AdamW, embedding tables", gt=0, le=1e6)
+    scalar_lr: float = setting("AdamW, scalars, vectors and small projections", gt=0, le=1e6)
     muon_momentum: float = setting("Nesterov momentum after its warm-up", ge=0, lt=1)
     muon_momentum_start: float = setting("Nesterov momentum at the first step", ge=0, lt=1)
-    muon_momentum_steps: int = setting("length of the momentum warm-up", "steps", ge=0)
-    newton_schulz_steps: int = setting("iterations of the orthogonalization", ge=1)
+    muon_momentum_steps: int = setting("length of the momentum warm-up", "steps", ge=0, le=10**9)
+    newton_schulz_steps: int = setting("iterations of the orthogonalization", ge=1, le=100)
     adam_beta1: float = setting("decay of AdamW's first moment", ge=0, lt=1)
     adam_beta2: float = setting("decay of AdamW's second moment", ge=0, lt=1)
-    adam_epsilon: float = setting("added to the root of AdamW's second moment", gt=0)
+    adam_epsilon: float = setting("added to the root of AdamW's second moment", gt=0, le=1)
     recurrence_start: float = setting(
         "share of the training from which model.layer_order holds; before, each layer once",
         "share",
         ge=0,
         lt=1,
     )
-    weight_decay: float = setting("decoupled, all groups", "1/(lr*step)", ge=0)
-    gradient_clip: float | None = setting("global norm after the reduction; null = off", gt=0)
+    weight_decay: float = setting("decoupled, all groups", "1/(lr*step)", ge=0, le=1e6)
+    gradient_clip: float | None = setting(
+        "global norm after the reduction; null = off", gt=0, le=1e9
+    )
     ema_decay: float = setting("per step; the averaged weights are the result; 0 = off", ge=0, lt=1)
     qat_threshold: float = setting(
         "matrices are rounded once lr multiplier < this; 0 = off", ge=0, le=1
@@ -49,7 +56,7 @@ class TrainConfig(Settings):
         le=8,
     )
     validation_documents: int | None = setting(
-        "validation documents scored after training, evenly spaced; null = all", ge=1
+        "validation documents scored after training, evenly spaced; null = all", ge=1, le=10**9
     )
 
     def __post_init__(self) -> None:

@@ -13,40 +13,48 @@ class TTTConfig(Settings):
     mode: Literal["window", "cached"] = setting(
         "window: recompute the context for every chunk; cached: keep its keys and values"
     )
-    chunk: int = setting("tokens scored, then trained on, at a time", "tokens", ge=1)
+    chunk: int = setting("tokens scored, then trained on, at a time", "tokens", ge=1, le=2**24)
     largest_chunk: int = setting(
         "chunks double up to this while at most 1/64 of the tokens read; = chunk: constant size",
         "tokens",
         ge=1,
+        le=2**24,
     )
     bptt_chunks: int = setting(
         "truncated BPTT: preceding chunks recomputed with gradient before each chunk (mode cached)",
         "chunks",
         ge=0,
+        le=2**20,
     )
     context: int = setting(
-        "tokens a chunk's last token sees at most, chunk included", "tokens", ge=1
+        "tokens a chunk's last token sees at most, chunk included", "tokens", ge=1, le=2**24
     )
     refresh: int = setting(
         "recompute the cached context every so many chunks (mode cached); 0 = never",
         "chunks",
         ge=0,
+        le=10**9,
     )
-    steps: int = setting("optimizer steps on each chunk", "steps", ge=1)
-    rank: int = setting("of every adapter", ge=1)
+    steps: int = setting("optimizer steps on each chunk", "steps", ge=1, le=1000)
+    rank: int = setting("of every adapter", ge=1, le=2**16)
     sites: list[Literal["query", "key", "value", "attention", "mlp", "head"]] = setting(
         "q, k, v projections; branches parallel to attention and MLP; output head"
     )
-    lr: float = setting("AdamW with beta1 = 0, i.e. RMSProp", gt=0)
+    lr: float = setting("AdamW with beta1 = 0, i.e. RMSProp", gt=0, le=1e6)
     lr_decay_tokens: int = setting(
-        "lr falls as 1/(1 + position/this) inside a document; 0 = constant", "tokens", ge=0
+        "lr falls as 1/(1 + position/this) inside a document; 0 = constant",
+        "tokens",
+        ge=0,
+        le=10**9,
     )
     beta2: float = setting("decay of the second moment", ge=0, lt=1)
-    epsilon: float = setting("added to the root of the second moment", gt=0)
-    weight_decay: float = setting("decoupled", "1/(lr*step)", ge=0)
-    hash_buckets: int = setting("rows of the eval-time hash embedding; 0 = off", "rows", ge=0)
-    hash_rate: float = setting("rate of the hash embedding, times lr", gt=0)
-    seed: int = setting("of the adapters' initial A", ge=0)
+    epsilon: float = setting("added to the root of the second moment", gt=0, le=1)
+    weight_decay: float = setting("decoupled", "1/(lr*step)", ge=0, le=1e6)
+    hash_buckets: int = setting(
+        "rows of the eval-time hash embedding; 0 = off", "rows", ge=0, le=2**18
+    )
+    hash_rate: float = setting("rate of the hash embedding, times lr", gt=0, le=1e6)
+    seed: int = setting("of the adapters' initial A", ge=0, le=2**32 - 1)
 
     def __post_init__(self) -> None:
         require(

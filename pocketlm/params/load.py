@@ -8,20 +8,25 @@ as JSON: there, strict types do not ask for instances of the dataclasses.
 import dataclasses
 import difflib
 import json
+import reprlib
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
 
-from model.runtime.errors import InputError
+from model.runtime.errors import InputError, reading
 from model.runtime.settings import ImpossibleValue, Settings
 from pocketlm.params.params import Params
 from pocketlm.params.paths import BASELINES, TOKENIZERS
 from pocketlm.params.renamed import RENAMED
 
 Section = TypeVar("Section", bound=Settings)
+LARGEST_FILE, DEEPEST = 1 << 20, 20  # [bytes] and levels of a file of settings
+CORRECT = "correct it; `pocketlm preset demo --output FILE` writes one to compare with"
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
@@ -32,22 +37,48 @@ def load_params(path: str | Path = "params.yaml") -> Params:
 def read_yaml(path: str | Path, otherwise: str) -> Any:
     """Read a YAML 1.2 file like DVC (3e-4 is a number); raises InputError if it is not one.
 
+    Aliases are refused: a few lines of them stand for more than any memory holds.
     otherwise: the repair if there is no such file.
     """
-    try:
-        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"{path}: no such file", otherwise) from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}", "correct the line named") from error
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file", otherwise)
+    with reading(path, CORRECT):
+        if (size := Path(path).stat().st_size) > LARGEST_FILE:
+            raise InputError(f"{path}: {size} bytes are no file of settings", otherwise)
+        reader = YAML(typ="safe", pure=True)
+        reader.Composer = _Composer
+        try:
+            return reader.load(Path(path).read_text(encoding="utf-8"))
+        except (YAMLError, UnicodeDecodeError) as error:
+            problem = f"{path}: not valid YAML: {error}"
+            raise InputError(problem, "correct the line named") from error
+
+
+class _Composer(Composer):
+    """Refuses aliases (`*name`), and more levels than settings have."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.parser.peek_event()
+        if isinstance(event, AliasEvent):
+            why = "aliases are not read here; write the value"
+            raise ComposerError(None, None, why, event.start_mark)
+        if self.depth > DEEPEST:
+            raise ComposerError(None, None, "too many levels", event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def check_params(values: Any, name: str) -> Params:
     """Validate a mapping read from `name`; raises InputError."""
     if not isinstance(values, dict):
         raise InputError(f"{name}: not a mapping of sections", "pocketlm preset demo")
-    params = checked(Params, values, name)
-    _check_files(params, name)
+    with reading(name, CORRECT):  # keys that are lists, names of files that cannot be names
+        params = checked(Params, values, name)
+        _check_files(params, name)
     return params
 
 
@@ -92,7 +123,7 @@ def _explain(section: type[Settings], error: ValidationError, name: str) -> tupl
             reason = "missing"
             repair = f"add {key} (see conf/record.yaml for a value)"
         else:
-            reason = f"{item['msg'].lower()}, but it is {item['input']!r}"
+            reason = f"{item['msg'].lower()}, but it is {reprlib.repr(item['input'])}"
             repair = f"correct {key}"
         problems.append(f"{name}: {key}: {reason}")
         repairs.append(repair)

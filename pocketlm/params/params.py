@@ -54,6 +54,7 @@ class Params(Settings):
 
     def _check_seeds(self) -> None:
         require(bool(self.seeds), "seeds", "is empty", "name at least two, e.g. [0, 1, 2]")
+        require(len(self.seeds) <= 1000, "seeds", f"lists {len(self.seeds)}", "name at most 1000")
         require(
             len(set(self.seeds)) == len(self.seeds),
             "seeds",

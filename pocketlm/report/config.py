@@ -12,10 +12,12 @@ class ReportConfig(Settings):
     baseline: str = setting(
         "no_ttt: this run's own models without TTT; a file in records/; or none: no test"
     )
-    margin: float = setting("the loss must be lower than the baseline by this", "nats/token", ge=0)
+    margin: float = setting(
+        "the loss must be lower than the baseline by this", "nats/token", ge=0, le=1e6
+    )
     significance: float = setting("claim it if p is below this", "probability", ge=0, le=1)
     confidence: float = setting(
         "level of the interval of the difference", "probability", gt=0, lt=1
     )
-    train_budget_seconds: float = setting("time allowed for training", "s", gt=0)
-    evaluate_budget_seconds: float = setting("time allowed for evaluation", "s", gt=0)
+    train_budget_seconds: float = setting("time allowed for training", "s", gt=0, le=1e9)
+    evaluate_budget_seconds: float = setting("time allowed for evaluation", "s", gt=0, le=1e9)

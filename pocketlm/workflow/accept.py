@@ -316,5 +316,4 @@ COMPARISONS = {
     "evaluate": compare_documents,
     "ttt_eval": compare_documents,
     "report": compare_files,
-    "audit": compare_files,
 }

@@ -33,6 +33,7 @@ from model.runtime.lock import held
 from pocketlm.params.load import load_params
 from pocketlm.params.paths import TOKENS
 from pocketlm.workflow import corpus, dvc_repo
+from pocketlm.workflow.memory import require_memory
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
 from pocketlm.workflow.stages import RUN_LOCK, Node, node, stages, target_name
 
@@ -60,6 +61,7 @@ def launch(target: str, processes: int, record: bool = False, force: bool = Fals
         if not force and (reason := kept(one, found)):
             print(f"{target}: {reason}", file=sys.stderr, flush=True)
         else:
+            require_memory(load_params(), [one.stage])
             run(one, processes)
             keep(one, found.inputs)
         dvc_repo.finish(target, found.inputs, record, holding=True)

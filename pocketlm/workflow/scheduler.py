@@ -19,14 +19,14 @@ from model.runtime.errors import InputError
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
 from pocketlm.workflow import corpus, dvc_repo
+from pocketlm.workflow.gpus import visible_gpus
+from pocketlm.workflow.memory import require_memory
 from pocketlm.workflow.plan import VARIABLE, Plan, explain, fetch_needed, make_plan, set_markers
 from pocketlm.workflow.plan import marker as marker
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
-from pocketlm.workflow.gpus import visible_gpus
 from pocketlm.workflow.stages import seeds_of, stages, target_name, upstream
 
 FORCED = "forced.json"  # in the folder of markers
-GOALS = {"submission": ("report", "audit")}  # rules that are no stages, and the stages they need
 
 
 def begin(workflow: Any) -> Params:
@@ -54,6 +54,8 @@ def begin(workflow: Any) -> Params:
         plan = fetch_needed(plan)
     elif plan.fetched:
         print("to be restored:", ", ".join(plan.fetched), file=sys.stderr)
+    if not (options.executor or options.profile or options.workflow_profile):  # else: other hosts
+        require_memory(params, {plan.graph[target].stage: None for target in plan.reasons})
     if plan.reasons:
         print(explain(plan), file=sys.stderr, flush=True)
     if str(corpus.LISTING) in plan.reasons.get("tokenize", ""):
@@ -79,14 +81,11 @@ def _options() -> Namespace:
 
 
 def _of(name: str, params: Params) -> list[str]:
-    """The targets of a stage or a goal; raises InputError if there is none of this name."""
-    if name in GOALS:
-        return [target for stage in GOALS[name] for target in _of(stage, params)]
+    """The targets of a stage; raises InputError if there is none of this name."""
     if name not in stages():
         raise InputError(
             f"{name}: no stage of this workflow",
-            f"name stages, not files: {', '.join([*stages(), *GOALS])}; "
-            "of one seed: `dvc repro -s train@0`",
+            f"name stages, not files: {', '.join(stages())}; of one seed: `dvc repro -s train@0`",
         )
     return [target_name(name, seed) for seed in seeds_of(name, params.seeds)]
 

@@ -1,7 +1,10 @@
 """The parameter schema: every mistake is named with its key, its reason and its repair."""
 
 import ast
+import contextlib
 import dataclasses
+import json
+import tempfile
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +12,8 @@ from typing import Any, get_type_hints
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.data.config import TEXT_SUFFIXES
 from model.data.sources.files import READERS
@@ -421,3 +426,91 @@ def test_dvc_knows_what_a_stage_reads(stage: str, monkeypatch: pytest.MonkeyPatc
 def test_dvc_watches_the_files_that_parameters_may_name(stage: str, folder: Path) -> None:
     assert (ROOT / folder).is_dir()
     assert str(folder) in STAGES[stage]["deps"]
+
+
+def numbers(schema: Any, path: str = "") -> Iterable[tuple[str, dict[str, Any]]]:
+    """The settings that are numbers, by path, with what the JSON Schema says of them."""
+    for name, one in schema.get("properties", {}).items():
+        key = f"{path}{name}"
+        one = SCHEMA["$defs"][one["$ref"].split("/")[-1]] if "$ref" in one else one
+        if one.get("type") == "object":
+            yield from numbers(one, f"{key}.")
+        for kind in (one, *one.get("anyOf", [])):
+            if kind.get("type") in ("integer", "number"):
+                yield key, kind
+
+
+SCHEMA = json.loads((ROOT / "conf/params.schema.json").read_text())
+NUMBERS = dict(numbers(SCHEMA))
+HUGE = st.one_of(
+    st.integers(1, 400).map(lambda digits: 10**digits),
+    st.integers(1, 400).map(lambda digits: -(10**digits)),
+    st.floats(),
+    st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, 2**70, 1e308, float("inf"), float("nan")]),
+)
+
+
+def test_every_number_has_bounds_on_both_sides() -> None:
+    assert len(NUMBERS) > 70
+    for key, bounds in NUMBERS.items():
+        assert {"minimum", "exclusiveMinimum"} & set(bounds), key
+        assert {"maximum", "exclusiveMaximum"} & set(bounds), key
+
+
+@settings(max_examples=60)
+@given(key=st.sampled_from([*NUMBERS, "seeds", "model.layer_order", "model.value_layers"]), n=HUGE)
+def test_a_number_of_any_size_is_accepted_within_its_bounds_or_named(key: str, n: float) -> None:
+    values = changed(dataclasses.asdict(DEMO), key, n if key in NUMBERS else [n])
+    try:
+        check_params(values, "params.yaml")
+    except InputError as error:
+        said = str(error)
+    else:
+        bounds = NUMBERS.get(key, {"maximum": 2**32})
+        most = bounds["maximum"] if "maximum" in bounds else bounds["exclusiveMaximum"]
+        assert 0 <= n <= most
+        return
+    assert len(said) < 1000
+    assert key.split(".")[-1] in said or key.split(".")[0] in said
+
+
+DEMO = compose("demo")
+TEXT = (ROOT / "params.yaml").read_text()
+BAD = [
+    "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n",
+    "[" * 3000,
+    "{" * 3000,
+    "a: " + "9" * 5000,
+    "{? [1, 2]: 3}",
+    "a: 2020-99-99",
+    "a: !!float z",
+    "a: !!python/object:os.system x",
+    "<<: 1",
+    "%YAML 3.0\n---\na: 1",
+    "\ud800",
+]
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.one_of(st.sampled_from(BAD), st.text(max_size=99)), st.integers(0, len(TEXT)))
+def test_whatever_stands_in_the_file_is_read_or_named(text: str, place: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "params.yaml")
+        for content in (text, TEXT[:place] + text + TEXT[place:]):
+            file.write_bytes(content.encode(errors="surrogatepass"))
+            with contextlib.suppress(InputError):
+                assert load_params(file)
+
+
+def test_aliases_are_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40)]
+    (tmp_path / "params.yaml").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="aliases are not read here; write the value"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_file_that_is_too_large_to_be_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("# comment\n" * 200_000)
+    with pytest.raises(InputError, match="2000000 bytes are no file of settings"):
+        load_params(tmp_path / "params.yaml")

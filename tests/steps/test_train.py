@@ -146,12 +146,6 @@ def test_outputs_of_a_run(whole):
     warm = read_log(whole / "logs/train/seed0.jsonl", "warm")
     assert [line["startup_seconds"] for line in warm] == [metrics["startup_seconds"]]
     assert metrics["startup_seconds"] > warm[0]["seconds"]  # importing torch comes before the log
-    (stopped,), (data,), (opened,) = (
-        read_log(whole / "logs/train/seed0.jsonl", event) for event in ("stopped", "data", "opened")
-    )
-    assert stopped["clock"] == metrics["seconds"]
-    assert 0 < data["last_read"] <= stopped["seconds"]
-    assert {"manifest.json", "train_000000.bin", "validation_000000.bin"} <= set(opened["tokens"])
     rows = curve(whole)
     assert [row[0] for row in rows] == list(range(2, STEPS + 1, 2))
     assert rows[0][1] > rows[-1][1]
@@ -229,7 +223,7 @@ def test_two_processes_have_the_curve_of_one(tokens, whole, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"matrix_lr": 1e30, "embedding_lr": 1e30}, ("loss is", "matrix_lr", "repair")),
+        ({"matrix_lr": 1e6, "embedding_lr": 1e6}, ("loss is", "matrix_lr", "repair")),
         (
             {"tokens_per_step": 1 << 20, "tokens_per_microbatch": 1 << 20},
             ("tokens to train on", "tokens_per_microbatch"),

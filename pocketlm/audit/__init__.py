@@ -1,1 +1,0 @@
-"""The audit: what an artifact's results claim, checked by experiment, by recount and by trace."""

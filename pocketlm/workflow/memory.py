@@ -1,0 +1,105 @@
+"""Whether stages fit into memory, looked at before they run.
+
+What is counted is a lower bound: tensors that a stage certainly holds at one time. So what runs is
+never refused, while a setting that is a thousand times too large is, before hours are spent.
+"""
+
+import subprocess
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.runtime.errors import InputError
+from pocketlm.params.params import Params
+from pocketlm.workflow.gpus import visible_gpus
+
+FP32, FP64, BF16 = 4, 8, 2  # [bytes]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Memory that one process of a stage needs, [bytes], and the settings that decide on it."""
+
+    name: str
+    bytes: int
+    settings: str
+
+
+def parts(params: Params, stage: str) -> list[Part]:
+    """What each process of a stage holds at one time, at least."""
+    model, train, ttt = params.model, params.train, params.ttt
+    weights = model.matrix_values + model.table_values
+    size = "model.layers, model.width, model.mlp_width or model.bigram_buckets"
+    if stage == "train":
+        copies = 3 if train.ema_decay else 2  # of the weights: they, their gradients, the average
+        outputs = len(model.executed_layers) * model.width * train.tokens_per_microbatch
+        return [
+            Part("weights, gradients and average", copies * FP32 * weights, size),
+            Part("activations of a microbatch", BF16 * outputs, "train.tokens_per_microbatch"),
+        ]
+    if stage == "quantize":
+        hessians = model.layers * (model.width**2 + model.mlp_width**2)
+        sequences = params.quantize.calibration_sequences // params.execution.processes
+        numbers = sequences * params.quantize.calibration_tokens
+        return [
+            Part("weights", FP32 * weights, size),
+            Part("Hessians", FP64 * hessians, "model.layers, model.width or model.mlp_width"),
+            Part("random numbers", FP64 * numbers, "quantize.calibration_sequences"),
+        ]
+    if stage == "ttt_eval":
+        inner = len([site for site in ttt.sites if site != "head"]) * model.layers * model.width
+        head = model.vocabulary + model.width if "head" in ttt.sites else 0
+        adapted = ttt.rank * (inner + head) + ttt.hash_buckets * model.width
+        copies = 3  # the values of one document, their gradients and second moments
+        return [
+            Part("weights", FP32 * weights, size),
+            Part("adapters of a document", copies * BF16 * adapted, "ttt.rank or ttt.hash_buckets"),
+        ]
+    return [Part("weights", FP32 * weights, size)] if stage == "evaluate" else []
+
+
+def require_memory(params: Params, stages: Collection[str]) -> None:
+    """Raise InputError if a stage needs more memory than the device has that would run it here."""
+    gpus = visible_gpus()
+    available = gpu_memory() if gpus else host_memory()
+    share = 1 if gpus else params.execution.processes  # processes that hold it side by side
+    for stage in stages:
+        held = parts(params, stage)
+        needed = share * sum(part.bytes for part in held)
+        if available is not None and needed > available:
+            largest = max(held, key=lambda part: part.bytes)
+            listed = ", ".join(f"{part.name} {share * part.bytes / 1e9:.3g}" for part in held)
+            raise InputError(
+                f"{stage}: needs at least {needed / 1e9:.3g} GB of memory ({listed}); "
+                f"{'a GPU' if gpus else 'this host'} has {available / 1e9:.3g}",
+                f"lower {largest.settings}"
+                + (" or execution.processes" if share > 1 else "")
+                + ", or run it on a larger device",
+            )
+
+
+def gpu_memory() -> int | None:
+    """Bytes of memory of the largest GPU; None if they cannot be asked for."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listing = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        return max(int(line) for line in listing.split()) << 20
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+
+
+def host_memory() -> int | None:
+    """Bytes of memory and swap that this process may have; None where Linux does not say it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
+        total = sizes["MemTotal"] + sizes["SwapTotal"]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        try:
+            allowed = int(Path("/sys/fs/cgroup", limit).read_text())
+            return min(total, allowed + sizes["SwapTotal"])
+        except (OSError, ValueError):
+            continue
+    return total
