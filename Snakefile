@@ -1,7 +1,7 @@
 """The order of the stages and their resources.
 
-tokenize > train > quantize > evaluate, ttt_eval > report; of the two evaluations neither waits for
-the other.
+tokenize > train > quantize > evaluate, ttt_eval > report, audit > submission; of the two evaluations
+neither waits for the other. Only `snakemake audit` and `snakemake submission` ask for the audit.
 
 What a stage runs, reads and writes is defined in dvc.yaml alone, and DVC decides by content what is
 stale. The rules' inputs and outputs are markers without content (pocketlm/workflow/plan.py): one is
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from model.runtime.errors import InputError
 from pocketlm.workflow.scheduler import (
+    GOALS,
     begin,
     is_forced,
     is_shown,
@@ -38,10 +39,10 @@ CORES = workflow.resource_settings.cores or os.cpu_count()
 THREADS = max(1, CORES * min(PARAMS.execution.processes, GPUS) // GPUS)
 
 
-def reproduce(stage, seeded=True):
-    """The command of a rule."""
+def reproduce(stage, seeded=True, processes=0):
+    """The command of a rule; processes: how many GPUs a stage without seeds may take."""
     target = f"{stage}@{{wildcards.seed}}" if seeded else stage
-    options = f"--processes {PARAMS.execution.processes} " if seeded else ""
+    options = f"--processes {PARAMS.execution.processes if seeded else processes} "
     options += "--force " if is_forced(stage) else ""
     return f"python -m pocketlm.workflow.reproduce {options}{target}"
 
@@ -154,3 +155,26 @@ rule ttt_eval_seed:
         "ttt_eval, seed {wildcards.seed}"
     shell:
         reproduce("ttt_eval")
+
+
+rule audit:
+    input:
+        markers_before("audit", SEEDS),
+    output:
+        touch(marker("audit")),
+    threads: THREADS
+    resources:
+        gpu=1,
+    message:
+        "audit: artifacts/audit/audit.md"
+    shell:
+        reproduce("audit", seeded=False, processes=1)
+
+
+rule submission:
+    input:
+        [markers_of(stage, SEEDS) for stage in GOALS["submission"]],
+    message:
+        "submission: a folder below records/"
+    shell:
+        "python -m pocketlm submission"

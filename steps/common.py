@@ -19,7 +19,7 @@ from model.runtime.distributed import Group, process_group
 from model.runtime.errors import InputError, user_errors
 from model.runtime.files import SIDECAR, write_bytes, write_json
 from model.runtime.lock import held
-from model.runtime.process import end_with_launcher
+from model.runtime.process import end_with_launcher, watch_opened
 from model.runtime.provenance import (
     Comparison,
     Recorded,
@@ -38,6 +38,7 @@ class StageRun:
     """One run of a stage, as seen from one of its processes.
 
     name: `train`, `quantize`, …; seed: None for a stage that runs once.
+    opened: gives the names of the files of tokens that this process has opened.
     """
 
     name: str
@@ -46,6 +47,7 @@ class StageRun:
     group: Group
     started: float = field(default_factory=time.perf_counter)
     log: RunLog = field(default_factory=lambda: RunLog(None))
+    opened: Callable[[], list[str]] = list
 
     def directory(self, name: str | None = None, root: Path = ARTIFACTS) -> Path:
         """Directory of stage `name` (default: this one) for this seed below `root`."""
@@ -124,6 +126,7 @@ class StageRun:
         """Write metrics, log and sidecar; the stage's other `outputs` must be in place."""
         if not self.group.is_main:
             return
+        self.log.event("opened", tokens=self.opened())
         self.log.event("end", metrics=metrics)
         self.log.close()
         write_json(self.output / "metrics.json", metrics)
@@ -142,10 +145,12 @@ class StageRun:
 def load_tokens(*splits: Split) -> tuple[Manifest, dict[Path, Recorded]]:
     """The manifest of the tokens, and what is recorded of the shards of some splits.
 
+    The shards of other splits are not opened.
+
     Raises InputError if the manifest or the tokenizer is not what the stage tokenize wrote.
     """
     require_recorded(recorded(TOKENS.parent / SIDECAR, "tokenize", [TOKENS / MANIFEST]))
-    manifest = Manifest.load(TOKENS)
+    manifest = Manifest.load(TOKENS, splits)
     return manifest, manifest.recorded(*splits)
 
 
@@ -157,12 +162,15 @@ def run(name: str, main: Callable[[StageRun], None], seeded: bool = True) -> Non
     parser.add_argument("--threads", type=int, default=None, help="CPU threads per process")
     arguments = parser.parse_args()
     end_with_launcher()
+    opened = watch_opened(TOKENS)
     with (
         user_errors(),
         process_group(arguments.threads) as group,
         user_errors(lambda: _is_first_to_fail(group)),
     ):
-        stage = StageRun(name, getattr(arguments, "seed", None), load_params(), group)
+        stage = StageRun(
+            name, getattr(arguments, "seed", None), load_params(), group, opened=opened
+        )
         try:
             waiting = f"{stage.work}: another run of this stage is using it; waiting"
             with held(stage.work / "lock", waiting) if group.is_main else nullcontext():

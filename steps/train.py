@@ -191,6 +191,7 @@ class Training:
                     with clock.paused() as saved:
                         self.save(saved)
             with clock.paused() as self.seconds:
+                self.stage.log.event("stopped", clock=self.seconds)
                 loss_log.write(clock)
         self.peak_memory = peak_memory_mib(self.stage.group.device)
 
@@ -276,6 +277,8 @@ def publish(stage: StageRun, training: Training, score: Score | None, dropped: i
         "dropped_documents": dropped,
         "world_size": stage.group.size,
     }
+    last_read = training.data.stream.last_read - stage.log.started
+    stage.log.event("data", last_read=round(last_read, 4))
     stage.publish(metrics, KEYS, [TOKENS / MANIFEST], [checkpoint, curve])
     training.state_file.unlink(missing_ok=True)
 

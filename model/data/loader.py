@@ -12,6 +12,7 @@ so that a step sees the same tokens for any number of processes.
 
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,7 +30,10 @@ Batch = tuple[Tensor, Tensor, Documents]
 
 
 class TokenStream:
-    """The shards as one cyclic stream with random access; `total` tokens before it repeats."""
+    """The shards as one cyclic stream with random access; `total` tokens before it repeats.
+
+    last_read: when a span was last read, in seconds of `time.perf_counter`.
+    """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         if not paths:
@@ -37,6 +41,7 @@ class TokenStream:
         self._shards = [read_shard(path) for path in paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self.total = int(self._ends[-1])
+        self.last_read = time.perf_counter()
 
     def span(self, index: int, length: int) -> np.ndarray:
         """Return tokens [i * length, i * length + length] of the stream for i = index.
@@ -51,7 +56,9 @@ class TokenStream:
             parts.append(part)
             missing -= len(part)
             start = (start + len(part)) % self.total
-        return np.concatenate(parts)
+        span = np.concatenate(parts)
+        self.last_read = time.perf_counter()
+        return span
 
 
 def pack_span(tokens: np.ndarray, sequence_length: int) -> list[int]:

@@ -8,6 +8,7 @@ every document begins with BOS; a document may cross from one shard into the nex
 relative to itself, with SHA-256, documents, tokens and bytes of text.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,8 +208,8 @@ class Manifest:
         return path
 
     @classmethod
-    def load(cls, directory: str | Path) -> "Manifest":
-        """Read and check a manifest.
+    def load(cls, directory: str | Path, splits: Sequence[Split] = SPLITS) -> "Manifest":
+        """Read a manifest, and check it and the shards of some splits; no others are opened.
 
         Compares the tokenizer's SHA-256, every shard's header and size, and a sample of its
         tokens with what is recorded; raises InputError naming the file that differs.
@@ -220,7 +221,7 @@ class Manifest:
             raise InputError(
                 f"{manifest.tokenizer}: not the tokenizer that made the shards beside it", REMAKE
             )
-        for split in SPLITS:
+        for split in splits:
             for shard in manifest.shards[split]:
                 manifest._check(shard)
         return manifest

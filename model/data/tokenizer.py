@@ -123,6 +123,10 @@ class Tokenizer:
         kinds = (model.is_control, model.is_unknown, model.is_unused)
         return np.array([any(kind(i) for kind in kinds) for i in range(self.vocabulary)])
 
+    def is_byte(self, token: int) -> bool:
+        """Whether a token is a byte piece."""
+        return self._model.is_byte(token)
+
     def token_bytes(self) -> tuple[np.ndarray, np.ndarray]:
         """Return bytes without a leading space, int16 (V,), and whether there is one, bool (V,)."""
         sizes = np.zeros(self.vocabulary, np.int16)

@@ -10,7 +10,9 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,6 +69,24 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
+
+
+def watch_opened(folder: Path) -> Callable[[], list[str]]:
+    """Note the files in `folder` that Python opens in this process from now on.
+
+    Returns a function that gives their names so far, sorted. Of a file that is mapped, what is read
+    later is not noticed, nor what native code opens.
+    """
+    found, inside = set[str](), os.path.abspath(folder) + os.sep
+
+    def notice(event: str, values: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(values[0], str | bytes):
+            path = os.path.abspath(os.fsdecode(values[0]))
+            if path.startswith(inside):
+                found.add(path.removeprefix(inside))
+
+    sys.addaudithook(notice)
+    return lambda: sorted(found)
 
 
 def end_with_launcher() -> None:

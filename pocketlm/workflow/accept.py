@@ -316,4 +316,5 @@ COMPARISONS = {
     "evaluate": compare_documents,
     "ttt_eval": compare_documents,
     "report": compare_files,
+    "audit": compare_files,
 }

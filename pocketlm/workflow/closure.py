@@ -45,7 +45,7 @@ SHIPPED_PROGRAMS = (
     STANDALONE,
     *(f"steps/{stage}.py" for stage in ("tokenize", "train", "quantize", "evaluate", "ttt_eval")),
 )
-COUNTING = ("report",)  # stages that count the bytes of what is shipped
+COUNTING = ("report", "audit")  # stages that count the bytes of what is shipped
 
 NEVER_FOLDED = {Path("."), Path("steps")}  # programs are named one by one
 

@@ -27,6 +27,7 @@ from pocketlm.workflow.preconditions import check_checkout, complete_environment
 from pocketlm.workflow.stages import seeds_of, stages, target_name, upstream
 
 FORCED = "forced.json"  # in the folder of markers
+GOALS = {"submission": ("report", "audit")}  # rules that are no stages, and the stages they need
 
 
 def begin(workflow: Any) -> Params:
@@ -81,11 +82,14 @@ def _options() -> Namespace:
 
 
 def _of(name: str, params: Params) -> list[str]:
-    """The targets of a stage; raises InputError if there is none of this name."""
+    """The targets of a stage or a goal; raises InputError if there is none of this name."""
+    if name in GOALS:
+        return [target for stage in GOALS[name] for target in _of(stage, params)]
     if name not in stages():
         raise InputError(
             f"{name}: no stage of this workflow",
-            f"name stages, not files: {', '.join(stages())}; of one seed: `dvc repro -s train@0`",
+            f"name stages, not files: {', '.join([*stages(), *GOALS])}; "
+            "of one seed: `dvc repro -s train@0`",
         )
     return [target_name(name, seed) for seed in seeds_of(name, params.seeds)]
 

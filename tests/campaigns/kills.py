@@ -60,10 +60,15 @@ def digests(checkout: Checkout) -> dict[str, str]:
     }
 
 
-def prepare(place: Path) -> tuple[dict[str, Checkout], dict[str, float], dict[str, str]]:
+def prepare(
+    place: Path, seeds: int
+) -> tuple[dict[str, Checkout], dict[str, float], dict[str, str]]:
     """Checkouts by how far they were brought, seconds that the rest takes, digests of the end."""
     make_checkout(place / "nothing")
-    found, seconds = {"nothing": Checkout(place / "nothing")}, dict[str, float]()
+    fresh = Checkout(place / "nothing")
+    fresh.set("seeds", list(range(seeds)))
+    fresh.set("report.baseline", "none")
+    found, seconds = {"nothing": fresh}, dict[str, float]()
     took: list[float] = []
     for before, stage in zip(STARTS, (*STARTS[1:], "report"), strict=True):
         following = found[before].copy(place / stage)
@@ -123,9 +128,9 @@ def one_round(start: Checkout, seconds: float, place: Path, chance: random.Rando
     return result
 
 
-def campaign(kills: int, seed: int, place: Path) -> list[Round]:
+def campaign(kills: int, seeds: int, seed: int, place: Path) -> list[Round]:
     """Run so many rounds below `place`, a new folder, and print a line of each."""
-    starts, seconds, expected = prepare(place)
+    starts, seconds, expected = prepare(place, seeds)
     print(f"an undisturbed run takes {seconds['nothing']:.0f} s", flush=True)
     chance, rounds = random.Random(seed), list[Round]()
     for number in range(kills):
@@ -166,10 +171,11 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=2, help="models that a run trains")
     parser.add_argument("--seed", type=int, default=0, help="of the choices of this campaign")
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="kills-"))
-    rounds = campaign(options.kills, options.seed, place)
+    rounds = campaign(options.kills, options.seeds, options.seed, place)
     print(summary(rounds))
     if any(one.problem for one in rounds):
         sys.exit(f"what failed is kept in {place}")

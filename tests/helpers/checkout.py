@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SNAKEMAKE = ["snakemake", "report", "--cores", "2", "--resources", "gpu=2"]
-ENGINES = {"snakemake": SNAKEMAKE, "dvc": ["dvc", "repro"]}
+ENGINES = {"snakemake": SNAKEMAKE, "dvc": ["dvc", "repro", "report"]}
 ACCEPT = [str(BIN / "python"), "-m", "pocketlm", "accept"]
 # Of long rows `make test` sees one engine, the quicker where several runs follow each other, and
 # `make test-all` both.

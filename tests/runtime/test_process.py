@@ -4,9 +4,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from model.runtime.process import compile_statistics, seconds_since_start, use_growing_segments
+from model.runtime.process import (
+    compile_statistics,
+    seconds_since_start,
+    use_growing_segments,
+    watch_opened,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,3 +78,19 @@ def test_the_allocator_is_as_the_user_chose(monkeypatch):
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     use_growing_segments()
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_opened_files_of_a_folder_are_noticed_and_no_others(tmp_path, monkeypatch):
+    """However they are named, and in whatever way Python opens them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a.bin", "in/deep/b.bin", "in/c.bin", "in/never.bin", "inside/d.bin"):
+        place = tmp_path / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"1234")
+    opened = watch_opened(Path("in"))
+    assert opened() == []
+    Path("in/a.bin").read_bytes()
+    np.memmap(str(tmp_path / "in/deep/b.bin"), np.uint16, "r")
+    os.close(os.open(b"in/../in/c.bin", os.O_RDONLY))
+    Path("inside/d.bin").read_bytes()
+    assert opened() == ["a.bin", "c.bin", "deep/b.bin"]

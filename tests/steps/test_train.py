@@ -146,6 +146,12 @@ def test_outputs_of_a_run(whole):
     warm = read_log(whole / "logs/train/seed0.jsonl", "warm")
     assert [line["startup_seconds"] for line in warm] == [metrics["startup_seconds"]]
     assert metrics["startup_seconds"] > warm[0]["seconds"]  # importing torch comes before the log
+    (stopped,), (data,), (opened,) = (
+        read_log(whole / "logs/train/seed0.jsonl", event) for event in ("stopped", "data", "opened")
+    )
+    assert stopped["clock"] == metrics["seconds"]
+    assert 0 < data["last_read"] <= stopped["seconds"]
+    assert {"manifest.json", "train_000000.bin", "validation_000000.bin"} <= set(opened["tokens"])
     rows = curve(whole)
     assert [row[0] for row in rows] == list(range(2, STEPS + 1, 2))
     assert rows[0][1] > rows[-1][1]

@@ -13,6 +13,7 @@ import yaml
 from pocketlm.cli import app
 from pocketlm.params.presets import presets
 from pocketlm.workflow.gpus import claim_gpus
+from pocketlm.workflow.scheduler import GOALS
 from pocketlm.workflow.stages import nodes, stages, upstream
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ PAGES = [
 COMMANDS = vars(typer.main.get_command(app))["commands"]
 BANNED = {"brotli", "constriction", "dvc", "hydra", "matplotlib", "pandas", "pyarrow", "pydantic"}
 BANNED |= {"rich", "safetensors", "scipy", "sentencepiece", "snakemake", "typer", "zstandard"}
-STEPS = ["tokenize", "train", "quantize", "evaluate", "ttt_eval", "report"]
+STEPS = ["tokenize", "train", "quantize", "evaluate", "ttt_eval", "report", "audit"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,11 @@ def test_stages_are_rules_and_stand_in_the_order_of_the_data_flow() -> None:
     """A stage that runs for each seed has a rule for one seed, and one for all."""
     rules = set(re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), re.MULTILINE))
     assert list(stages()) == STEPS
-    assert rules == {*STEPS, *(f"{name}_seed" for name in STEPS if "matrix" in stages()[name])}
+    assert rules == {
+        *STEPS,
+        *GOALS,
+        *(f"{name}_seed" for name in STEPS if "matrix" in stages()[name]),
+    }
     for position, stage in enumerate(STEPS):
         assert set(upstream(stage)) <= set(STEPS[:position]), stage
 

@@ -1,0 +1,148 @@
+"""Experiments on what a score depends on: earlier tokens alone, by a distribution that sums to 1.
+
+`causality` changes one token x_t of a document and scores it again, alone. Scores of the targets
+before t and the distributions of the targets up to and including t (logits, as they enter the loss)
+must be the same to the bit; that something after t changes shows that it could have failed.
+
+The black box needs no view into the model: a document that ends in x_t is scored once for each
+token v as x_t. The losses are −log p(v) of one distribution, if and only if it does not depend on
+x_t; then Σ_v p(v) = 1. A leak of x_t, a mixture that rewards only the token at hand, and an update
+before the score all raise the sum.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from pocketlm.audit.checks import Check
+from pocketlm.audit.observation import Observation, observing
+from pocketlm.audit.subject import SEED, WAYS, Subject
+
+FLIPS = 2  # per document
+SUM = {"cpu": 1e-4, "cuda": 2e-2}  # tolerance of the black box: V runs, each rounded by itself
+OWN_SUM = 1e-4  # of one distribution, in fp32 on every device
+
+
+class Alone:
+    """One document of the sample, scored alone in one way, observed."""
+
+    def __init__(self, subject: Subject, way: str, document: np.ndarray) -> None:
+        self.document = document
+        with observing() as self.seen:
+            (self.losses,) = subject.losses(way, [document])
+
+
+Runs = dict[tuple[str, int], Alone]  # by way and number of the document
+
+
+def run_alone(subject: Subject) -> Runs:
+    """Each document of the sample alone, in each way."""
+    return {
+        (way, number): Alone(subject, way, subject.cut(number))
+        for way in WAYS
+        for number in subject.sample()
+    }
+
+
+def causality(subject: Subject, runs: Runs) -> Check:
+    """Flip tokens; compare what came before."""
+    problems, flips, after = list[str](), 0, 0
+    for (way, number), base in runs.items():
+        for position, document in flipped(base.document, subject.model.config.vocabulary):
+            other = Alone(subject, way, document)
+            flips += 1
+            after += not np.array_equal(base.losses[position - 1 :], other.losses[position - 1 :])
+            problems += [
+                f"{way}, document {number}: changing token {position} changes {what}"
+                for what in changes(base, other, position)
+            ]
+    evidence = (
+        f"{flips} flips ({FLIPS} tokens of each of {len(subject.sample())} documents, "
+        f"{len(WAYS)} ways of scoring): earlier losses and all distributions up to the flipped "
+        f"token compared to the bit; later losses changed in {after} of {flips}"
+    )
+    if not problems and after < flips:
+        problems = ["some flips changed nothing at all, not even later losses"]
+    return Check("causality", evidence, tuple(problems))
+
+
+def flipped(document: np.ndarray, vocabulary: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Positions t and the document with another token there, one in each part of it."""
+    random = np.random.default_rng([SEED, document.size])
+    for low, high in _parts(1, document.size, FLIPS):
+        position = int(random.integers(low, high))
+        changed = document.copy()
+        choice = np.setdiff1d(np.arange(4, vocabulary), document[position])
+        changed[position] = random.choice(choice)
+        yield position, changed
+
+
+def _parts(start: int, end: int, count: int) -> list[tuple[int, int]]:
+    """Up to `count` consecutive ranges that make up [start, end); none is empty."""
+    edges = np.unique(np.linspace(start, end, count + 1).astype(int)).tolist()
+    return list(pairwise(edges))
+
+
+def changes(base: Alone, other: Alone, position: int) -> list[str]:
+    """What differs before token `position`, and in the distribution from which it is scored."""
+    earlier = base.losses[: position - 1] != other.losses[: position - 1]
+    found = []
+    if earlier.any():
+        first = int(np.flatnonzero(earlier)[0]) + 1
+        found.append(f"{int(earlier.sum())} earlier losses, the first that of target {first}")
+    before, after = base.seen.logits(position), other.seen.logits(position)
+    if before.shape != after.shape or not torch.equal(before[:-1], after[:-1]):
+        found.append("distributions of earlier targets")
+    if before.shape != after.shape or not torch.equal(before[-1], after[-1]):
+        found.append("the distribution that it is scored by")
+    return found
+
+
+def normalization(runs: Runs) -> Check:
+    """Σ p over the vocabulary in the distributions from which targets were scored."""
+    problems, sums = list[str](), list[float]()
+    for (way, number), base in runs.items():
+        size = base.document.size
+        for position in sorted({1, size // 2, size - 1, size} - {0}):
+            total = own_sum(base.seen, position)
+            sums.append(total)
+            if not abs(total - 1) <= OWN_SUM:
+                where = f"{way}, document {number}, target {position}"
+                problems.append(f"{where}: the probabilities sum to {total:.6f}")
+    worst = max((abs(total - 1) for total in sums), default=0.0)
+    evidence = (
+        f"{len(sums)} distributions, asked of the function that scores, for every token of the "
+        f"vocabulary: sums differ from 1 by at most {worst:.1e} (tolerance {OWN_SUM:g})"
+    )
+    return Check("normalization", evidence, tuple(problems))
+
+
+def own_sum(seen: Observation, position: int) -> float:
+    """Σ p over the vocabulary of the distribution of one target."""
+    return float(seen.log_probabilities(position).exp().sum())
+
+
+def black_box(subject: Subject) -> Check:
+    """Score a prefix once with each token of the vocabulary at its end; Σ p = 1."""
+    vocabulary, tolerance = subject.model.config.vocabulary, SUM[subject.group.device.type]
+    document = subject.cut(subject.sample()[0])
+    problems, sums = list[str](), list[float]()
+    # Inside the second chunk: TTT has adapted, and the prefix is no longer than needed.
+    position = min(document.size - 1, subject.params.ttt.chunk * 3 // 2 + 1)
+    variants = [
+        np.append(document[:position], token).astype(np.uint16) for token in range(vocabulary)
+    ]
+    for way in WAYS:
+        losses = subject.losses(way, variants, subject.many_rows)
+        total = sum(float(np.exp(-np.float64(row[position - 1]))) for row in losses)
+        sums.append(total)
+        if not abs(total - 1) <= tolerance:
+            problems.append(f"{way}, target {position}: p(v) of v runs sum to {total:.6f}")
+    worst = max((abs(total - 1) for total in sums), default=0.0)
+    evidence = (
+        f"target {position} of the longest document, {vocabulary} runs in each of {len(WAYS)} "
+        f"ways: sums differ from 1 by at most {worst:.1e} (tolerance {tolerance:g})"
+    )
+    return Check("black box", evidence, tuple(problems))

@@ -1,0 +1,56 @@
+"""Experiments with several documents: none changes the scores of another."""
+
+import numpy as np
+
+from pocketlm.audit.causality import Runs
+from pocketlm.audit.checks import Check
+from pocketlm.audit.subject import SEED, WAYS, Losses, Subject
+
+
+def documents(subject: Subject, runs: Runs) -> Check:
+    """Score the sample together, in another order, without others, beside other text."""
+    sample, tolerance = subject.sample(), subject.rounding
+    texts = [subject.cut(number) for number in sample]
+    problems, worst = list[str](), 0.0
+    for way in WAYS:
+        alone = [runs[way, number].losses for number in sample]
+        together = subject.losses(way, texts)
+        backwards = subject.losses(way, texts[::-1])[::-1]
+        for what, found in (("others", together), ("others, in another order", backwards)):
+            for number, left, right in zip(sample, alone, found, strict=True):
+                worst = max(worst, largest := float(np.abs(left - right).max()))
+                mean = abs(float(np.mean(left - right, dtype=np.float64)))
+                if not (largest <= tolerance[0] and mean <= tolerance[1]):
+                    problems.append(
+                        f"{way}: beside {what}, document {number} differs by {largest:.2e} nats, "
+                        f"{mean:.1e} on average"
+                    )
+        problems += [f"{way}: {problem}" for problem in beside_other_text(subject, way, together)]
+    evidence = (
+        f"{len(sample)} documents, {len(WAYS)} ways: alone, together and in reverse order at most "
+        f"{worst:.1e} nats apart (tolerance {tolerance[0]:g} for one loss, {tolerance[1]:g} for a "
+        "document's mean); with the text of all others replaced, equal to the bit"
+    )
+    return Check("documents", evidence, tuple(problems))
+
+
+def beside_other_text(subject: Subject, way: str, together: Losses) -> list[str]:
+    """Documents whose losses change, be it by a bit, with the text of the others.
+
+    The others keep their lengths, so that every sum has the same shape and order.
+    """
+    texts = [subject.cut(number) for number in subject.sample()]
+    found = []
+    for kept, (number, before) in enumerate(zip(subject.sample(), together, strict=True)):
+        random = np.random.default_rng([SEED, kept])
+        mixed = [t if n == kept else _noise(t, random) for n, t in enumerate(texts)]
+        after = subject.losses(way, mixed)[kept]
+        if not np.array_equal(before, after):
+            largest = float(np.abs(before - after).max())
+            found.append(f"the text of others changes document {number} by {largest:.2e} nats")
+    return found
+
+
+def _noise(text: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The same tokens in random order behind BOS."""
+    return np.concatenate([text[:1], random.permutation(text[1:])])

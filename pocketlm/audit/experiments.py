@@ -1,0 +1,58 @@
+"""All experiments on one artifact, in the order of `pocketlm.audit.checks`."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from pocketlm.audit.causality import black_box, causality, normalization, run_alone
+from pocketlm.audit.checks import Check
+from pocketlm.audit.documents import documents
+from pocketlm.audit.single_pass import score_before_update, single_pass
+from pocketlm.audit.subject import Losses, Subject
+
+
+class Experiments:
+    """Documents of the sample, each scored alone and observed in every way, and what follows."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.runs = run_alone(subject)
+
+    def checks(self) -> Iterator[Check]:
+        """Make the experiments, one check after the other."""
+        yield causality(self.subject, self.runs)
+        yield normalization(self.runs)
+        yield black_box(self.subject)
+        yield score_before_update(self.runs)
+        yield single_pass(self.runs)
+        yield documents(self.subject, self.runs)
+
+    def losses(self, way: str) -> Losses:
+        """Losses of the documents of the sample in one way."""
+        return [self.runs[way, number].losses for number in self.subject.sample()]
+
+    def stored_scores(self, tables: Mapping[str, Mapping[str, np.ndarray]]) -> Check:
+        """Compare with the tables of losses, by way of scoring.
+
+        A document of the sample may be cut; its last target is another then and is left out.
+        """
+        problems, worst, compared = list[str](), 0.0, 0
+        tolerance = self.subject.rounding
+        for (way, number), run in self.runs.items():
+            rows = tables[way]["document"] == number
+            size = min(int(rows.sum()), run.losses.size - 1)
+            apart = tables[way][way][rows][:size] - run.losses[:size]
+            compared += size
+            worst = max(worst, largest := float(np.abs(apart).max()))
+            mean = abs(float(apart.mean(dtype=np.float64)))
+            if not (largest <= tolerance[0] and mean <= tolerance[1]):
+                problems.append(
+                    f"{way}, document {number}: stored losses differ by up to {largest:.2e} nats, "
+                    f"{mean:.1e} on average"
+                )
+        evidence = (
+            f"{compared:,} stored losses of {len(self.runs)} evaluations: at most {worst:.1e} nats "
+            f"from those of the audit (tolerance {tolerance[0]:g} for one loss, {tolerance[1]:g} "
+            "for a document's mean)"
+        )
+        return Check("stored scores", evidence, tuple(problems))

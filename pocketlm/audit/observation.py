@@ -1,0 +1,132 @@
+"""What an evaluation does, seen from outside its loop: distributions, scores, updates, in order.
+
+While the block of `observing` runs, three things report what they do: the function that turns
+logits into losses (`dispatch.softcapped_loss`), the reader of the TTT mode, which knows the targets
+of a pass, and the optimizer step of the adapters. The code between them, which decides what is
+scored when and what is returned, runs as it is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from model.kernels import dispatch
+from model.ttt.chunking import Pass, Shape
+from model.ttt.document_adapters import DocumentAdapters
+from model.ttt.reader import READERS, Reader
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened to a document that is evaluated alone.
+
+    begin: its text is taken up; score: first pass over targets start + 1 … end; again: a further
+    pass over them, for another step; update: the adapters learn from them. logits (targets, V) and
+    losses (targets,): of score and again.
+    """
+
+    kind: Literal["begin", "score", "again", "update"]
+    start: int = 0
+    end: int = 0
+    logits: Tensor | None = None
+    losses: Tensor | None = None
+
+
+@dataclass
+class Observation:
+    """All events in order; loss: what turns logits (n, V) and targets (n,) into losses (n,)."""
+
+    events: list[Event] = field(default_factory=list)
+    softcap: float = 0.0
+
+    def kinds(self, *kinds: str) -> list[Event]:
+        """The events of some kinds."""
+        return [event for event in self.events if event.kind in kinds]
+
+    def logits(self, targets: int) -> Tensor:
+        """Logits, before the softcap, by which each target was scored, (targets, V)."""
+        return torch.cat([e.logits for e in self.kinds("score") if e.logits is not None])[:targets]
+
+    def losses(self, targets: int) -> Tensor:
+        """Losses of each of so many targets when it was scored, fp32 (targets,), on the CPU."""
+        found = [e.losses for e in self.kinds("score") if e.losses is not None]
+        return torch.cat(found)[:targets].cpu()
+
+    def log_probabilities(self, position: int) -> Tensor:
+        """−loss of each token of the vocabulary as target number `position`, fp64 (V,)."""
+        row = self.logits(position)[-1]
+        every = torch.arange(row.numel(), device=row.device)
+        rows = row.expand(every.numel(), -1)
+        return -dispatch.softcapped_loss(rows, every, self.softcap).double()
+
+
+class _Observer:
+    """Collects events; knows which pass of the reader runs, if one does."""
+
+    def __init__(self, observation: Observation) -> None:
+        self.observation = observation
+        self.running: Pass | None = None  # of the reader
+        self.first = True
+        self.scored = 0  # targets, where no reader runs
+
+    def add(self, *values: Any) -> None:
+        self.observation.events.append(Event(*values))
+
+    def loss(self, original: Any) -> Any:
+        def observed(z: Tensor, targets: Tensor, cap: float) -> Tensor:
+            losses = original(z, targets, cap)
+            start, kind = self.scored, "score"
+            if self.running:
+                start, kind = self.running.start, "score" if self.first else "again"
+            else:
+                self.scored += losses.numel()
+            self.observation.softcap = cap
+            self.add(kind, start, start + losses.numel(), z.detach(), losses.detach())
+            return losses
+
+        return observed
+
+    def reader(self, mode: type[Reader]) -> type[Reader]:
+        observer = self
+
+        class Observed(mode):  # type: ignore[valid-type, misc]
+            def begin(self, tokens: Tensor, targets: Tensor) -> None:
+                observer.add("begin")
+                super().begin(tokens, targets)
+
+            def seek(self, one: Pass, shape: Shape) -> None:
+                observer.running = one
+                super().seek(one, shape)
+
+            def losses(self, first: bool) -> Tensor:
+                observer.first = first
+                return super().losses(first)
+
+        return Observed
+
+    def step(self, original: Any) -> Any:
+        def observed(adapters: DocumentAdapters, loss: Tensor, scalars: Tensor) -> None:
+            if self.running:
+                self.add("update", self.running.start, self.running.end)
+            original(adapters, loss, scalars)
+
+        return observed
+
+
+@contextmanager
+def observing() -> Iterator[Observation]:
+    """Observe the evaluation of one document in the block."""
+    observation = Observation()
+    observer = _Observer(observation)
+    readers = {name: observer.reader(mode) for name, mode in READERS.items()}
+    with (
+        patch.dict(READERS, readers),
+        patch.object(DocumentAdapters, "step", observer.step(DocumentAdapters.step)),
+        patch.object(dispatch, "softcapped_loss", observer.loss(dispatch.softcapped_loss)),
+    ):
+        yield observation

@@ -1,0 +1,57 @@
+"""The stage audit of the whole workflow on a miniature, as the engines run it."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pocketlm.audit.checks import CHECKS
+from tests.helpers.checkout import TTT, Checkout
+
+AUDIT = ["snakemake", "audit", "--cores", "2", "--resources", "gpu=2"]
+# The loop of TTT scores a chunk after the step on it.
+UPDATE_FIRST = """
+
+def _update_first(self, trains):
+    for number in range(self._ttt.steps):
+        losses = self._reader.losses(first=number == 0)
+        self._adapters.step(losses.mean(1).sum(), self._scalars[number])
+    with torch.no_grad():
+        scores = self._reader.losses(first=False)
+    self._reader.commit()
+    return scores
+
+
+Session._score_and_step = _update_first
+"""
+
+pytestmark = [pytest.mark.workflow, pytest.mark.campaign, pytest.mark.timeout(900)]
+
+
+def audit_of(checkout: Checkout) -> dict[str, Any]:
+    return json.loads((checkout.path / "artifacts/audit/audit.json").read_text())
+
+
+def test_results_pass_and_a_planted_violation_is_named(checkout: Checkout) -> None:
+    """The audit runs when it is asked for, if it is stale; a failure is a result, too."""
+    assert checkout.steps_run_by(*AUDIT) == ["audit"]
+    audit = audit_of(checkout)
+    assert audit["passed"], audit
+    assert {check["name"] for check in audit["checks"]} == set(CHECKS)
+    assert {check["seed"] for check in audit["checks"]} == {None, *audit["seeds"]}
+    page = (checkout.path / "artifacts/audit/audit.md").read_text()
+    assert f"All {len(CHECKS)} checks passed" in page
+    assert checkout.steps_run_by(*AUDIT) == []
+    assert checkout.steps_run_by("dvc", "repro", "audit") == []
+    checkout.append("model/ttt/loop.py", UPDATE_FIRST)
+    assert checkout.steps_run_by(*AUDIT) == sorted([*TTT, "audit"])
+    audit = audit_of(checkout)
+    # Stored scores are of whole documents: what follows a cut changes them, too.
+    named = ["causality", "black box", "score before update", "stored scores"]
+    assert audit["failed"] == named, audit
+
+
+def test_the_audit_of_other_results_is_made_again(checkout: Checkout) -> None:
+    checkout.set("ttt.lr", "5e-4")
+    assert checkout.steps_run_by(*AUDIT) == sorted([*TTT, "audit"])
+    assert audit_of(checkout)["passed"]
