@@ -55,6 +55,7 @@ class Audit:
             self.documents = validation_documents(
                 self.manifest, evaluate.documents, evaluate.offset
             )
+        self.tokenize_seconds = read_json(TOKENS.parent / "metrics.json")["seconds"]
         self.text = text.Decoded.of(self.documents, self.manifest, self.tokenizer)
         dispatch.configure(device=stage.group.device, **stage.implementations(KEYS))
         self.bundle = stage.work / NAME
@@ -76,9 +77,12 @@ class Audit:
         # Traced beside the experiments, which use one core.
         with TracedBundle(self.bundle, artifact, self.manifest, sample, self.tokenizer) as traced:
             yield from self.records_of(seed, artifact)
-            tables = {way: text.read_table(file) for way, file in self.tables(seed).items()}
+            files = self.tables(seed)
+            read = {file: text.read_table(file) for file in set(files.values())}
+            tables = {way: read[file] for way, file in files.items()}
             yield text.counts(tables, self.text, self.manifest)
             experiments = Experiments(subject)
+            self.stage.log.event("order", seed=seed, documents=experiments.order())
             yield from experiments.checks()
             yield experiments.stored_scores(tables)
             yield from isolation(traced, experiments.losses(TTT), subject.rounding)
@@ -99,7 +103,7 @@ class Audit:
         training = self.params.report.train_budget_seconds
         evaluation = self.params.report.evaluate_budget_seconds
         yield byte_budget(artifact, self.bundle, quantize)
-        yield training_clock(train, quantize, logs["train"], training)
+        yield training_clock(train, quantize, self.tokenize_seconds, logs["train"], training)
         yield training_data(logs)
         yield evaluation_clock(ttt, evaluate, logs["ttt_eval"], evaluation)
         yield records.hashes(seed)
@@ -140,7 +144,7 @@ def main(stage: StageRun) -> None:
     metrics = {
         "checks": len(checks),
         "failed": sum(not check.passed for check in checks),
-        "passed": {name: name not in failed(checks) for name in CHECKS},
+        "passed": {name: name not in failed(checks, seeds) for name in CHECKS},
         "seconds": round(time.perf_counter() - stage.started, 2),
     }
     outputs = [output / name for name in (*texts, "audit.json")]
@@ -149,7 +153,8 @@ def main(stage: StageRun) -> None:
         if not check.passed:
             where = "" if check.seed is None else f", seed {check.seed}"
             print(f"audit: {check.name}{where}: {check.problems[0]}", file=sys.stderr)
-    verdict = f"FAILED: {', '.join(failed(checks))}" if failed(checks) else "all checks passed"
+    names = ", ".join(failed(checks, seeds))
+    verdict = f"FAILED: {names}" if names else "all checks passed"
     print(f"audit: {verdict}; {output / 'audit.md'}", file=sys.stderr, flush=True)
 
 

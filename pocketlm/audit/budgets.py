@@ -27,9 +27,12 @@ def byte_budget(artifact: Path, bundle: Path, metrics: dict[str, Any]) -> Check:
 
 
 def training_clock(
-    train: dict[str, Any], quantize: dict[str, Any], log: Path, limit: float
+    train: dict[str, Any], quantize: dict[str, Any], tokenize: float, log: Path, limit: float
 ) -> Check:
-    """The clock of the log, its budget, and the seconds outside of it by name."""
+    """The clock of the log, its budget, and the seconds outside of it by name.
+
+    train, quantize: metrics of the stages; tokenize: seconds.
+    """
     seconds = train["seconds"]
     losses, stopped = read_log(log, "loss"), read_log(log, "stopped")
     problems = []
@@ -47,11 +50,11 @@ def training_clock(
     )
     evidence = (
         f"{seconds:.1f} of {limit:g} s for {train['steps']:,} optimizer steps. Outside of it: "
-        f"start and warm-up {train['startup_seconds']:.1f} s (steps that are undone), pauses to "
-        f"save the state {max(0.0, stop - warm - seconds):.1f} s (of the last process, if it was "
-        f"resumed), averaging and validation {end - stop:.1f} s, quantization "
-        f"{parts['total']:.1f} s, whose calibration text ({parts['calibration']:.1f} s) the model "
-        "writes itself"
+        f"before, text to tokens, with the tokenizer's training {tokenize:.1f} s, start and "
+        f"warm-up {train['startup_seconds']:.1f} s (steps that are undone), pauses to save the "
+        f"state {max(0.0, stop - warm - seconds):.1f} s (of the last process, if it was resumed); "
+        f"after, averaging and validation {end - stop:.1f} s, quantization {parts['total']:.1f} s, "
+        f"whose calibration text ({parts['calibration']:.1f} s) the model writes itself"
     )
     return Check("training clock", evidence, tuple(problems))
 

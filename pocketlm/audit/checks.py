@@ -58,7 +58,12 @@ class Check:
         }
 
 
-def failed(checks: Sequence[Check]) -> list[str]:
-    """Names of the checks that found a problem, in the order of CHECKS."""
-    found = {check.name for check in checks if not check.passed}
-    return [name for name in CHECKS if name in found]
+def failed(checks: Sequence[Check], seeds: Sequence[int] = ()) -> list[str]:
+    """Names of the checks that found a problem or were not made for one of `seeds`, in order."""
+    made = {(check.name, check.seed) for check in checks}
+    return [
+        name
+        for name in CHECKS
+        if any(check.name == name and not check.passed for check in checks)
+        or any({(name, None), (name, seed)}.isdisjoint(made) for seed in seeds)
+    ]

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from pocketlm.audit.causality import black_box, causality, normalization, run_alone
+from model.evaluation.score import TTT
+from pocketlm.audit.causality import black_box, causality, normalization, run_again, run_alone
 from pocketlm.audit.checks import Check
 from pocketlm.audit.documents import documents
 from pocketlm.audit.single_pass import score_before_update, single_pass
@@ -17,15 +18,27 @@ class Experiments:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.runs = run_alone(subject)
+        self.noise = run_again(subject, self.runs)
 
     def checks(self) -> Iterator[Check]:
         """Make the experiments, one check after the other."""
-        yield causality(self.subject, self.runs)
+        yield causality(self.subject, self.runs, self.noise)
         yield normalization(self.runs)
         yield black_box(self.subject)
         yield score_before_update(self.runs)
         yield single_pass(self.runs)
-        yield documents(self.subject, self.runs)
+        yield documents(self.subject, self.runs, self.noise)
+
+    def order(self) -> dict[str, list[str]]:
+        """What TTT did to each document, for the log: `score 1-16`, `update 1-16`, …"""
+        return {
+            str(number): [
+                f"{event.kind} {event.start + 1}-{event.end}"
+                for event in self.runs[TTT, number].seen.events
+                if event.kind != "begin"
+            ]
+            for number in self.subject.sample()
+        }
 
     def losses(self, way: str) -> Losses:
         """Losses of the documents of the sample in one way."""

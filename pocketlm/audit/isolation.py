@@ -149,7 +149,8 @@ def network(trace: Trace) -> Check:
 
 def _tool(start: str) -> str:
     """Name of a program, of what an audit event has of it: a path, in quotation marks."""
-    return Path(start.strip("'\"")).name.split("-")[-1]
+    name = Path(start.strip("'\"")).name
+    return name if name in TOOLS else name.split("-")[-1]  # x86_64-linux-gnu-gcc
 
 
 def files(trace: Trace, folder: Path, given: Sequence[str], repository: Path) -> Check:

@@ -22,8 +22,8 @@ from pocketlm.params.params import Params
 WAYS = (*WITHOUT_ADAPTATION, TTT)
 SEED = 20240520  # of what the audit chooses at random
 SAMPLE = 3  # documents of the experiments
-WINDOWS = 2  # to which these are cut, in units of model.sequence_length
-MEMORY = 2**28  # bytes that adapters may take at once in the black box
+WINDOWS = 2  # of model.sequence_length, to which the first is cut; the others to one
+MEMORY = 2**28  # bytes that adapters may take at once on a CPU
 Losses = list[np.ndarray]
 
 # Largest difference of losses that the order of sums may make, in nats, by device. Of one token;
@@ -69,8 +69,9 @@ class Subject:
     @property
     def many_rows(self) -> int:
         """How many short documents TTT may adapt at once, by the memory they take."""
-        each = bytes_per_document(self.model, self.params.ttt)
-        return max(1, min(512, MEMORY // each))
+        if self.group.device.type == "cuda":  # TTT itself looks at the memory that is free
+            return 512
+        return max(1, min(512, MEMORY // bytes_per_document(self.model, self.params.ttt)))
 
     def sample(self) -> list[int]:
         """Numbers of the documents of the experiments: the longest, and others by chance."""
@@ -80,8 +81,9 @@ class Subject:
         return [long[0], *others[: SAMPLE - 1].tolist()]
 
     def cut(self, number: int) -> np.ndarray:
-        """The beginning of a document, as long as experiments take it."""
-        return self.documents[number][: WINDOWS * self.params.model.sequence_length]
+        """The beginning of a document of the sample, as long as experiments take it."""
+        windows = WINDOWS if number == self.sample()[0] else 1
+        return self.documents[number][: windows * self.params.model.sequence_length]
 
     @property
     def rounding(self) -> tuple[float, float]:

@@ -84,22 +84,27 @@ def wrong_rows(table: dict[str, np.ndarray], documents: Sequence[np.ndarray]) ->
     expected = np.repeat(np.arange(len(documents)), lengths) << 32
     expected += np.concatenate([np.arange(1, n + 1) for n in lengths])
     found = table["document"].astype(np.int64) << 32 | table["position"].astype(np.int64)
-    missing, surplus = np.setdiff1d(expected, found), np.setdiff1d(found, expected)
-    values, times = np.unique(found, return_counts=True)
-    doubled = values[times > 1]
-    problems = [
-        f"{rows.size} targets are {what}, the first {rows[0] & 0xFFFFFFFF} of document "
-        f"{rows[0] >> 32}"
-        for what, rows in (("missing", missing), ("doubled", doubled), ("foreign", surplus))
-        if rows.size
-    ]
-    if problems:
-        return problems
     if not np.array_equal(found, expected):
-        return ["targets are not in the order of the text"]
+        return misplaced(found, expected) or ["targets are not in the order of the text"]
     tokens = np.concatenate([targets_of(document) for document in documents])
     wrong = int((table["token"] != tokens).sum())
     return [f"{wrong} targets are other tokens than those of the text"] if wrong else []
+
+
+def misplaced(found: np.ndarray, expected: np.ndarray) -> list[str]:
+    """Targets (document << 32 | position) that are missing, doubled or foreign."""
+    values, times = np.unique(found, return_counts=True)
+    kinds = {
+        "missing": np.setdiff1d(expected, found),
+        "doubled": values[times > 1],
+        "foreign": np.setdiff1d(found, expected),
+    }
+    return [
+        f"{rows.size} targets are {what}, the first {rows[0] & 0xFFFFFFFF} of document "
+        f"{rows[0] >> 32}"
+        for what, rows in kinds.items()
+        if rows.size
+    ]
 
 
 def wrong_bytes(table: dict[str, np.ndarray], sizes: Sequence[int]) -> list[str]:

@@ -106,7 +106,7 @@ def checks() -> list[Check]:
         artifact = records.place("quantize", seed) / "model.pocket"
         found += [
             byte_budget(artifact, bundle, read["quantize"]),
-            training_clock(read["train"], read["quantize"], logs["train"], 600.0),
+            training_clock(read["train"], read["quantize"], 60.0, logs["train"], 600.0),
             training_data(logs),
             evaluation_clock(read["ttt_eval"], read["evaluate"], logs["ttt_eval"], 600.0),
             records.hashes(seed),

@@ -36,4 +36,4 @@ def small_subject(directory: Path, *changes: str, **model_changes: Any) -> Subje
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return Subject(model, random_documents([45, 20, 33]), params, Group(0, 1, torch.device("cpu")))
+    return Subject(model, random_documents([35, 12, 20]), params, Group(0, 1, torch.device("cpu")))
