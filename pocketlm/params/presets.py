@@ -9,14 +9,18 @@ params.yaml that differs from every preset has been edited by hand and is replac
 import dataclasses
 import json
 import math
+from io import StringIO
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
 
 from model.runtime.errors import InputError
 from model.runtime.files import write_bytes
 from model.runtime.settings import Settings
 from pocketlm.params.json_schema import MODELINE, PATH, schema_text
-from pocketlm.params.load import check_params
+from pocketlm.params.load import check_params, load_params
 from pocketlm.params.params import Params
 
 CONF = Path("conf")
@@ -56,7 +60,21 @@ def render(params: Params) -> str:
         "# `pocketlm preset NAME` (docs/workflow.md); settings: model/*/config.py.",
         *_lines(params, ""),
     ]
-    return "\n".join(lines) + "\n"
+    return _as_dvc_writes("\n".join(lines) + "\n")
+
+
+def _as_dvc_writes(text: str) -> str:
+    """The same YAML in the style of `dvc exp run -S`, which then changes no other line."""
+    editor = YAML()
+    editor.default_flow_style = False
+    values = editor.load(text)
+    for section in (values, *(one for one in values.values() if isinstance(one, dict))):
+        for value in section.values():
+            if isinstance(value, CommentedSeq) and value:
+                value.fa.set_block_style()
+    written = StringIO()
+    editor.dump(values, written)
+    return written.getvalue()
 
 
 def _lines(section: Settings, indent: str) -> list[str]:
@@ -66,8 +84,11 @@ def _lines(section: Settings, indent: str) -> list[str]:
         if isinstance(value, Settings):
             lines += [f"{indent}{key}: # {type(value).__doc__}", *_lines(value, indent + "  ")]
         else:
-            entry = f"{indent}{key}: {_scalar(value)}"
-            lines.append(f"{entry:<{COMMENT_COLUMN}} # {field.metadata['description']}")
+            entry, comment = f"{indent}{key}: {_scalar(value)}", field.metadata["description"]
+            if len(entry) < 2 * COMMENT_COLUMN:
+                lines.append(f"{entry:<{COMMENT_COLUMN}} # {comment}")
+            else:  # it is broken into lines
+                lines += [f"{indent}# {comment}", entry]
     return lines
 
 
@@ -85,9 +106,12 @@ def _scalar(value: Any) -> str:
 
 
 def is_preset(path: Path) -> bool:
-    """Whether the file is exactly what some preset renders to."""
-    text = path.read_text(encoding="utf-8")
-    return any(text == render(compose(name)) for name in presets())
+    """Whether the file has the values of some preset, in whatever style."""
+    try:
+        values = load_params(path)
+    except InputError:
+        return False
+    return any(values == compose(name) for name in presets())
 
 
 def write_preset(name: str, overrides: list[str], output: Path, force: bool = False) -> None:

@@ -48,7 +48,7 @@ def test_a_file_edited_by_hand_is_replaced_only_by_force(experiment: Path) -> No
     assert call("preset", "demo").exit_code == 0
     preset = file.read_text()
     assert call("preset", "h100").exit_code == 0  # what equals a preset may go
-    file.write_text(preset.replace("seeds: [0, 1, 2]", "seeds: [0, 1, 7]"))
+    file.write_text(preset.replace("\n- 2\n", "\n- 7\n", 1))
     edited = file.read_text()
     refused = call("preset", "demo")
     assert refused.exit_code == 1

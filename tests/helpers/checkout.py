@@ -107,8 +107,11 @@ class Checkout:
         path = self.path / "params.yaml"
         text = path.read_text()
         start = text.index(f"\n{section}:") if section else 0
-        pattern = re.compile(rf"^(\s*{name}:) [^#]*", re.MULTILINE)
-        path.write_text(text[:start] + pattern.sub(rf"\1 {value} ", text[start:], count=1))
+        entry = rf"^( *{name}:)[^#\n]*(#[^\n]*)?(\n *- [^\n]*)*"  # a list has lines of its own
+        found = re.compile(entry, re.MULTILINE).search(text, start)
+        assert found, key
+        line = f"{found[1]} {value} {found[2] or ''}"
+        path.write_text(text[: found.start()] + line + text[found.end() :])
 
     def append(self, file: str, text: str) -> None:
         with (self.path / file).open("a") as opened:

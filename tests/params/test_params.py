@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import json
+import re
 import tempfile
 from collections.abc import Iterable
 from importlib import import_module
@@ -12,6 +13,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +24,7 @@ from model.runtime.settings import Settings
 from pocketlm.params.load import check_params, load_params
 from pocketlm.params.params import Params
 from pocketlm.params.paths import BASELINES, TOKENIZERS
-from pocketlm.params.presets import compose, presets, render
+from pocketlm.params.presets import compose, is_preset, presets, render
 from pocketlm.params.renamed import RENAMED
 from pocketlm.submission import bundle
 from pocketlm.workflow.closure import COUNTING, closure
@@ -73,8 +75,11 @@ def test_presets_survive_the_file(name: str, tmp_path: Path) -> None:
 
 
 def test_every_value_is_explained() -> None:
+    above = ""
     for line in render(compose("demo")).splitlines():
-        assert "# " in line.rstrip()
+        if re.match(r" *\w+:", line):  # and no item of a list
+            assert "# " in line or above.strip().startswith("# "), line
+        above = line
 
 
 def test_overrides_and_their_mistakes() -> None:
@@ -514,3 +519,41 @@ def test_a_file_that_is_too_large_to_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("# comment\n" * 200_000)
     with pytest.raises(InputError, match="2000000 bytes are no file of settings"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("name", presets())
+def test_an_experiment_of_dvc_changes_one_line(tmp_path: Path, name: str) -> None:
+    """By `dvc exp run -S`, which writes the whole file; it may then be replaced as it is."""
+    file, before = tmp_path / "params.yaml", render(compose(name))
+    flat_values = {
+        f"{section}.{key}": value
+        for section, values in dataclasses.asdict(compose(name)).items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        if "e-" not in repr(value)  # written 1.0e-8, and by DVC 1e-08
+    }
+    assert len(flat_values) > 60
+    file.write_text(before)
+    apply_overrides(str(file), [f"{key}={value}" for key, value in flat_values.items()])
+    assert file.read_text() == before
+    assert is_preset(file)
+    for key in list(flat_values)[::9]:
+        file.write_text(before)
+        apply_overrides(str(file), [f"{key}=7"])
+        lines = zip(before.splitlines(), file.read_text().splitlines(), strict=True)
+        assert [old.split(":")[0].strip() for old, new in lines if old != new] in (
+            [key.split(".")[1]],
+            [],
+        )
+
+
+def test_a_preset_is_known_by_its_values(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    values = dataclasses.asdict(compose("demo"))
+    file.write_text(yaml.safe_dump(values))
+    assert is_preset(file)
+    file.write_text(yaml.safe_dump(changed(values, "ttt.steps", 2)))
+    assert not is_preset(file)
+    file.write_text("damaged: [")
+    assert not is_preset(file)
