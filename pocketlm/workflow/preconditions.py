@@ -11,6 +11,7 @@ import os
 import pwd
 import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ def check_checkout() -> None:
     Looks at the code that is imported, git, links, permissions and free space, in that order.
     """
     _check_code()
+    if checkout := _checkout_of_experiment():
+        require_experiments(checkout)
     _check_links(_git_root())
     written = [*_written()]
     _check_permissions(written)
@@ -83,6 +86,45 @@ def _git_root() -> Path | None:
         f"{here} is no git repository, which DVC needs (a ZIP file does not hold it)",
         "`git init && git add --all` and run again, or `git clone` in place of the ZIP file",
     )
+
+
+def require_experiments(checkout: Path) -> None:
+    """Raise InputError if DVC could not run or keep experiments in copies of this checkout.
+
+    `--queue` and `--temp` copy what git holds. In a shallow clone DVC reports success, but cannot
+    bring the results back; without dvc.lock nothing is known of results that are there.
+    """
+    if not (checkout / ".git").exists():
+        return
+    if _git(checkout, "rev-parse", "--is-shallow-repository") == "true":
+        raise InputError(
+            f"{checkout}: a shallow clone, to which DVC cannot bring back the results of queued "
+            "and temporary experiments",
+            "`git fetch --unshallow`, then run them again",
+        )
+    if (checkout / "dvc.lock").exists() and not _git(checkout, "ls-files", "dvc.lock"):
+        raise InputError(
+            "dvc.lock: not in git, whose files alone are copied for queued and temporary "
+            "experiments: they would not find the results that are here",
+            "`git add dvc.lock && git commit`, then run them again",
+        )
+
+
+def _git(place: Path, *words: str) -> str:
+    """What git prints, or nothing if it fails."""
+    trusted = ["git", "-c", f"safe.directory={place}", "-C", str(place)]
+    try:
+        run = subprocess.run([*trusted, *words], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return run.stdout.strip()
+
+
+def _checkout_of_experiment() -> Path | None:
+    """The checkout of which the current directory is DVC's copy for an experiment, or None."""
+    here = Path.cwd()
+    copies = (place for place in here.parents if place.parts[-3:] == (".dvc", "tmp", "exps"))
+    return next((place.parents[2] for place in copies), None)
 
 
 def _check_links(root: Path | None) -> None:

@@ -10,6 +10,7 @@ exp apply NAME` makes one the experiment in force, `dvc exp remove` forgets it.
 import dataclasses
 import itertools
 import json
+import math
 import subprocess
 import sys
 import time
@@ -24,7 +25,9 @@ from model.runtime.files import read_json
 from pocketlm.params.load import check_params, load_params, read_yaml
 from pocketlm.report.records import check
 from pocketlm.report.sweep_page import Combination, Point, write_page
+from pocketlm.workflow.preconditions import require_experiments
 
+MOST = 10_000  # experiments of a sweep
 Values = Annotated[list[Any], Field(min_length=1)]
 
 
@@ -46,7 +49,11 @@ class Sweep(BaseModel):
 def read_sweep(path: Path) -> Sweep:
     """Read a sweep file; raises InputError that names file and key."""
     repair = "correct it; conf/sweep/ttt.yaml is an example"
-    return check(Sweep, read_yaml(path, "name a file like conf/sweep/ttt.yaml"), path, repair)
+    sweep = check(Sweep, read_yaml(path, "name a file like conf/sweep/ttt.yaml"), path, repair)
+    count = sum(math.prod(map(len, grid.values())) for grid in sweep.grids)
+    if count > MOST:
+        raise InputError(f"{path}: grids: {count} combinations", f"name at most {MOST}")
+    return sweep
 
 
 def combinations(sweep: Sweep) -> list[Combination]:
@@ -162,6 +169,7 @@ def run_sweep(file: Path, output: Path) -> None:
     """Queue and run all experiments of a sweep file, then write its page to the folder `output`."""
     sweep = read_sweep(file)
     check_sweep(sweep, file)
+    require_experiments(Path.cwd())
     named = enqueue(sweep.stage, combinations(sweep))
     print(f"{len(named)} experiments queued", flush=True)
     dvc("exp", "run", "--run-all", "--jobs", "1")

@@ -327,3 +327,35 @@ def test_snakemake_needs_neither_name_nor_home(miniature: Path) -> None:
     done = run_unnamed("snakemake", "-n", cwd=miniature, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "caches lie in .work/home" in done.stderr
+
+
+@pytest.fixture
+def copy_of_experiment(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that DVC copies the checkout to for an experiment, as the current directory."""
+    place = checkout / ".dvc/tmp/exps/standalone/tmp1"
+    place.mkdir(parents=True)
+    shutil.copytree(checkout / ".git", place / ".git")
+    (place / "pocketlm").symlink_to(ROOT / "pocketlm")
+    (checkout / "dvc.lock").write_text("schema: '2.0'\n")
+    monkeypatch.chdir(place)
+    return checkout
+
+
+def test_an_experiment_without_the_lock_file_is_refused(copy_of_experiment: Path) -> None:
+    assert "dvc.lock: not in git" in refusal()
+    subprocess.run(["git", "-C", str(copy_of_experiment), "add", "dvc.lock"], check=True)
+    check_checkout()
+    (copy_of_experiment / "dvc.lock").unlink()
+    check_checkout()
+
+
+def test_an_experiment_in_a_shallow_clone_is_refused(copy_of_experiment: Path) -> None:
+    commit = ["git", "-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+    there = ["-C", str(copy_of_experiment)]
+    subprocess.run([*commit, *there, "add", "dvc.lock"], check=True)
+    subprocess.run([*commit, *there, "commit", "-q", "-m", "first"], check=True)
+    check_checkout()
+    head = subprocess.run(["git", *there, "rev-parse", "HEAD"], capture_output=True, text=True)
+    (copy_of_experiment / ".git/shallow").write_text(head.stdout)
+    assert "a shallow clone" in (said := refusal())
+    assert "git fetch --unshallow" in said

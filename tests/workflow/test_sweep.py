@@ -1,5 +1,6 @@
 """Sweeps: combinations, Pareto front, tables; and a real one of a tiny stage through DVC."""
 
+import contextlib
 import csv
 import dataclasses
 import os
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from model.runtime.errors import InputError
 from model.runtime.files import write_json
@@ -16,6 +19,7 @@ from pocketlm.params.load import load_params
 from pocketlm.params.presets import compose, render
 from pocketlm.workflow.sweep import (
     Sweep,
+    check_sweep,
     combinations,
     override,
     read_sweep,
@@ -120,6 +124,34 @@ def test_bad_sweep_files_are_refused_before_anything_runs(
     said = str(refused.value)
     assert all(word in said for word in ("repair: ", *words)), said
     assert "sweep.yaml" in said
+
+
+def test_a_sweep_of_too_many_combinations_is_refused_at_once(experiment: Path) -> None:
+    grids = ", ".join(f"ttt.k{number}: [{', '.join('0123456789')}]" for number in range(40))
+    (experiment / "sweep.yaml").write_text(f"{SWEEP.split('grids:')[0]}grids:\n  - {{{grids}}}\n")
+    with pytest.raises(InputError, match=r"10{30,} combinations"):
+        read_sweep(Path("sweep.yaml"))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=50), place=st.integers(0, len(SWEEP)), skip=st.integers(0, 20))
+def test_whatever_stands_in_a_sweep_file_is_read_or_named(
+    experiment: Path, text: str, place: int, skip: int
+) -> None:
+    content = SWEEP[:place] + text + SWEEP[place + skip :]
+    (experiment / "sweep.yaml").write_bytes(content.encode(errors="surrogatepass"))
+    with contextlib.suppress(InputError):
+        sweep = read_sweep(Path("sweep.yaml"))
+        check_sweep(sweep, Path("sweep.yaml"))
+
+
+def test_a_sweep_needs_the_lock_file_in_git(experiment: Path) -> None:
+    (experiment / "sweep.yaml").write_text(SWEEP)
+    (experiment / "dvc.lock").write_text("schema: '2.0'\n")
+    subprocess.run(["git", "init", "-q"], check=True)
+    with pytest.raises(InputError, match=r"dvc\.lock: not in git") as refused:
+        run_sweep(Path("sweep.yaml"), Path("artifacts/sweep"))
+    assert "git add dvc.lock" in refused.value.repair
 
 
 def test_a_step_with_one_number_of_seconds_names_that() -> None:
