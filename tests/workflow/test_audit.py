@@ -1,12 +1,14 @@
 """The stage audit of the whole workflow on a miniature, as the engines run it."""
 
 import json
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pocketlm.audit.checks import CHECKS
-from tests.helpers.checkout import TTT, Checkout
+from tests.helpers.checkout import ACCEPT, SNAKEMAKE, TTT, Checkout
 
 AUDIT = ["snakemake", "audit", "--cores", "2", "--resources", "gpu=2"]
 # The loop of TTT scores a chunk after the step on it.
@@ -49,6 +51,26 @@ def test_results_pass_and_a_planted_violation_is_named(checkout: Checkout) -> No
     # Stored scores are of whole documents: what follows a cut changes them, too.
     named = ["causality", "black box", "score before update", "stored scores"]
     assert audit["failed"] == named, audit
+
+
+def test_an_audit_is_accepted_after_an_edit_that_changes_nothing(checkout: Checkout) -> None:
+    assert checkout.steps_run_by(*AUDIT) == ["audit"]
+    checkout.append("pocketlm/audit/page.py", "\n# a comment\n")
+    assert "audit: equal" in checkout.run(*ACCEPT, "audit")
+    assert checkout.steps_run_by(*AUDIT) == []
+
+
+def test_a_clone_audits_anew(checkout: Checkout, tmp_path: Path) -> None:
+    """`dvc pull` brings all but the audit, whether or not it was made where it comes from."""
+    checkout.steps_run_by(*AUDIT)
+    checkout.commit("audited")
+    path = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(checkout.path), str(path)], check=True)
+    clone = Checkout(path)
+    clone.run("dvc", "pull", "-q")
+    assert clone.steps_run_by(*SNAKEMAKE) == []
+    assert clone.steps_run_by(*AUDIT) == ["audit"]
+    assert audit_of(clone)["passed"]
 
 
 def test_the_audit_of_other_results_is_made_again(checkout: Checkout) -> None:
