@@ -4,10 +4,14 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+# How long an example takes says nothing on a shared machine.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 if not torch.cuda.is_available():  # kernels are interpreted; read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -33,7 +33,7 @@ def gaussian(shape, rows=0.0, columns=0.0, width=6.0, seed=0):
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     arrays(
         np.int16,
@@ -129,7 +129,7 @@ def test_truncation_is_refused(length):
         decode_codes(encode_codes(gaussian(SHAPE))[:length], SHAPE)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 8), st.integers(1, 20)),
     st.floats(0.01, 300),

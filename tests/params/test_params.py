@@ -496,7 +496,7 @@ BAD = [
 ]
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(st.one_of(st.sampled_from(BAD), st.text(max_size=99)), st.integers(0, len(TEXT)))
 def test_whatever_stands_in_the_file_is_read_or_named(text: str, place: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -70,7 +70,7 @@ def as_shown(text: str) -> str:
     return re.sub(r"[\s`]", "", clean(text))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(TEXTS, TEXTS)
 def test_markdown_shows_any_text_as_it_is(first, second):
     markdown = to_markdown(
@@ -82,7 +82,7 @@ def test_markdown_shows_any_text_as_it_is(first, second):
     assert "://" not in re.sub(r"`[^`]+`", "", markdown)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(TEXTS)
 def test_a_value_in_code_leaves_it_only_as_text(value):
     for markdown in (
@@ -93,7 +93,7 @@ def test_a_value_in_code_leaves_it_only_as_text(value):
         assert len(texts) in (1, 6)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(TEXTS)
 def test_html_shows_any_text_as_it_is(value):
     page = to_html(

@@ -196,14 +196,14 @@ def fuzz_reader(name: str, seed: int) -> None:
     only_input_errors(lambda: read(path))
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=SLOW, phases=[Phase.generate])
+@settings(max_examples=40, suppress_health_check=SLOW, phases=[Phase.generate])
 @given(seed=st.integers(0, 2**32))
 def test_only_input_errors_come_out_of_a_seed(run, seed):
     fuzz(seed)
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(deadline=None, max_examples=25, suppress_health_check=SLOW, phases=[Phase.generate])
+@settings(max_examples=25, suppress_health_check=SLOW, phases=[Phase.generate])
 @given(seed=st.integers(0, 2**32))
 def test_only_input_errors_come_out_of_a_reader(run, name, seed):
     fuzz_reader(name, seed)

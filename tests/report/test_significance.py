@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -34,7 +34,6 @@ def test_published_means_and_population_stds():
     assert round(test.difference, 6) == 0.009276
 
 
-@settings(deadline=None)
 @given(losses, losses, st.floats(0, 0.1), st.floats(0.5, 0.99))
 def test_is_the_test_of_welch_with_degrees_of_freedom_by_satterthwaite(
     baseline, new, margin, level
@@ -54,7 +53,6 @@ def test_is_the_test_of_welch_with_degrees_of_freedom_by_satterthwaite(
     assert (test.low, test.high) == pytest.approx(interval, rel=1e-6, abs=1e-9)
 
 
-@settings(deadline=None)
 @given(losses, losses, st.floats(0, 0.1))
 def test_a_margin_is_a_shift_of_the_baseline(baseline, new, margin):
     with_margin = welch_test(baseline, new, margin, 0.9)
@@ -63,7 +61,6 @@ def test_a_margin_is_a_shift_of_the_baseline(baseline, new, margin):
     assert with_margin.difference == pytest.approx(shifted.difference + margin)
 
 
-@settings(deadline=None)
 @given(losses, losses)
 def test_exchanging_the_samples_turns_the_sign(a, b):
     one, other = welch_test(a, b, 0.0, 0.9), welch_test(b, a, 0.0, 0.9)
@@ -71,7 +68,6 @@ def test_exchanging_the_samples_turns_the_sign(a, b):
     assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
 
 
-@settings(deadline=None)
 @given(losses, losses, st.floats(0.1, 10))
 def test_p_does_not_depend_on_the_unit(baseline, new, scale):
     plain = welch_test(baseline, new, 0.01, 0.9)

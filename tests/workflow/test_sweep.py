@@ -133,7 +133,7 @@ def test_a_sweep_of_too_many_combinations_is_refused_at_once(experiment: Path) -
         read_sweep(Path("sweep.yaml"))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=50), place=st.integers(0, len(SWEEP)), skip=st.integers(0, 20))
 def test_whatever_stands_in_a_sweep_file_is_read_or_named(
     experiment: Path, text: str, place: int, skip: int
