@@ -125,7 +125,7 @@ def test_times_of_files_decide_nothing(checkout: Checkout, when: float) -> None:
     checkout.append("model/ttt/loop.py", "# edited\n")
     os.utime(checkout.path / "model/ttt/loop.py", (when, when))
     assert checkout.steps_run_by(*SNAKEMAKE) == AFTER_TTT
-    assert "up to date" in checkout.run("dvc", "status")
+    assert "up to date" in checkout.run("dvc", "status", "--with-deps", "report")
 
 
 @pytest.mark.campaign
@@ -213,7 +213,7 @@ def test_steps_end_with_a_killed_engine(checkout: Checkout, name: str) -> None:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
     assert set(checkout.steps_run_by(*ENGINES[name])) <= set(FROM_TRAIN)
-    assert "up to date" in checkout.run("dvc", "status")
+    assert "up to date" in checkout.run("dvc", "status", "--with-deps", "report")
 
 
 @pytest.mark.campaign

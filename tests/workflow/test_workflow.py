@@ -168,7 +168,7 @@ def test_row_9_a_step_dies(checkout: Checkout, engine: list[str]) -> None:
     assert "ttt_eval@1" in checkout.run("dvc", "status")
     second = checkout.steps_run_by(*engine)
     assert sorted([*first, *second]) == sorted([*TTT, "ttt_eval@1", *REPORT])
-    assert "up to date" in checkout.run("dvc", "status")
+    assert "up to date" in checkout.run("dvc", "status", "--with-deps", "report")
 
 
 @pytest.mark.campaign
@@ -184,7 +184,7 @@ def test_row_10_two_runs_at_once(checkout: Checkout, pair: tuple[str, str]) -> N
         assert run.returncode == 0 or any(message in output for message in clear), output
     assert any(run.returncode == 0 for run in runs), outputs
     assert not set(checkout.steps_run_by(*SNAKEMAKE)) - {*TTT, *REPORT}
-    assert "up to date" in checkout.run("dvc", "status")
+    assert "up to date" in checkout.run("dvc", "status", "--with-deps", "report")
     assert checkout.steps_run_by(*ENGINES["dvc"]) == []
 
 
@@ -210,7 +210,7 @@ def test_row_13_accept_an_edit_that_changes_nothing(checkout: Checkout, engine: 
     for seed in (0, 1):
         assert f"train@{seed}: equal: losses of the first 4 optimizer steps" in said
     assert checkout.steps_run_by(*engine) == REPORT  # which counts the code that is shipped
-    assert "up to date" in checkout.run("dvc", "status")
+    assert "up to date" in checkout.run("dvc", "status", "--with-deps", "report")
 
 
 @pytest.mark.campaign
@@ -224,7 +224,7 @@ def test_every_stage_can_be_accepted(checkout: Checkout) -> None:
     ]
     for stage in accepted:
         assert f"{stage}: equal: " in checkout.run(*ACCEPT, stage)
-    stale = set(json.loads(checkout.run("dvc", "status", "--json")))
+    stale = set(json.loads(checkout.run("dvc", "status", "--json", "--with-deps", "report")))
     assert stale == {"train@0", "quantize@0", *EVALUATE[:1], *TTT[:1], *REPORT}
     changed = {name for name, content in checkout.results().items() if content != before[name]}
     assert changed == {str(checkout.path / "dvc.lock")}
@@ -255,7 +255,7 @@ def test_a_killed_run_can_be_continued(checkout: Checkout) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()  # ends when the steps it had started have ended
     assert not set(checkout.steps_run_by(*SNAKEMAKE)) - {*TTT, *REPORT}
-    assert "up to date" in checkout.run("dvc", "status")
+    assert "up to date" in checkout.run("dvc", "status", "--with-deps", "report")
 
 
 def test_force_runs_a_step_again(checkout: Checkout) -> None:
@@ -281,7 +281,7 @@ def test_bad_parameters_stop_the_dry_run(checkout: Checkout) -> None:
 def test_experiment_keeps_hand_edits(checkout: Checkout) -> None:
     """`dvc exp run -S` changes the parameters in force, and a preset is not one of them."""
     checkout.set("report.significance", "0.02")
-    ran = checkout.steps_run_by("dvc", "exp", "run", "-S", "ttt.lr=5e-4")
+    ran = checkout.steps_run_by("dvc", "exp", "run", "-S", "ttt.lr=5e-4", "report")
     assert ran == sorted([*TTT, *REPORT])
     values = yaml.safe_load((checkout.path / "params.yaml").read_text())
     assert (values["ttt"]["lr"], values["report"]["significance"]) == (5e-4, 0.02)
