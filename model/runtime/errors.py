@@ -1,6 +1,7 @@
 """The one exception that is shown to users as a message instead of a traceback."""
 
 import errno
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,20 @@ def _said(error: Exception) -> str:
     elif not isinstance(error, OSError):
         said = f"{type(error).__name__}: {said}"
     return f"cannot be read ({said[:200]})"
+
+
+def ended_by(process: str, number: int) -> InputError:
+    """The error of a process that signal `number` has ended, so that it could say nothing."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    repairs: dict[int, str] = {
+        signal.SIGKILL: "the system does so when memory is short (`dmesg` says it): lower "
+        "train.tokens_per_microbatch or the batches in `execution`, or free memory; then run again",
+        signal.SIGTERM: "run again to continue",
+        signal.SIGINT: "run again to continue",
+        signal.SIGXCPU: "raise the limit on its time (`ulimit -t`), and run again",
+    }
+    otherwise = "run again; if it comes back, look for a driver or library that does not fit"
+    return InputError(f"{process} was ended by {name}", repairs.get(number, otherwise))
 
 
 @contextmanager

@@ -508,10 +508,13 @@ def _is_running(entry: dict[str, Any]) -> bool:
 
 
 def lock_entries() -> dict[str, Any]:
-    """DVC's list of files in use by running commands."""
+    """DVC's list of files in use by running commands; empty if it is damaged."""
+    from dvc.rwlock import COMPILED_SCHEMA
+    from voluptuous import Invalid
+
     try:
-        return json.loads(RWLOCK.read_text())
-    except (OSError, ValueError):
+        return COMPILED_SCHEMA(json.loads(RWLOCK.read_text()))
+    except (OSError, ValueError, RecursionError, Invalid):
         return {}
 
 

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model.runtime.errors import InputError, user_errors
+from model.runtime.errors import InputError, ended_by, user_errors
 from model.runtime.files import SIDECAR, link_file, read_json, write_json
 from model.runtime.lock import held
 from pocketlm.params.load import load_params
@@ -108,8 +108,8 @@ def put_back(one: Node, inputs: dict[str, Any]) -> bool:
         record = read_json(place / RECORD)
     except InputError:
         return False
-    same = record["inputs"] == json.loads(json.dumps(inputs)) and record["files"] == _files(place)
-    if not same or not is_whole(one, place):
+    same = {"inputs": json.loads(json.dumps(inputs)), "files": _files(place)}
+    if record != same or not is_whole(one, place):
         return False
     for out in one.outs:
         _link(place / out, Path(out))
@@ -167,6 +167,8 @@ def run(one: Node, processes: int) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if status < 0:  # before it could say anything
+        print(f"error: {ended_by(one.target, -status)}", file=sys.stderr, flush=True)
     if status:
         sys.exit(status if status > 0 else 128 - status)
 

@@ -66,10 +66,21 @@ def complete_environment() -> None:
 
 def _check_code() -> None:
     """Refuse code of another checkout: what it makes would be recorded as made by this one's."""
-    used = Path(pocketlm.__file__).parent
-    if not Path("pocketlm").is_dir() or not used.samefile("pocketlm"):
+    used, here = Path(pocketlm.__file__).parent, Path.cwd()
+    if set("{}") & set(str(here)):
         raise InputError(
-            f"the code in use is that of {used.parent}, not of this directory, {Path.cwd()}",
+            f"{here}: the name of a folder holds a brace, which DVC takes for a placeholder",
+            "rename the folder (`make setup` then mends the environment)",
+        )
+    if not Path("pocketlm").is_dir():
+        place = used.parent.resolve()
+        raise InputError(
+            f"{here} is no checkout of pocketlm; the code in use is that of {place}",
+            f"`cd {place}`, or to another folder that holds the Snakefile, and run there",
+        )
+    if not used.samefile("pocketlm"):
+        raise InputError(
+            f"the code in use is that of {used.parent}, not of this directory, {here}",
             "`make setup` and `source .venv/bin/activate` here, or work in that directory",
         )
 

@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from model.runtime.distributed import require_gpus
-from model.runtime.errors import user_errors
+from model.runtime.errors import ended_by, user_errors
 
 
 def torchrun(processes: int, words: list[str]) -> int:
@@ -26,7 +26,13 @@ def torchrun(processes: int, words: list[str]) -> int:
     try:
         run.main(["--standalone", "--nproc-per-node", str(processes), *words])
     except ChildFailedError as error:
-        return max(1, error.get_first_failure()[1].exitcode)  # negative: ended by a signal
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # before it could say anything
+            number = -failure.exitcode
+            with user_errors(status=128 + number):
+                program = " ".join(words[:2]).removeprefix("-m ")
+                raise ended_by(f"{program}: process {rank} of {processes}", number) from None
+        return max(1, failure.exitcode)
     except SignalException:
         return 130
     return 0

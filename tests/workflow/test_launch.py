@@ -94,6 +94,43 @@ def test_a_stage_of_no_seed_is_refused(monkeypatch: pytest.MonkeyPatch, started:
         chosen("train", None, [0, 7])
 
 
+DIES = """
+import os, signal, sys
+if os.environ["RANK"] == sys.argv[1]:
+    os.kill(os.getpid(), int(sys.argv[2]))
+import time
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "name"),
+    [
+        (1, 9, "SIGKILL"),
+        pytest.param(0, 11, "SIGSEGV", marks=pytest.mark.campaign),
+        pytest.param(1, 40, "signal 40", marks=pytest.mark.campaign),
+    ],
+)
+def test_a_process_that_dies_before_it_speaks_is_named(
+    tmp_path: Path, rank: int, number: int, name: str
+) -> None:
+    (tmp_path / "dies.py").write_text(DIES)
+    words = ["pocketlm.workflow.torchrun", "2", "-m", "dies", str(rank), str(number)]
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 128 + number
+    said = [line for line in done.stderr.splitlines() if line]
+    assert said[0] == f"error: dies: process {rank} of 2 was ended by {name}"
+    assert said[1].startswith("  repair: ")
+    assert len(said) == 2
+
+
 HOSTILE = ["0 ; touch x", "$(touch x)", "`touch x`", "0' ; touch x '", '0" ; touch x ; "']
 
 

@@ -359,3 +359,19 @@ def test_an_experiment_in_a_shallow_clone_is_refused(copy_of_experiment: Path) -
     (copy_of_experiment / ".git/shallow").write_text(head.stdout)
     assert "a shallow clone" in (said := refusal())
     assert "git fetch --unshallow" in said
+
+
+@pytest.mark.parametrize("name", ["{x}", "a}", "{", "b {0} c"])
+def test_a_path_with_braces_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    (checkout / name).mkdir()
+    monkeypatch.chdir(checkout / name)
+    assert "holds a brace" in refusal()
+
+
+def test_another_folder_than_a_checkout_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = refusal()
+    assert f"{tmp_path} is no checkout of pocketlm" in said
+    assert f"`cd {ROOT}`" in said
