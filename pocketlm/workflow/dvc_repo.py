@@ -98,15 +98,19 @@ def mend_records() -> None:
     """Keep a copy of dvc.lock, or restore it from that copy if it is damaged; says so then.
 
     DVC writes dvc.lock in place, and leaves an empty or unfinished file if it is killed meanwhile.
-    Raises InputError if there is no copy.
+    Raises InputError if there is no copy. Its list of files in use is emptied if it is damaged, as
+    what ran when DVC was killed has ended with it.
     """
+    if RWLOCK.exists() and not lock_entries():
+        with _edit_lock_entries():  # which looks once more, while nobody writes it
+            pass
     if not LOCK_FILE.exists():
         return
     content = LOCK_FILE.read_bytes()
     copy = LOCK_COPY.read_bytes() if LOCK_COPY.exists() else None
     if content == copy:
         return
-    if b"\n<<<<<<< " in b"\n" + content:
+    if all(b"\n" + mark in b"\n" + content for mark in (b"<<<<<<< ", b"=======\n", b">>>>>>> ")):
         raise InputError(
             f"{LOCK_FILE}: git has left a conflict in it",
             f"`git checkout --ours {LOCK_FILE}` or --theirs, then run again",
@@ -509,11 +513,11 @@ def _is_running(entry: dict[str, Any]) -> bool:
 
 def lock_entries() -> dict[str, Any]:
     """DVC's list of files in use by running commands; empty if it is damaged."""
-    from dvc.rwlock import COMPILED_SCHEMA
+    from dvc.rwlock import SCHEMA
     from voluptuous import Invalid
 
     try:
-        return COMPILED_SCHEMA(json.loads(RWLOCK.read_text()))
+        return SCHEMA(json.loads(RWLOCK.read_text()))
     except (OSError, ValueError, RecursionError, Invalid):
         return {}
 

@@ -462,7 +462,7 @@ def test_every_number_has_bounds_on_both_sides() -> None:
         assert {"maximum", "exclusiveMaximum"} & set(bounds), key
 
 
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 @given(key=st.sampled_from([*NUMBERS, "seeds", "model.layer_order", "model.value_layers"]), n=HUGE)
 def test_a_number_of_any_size_is_accepted_within_its_bounds_or_named(key: str, n: float) -> None:
     values = changed(dataclasses.asdict(DEMO), key, n if key in NUMBERS else [n])

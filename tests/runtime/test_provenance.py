@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.runtime.distributed import Group
@@ -57,6 +57,7 @@ def test_names_in_a_sidecar_are_those_of_the_folder_it_was_run_in(tmp_path: Path
     require_recorded(recorded(sidecar, "train@0", [tmp_path / "artifacts/model"], tmp_path))
 
 
+@settings(deadline=None)
 @given(bit=st.integers(0, 1 << 16))
 def test_a_sidecar_with_a_flipped_bit_is_refused_or_says_the_same(sidecar: Path, bit: int) -> None:
     damaged = sidecar.parent / "damaged.json"
@@ -82,6 +83,7 @@ def test_the_sidecar_of_another_seed_is_refused(sidecar: Path) -> None:
         recorded(sidecar, "train@1", [sidecar.parent / "other"])
 
 
+@settings(deadline=None)
 @given(content=st.binary(min_size=1, max_size=300), bit=st.integers(0, 2400))
 def test_a_file_with_a_flipped_bit_is_named_with_its_repair(
     sidecar: Path, content: bytes, bit: int

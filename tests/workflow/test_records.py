@@ -51,7 +51,7 @@ damaged = st.one_of(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=damaged)
 def test_a_damaged_lock_file_is_restored(here: Path, content: bytes) -> None:
     found = written(content)
