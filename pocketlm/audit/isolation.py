@@ -20,6 +20,7 @@ import numpy as np
 
 from model.data.shards import Manifest, ShardWriter
 from model.data.tokenizer import Tokenizer
+from model.runtime.files import link_file
 from pocketlm.audit.checks import Check
 
 MODE = "ttt"  # the way of scoring that counts
@@ -80,7 +81,7 @@ class TracedBundle:
         self.folder = Path(tempfile.mkdtemp(prefix="audit-")).resolve()
         program = Path(__file__).with_name("trace.py")
         for file in (bundle, artifact, manifest.tokenizer, program):
-            shutil.copy(file, self.folder)
+            link_file(file, self.folder / Path(file).name)
         with ShardWriter(self.folder, "validation", sum(d.size for d in documents)) as writer:
             for document in documents:
                 writer.write(document, tokenizer.sizes(document))
