@@ -66,7 +66,7 @@ def test_row_2_a_ttt_value(checkout: Checkout, engine: list[str]) -> None:
     assert checkout.steps_run_by(*engine) == sorted([*TTT, *REPORT])
 
 
-@second_engine_in_campaign
+@pytest.mark.campaign
 def test_row_3_a_train_value_and_back(checkout: Checkout, engine: list[str]) -> None:
     before = checkout.results()
     checkout.set("train.matrix_lr", "0.02")
@@ -160,7 +160,7 @@ def test_row_8_given_files(checkout: Checkout, engine: list[str]) -> None:
     assert checkout.steps_run_by(*engine) == ["tokenize"]
 
 
-@second_engine_in_campaign
+@pytest.mark.campaign
 def test_row_9_a_step_dies(checkout: Checkout, engine: list[str]) -> None:
     checkout.set("ttt.lr", "5e-4")
     first = checkout.steps_run_by(*engine, succeeds=False, DIE_IN="ttt_eval@1")
@@ -245,6 +245,7 @@ def test_what_changes_results_is_not_accepted(checkout: Checkout) -> None:
     assert checkout.results() == before
 
 
+@pytest.mark.campaign
 def test_a_killed_run_can_be_continued(checkout: Checkout) -> None:
     """Nothing that a killed Snakemake leaves must be removed by hand."""
     checkout.set("ttt.lr", "5e-4")
@@ -278,6 +279,7 @@ def test_bad_parameters_stop_the_dry_run(checkout: Checkout) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.campaign
 def test_experiment_keeps_hand_edits(checkout: Checkout) -> None:
     """`dvc exp run -S` changes the parameters in force, and a preset is not one of them."""
     checkout.set("report.significance", "0.02")
