@@ -33,7 +33,10 @@ TOKEN = np.dtype("<u2")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 SAMPLE = 4096  # tokens of a shard that are checked against the vocabulary on loading
-REMAKE = "run the tokenize stage again"
+REMAKE = (
+    "delete it and run again: it is restored from DVC's cache, or else made again; or make all "
+    "tokens again: `dvc repro --force --single-item tokenize`"
+)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from pocketlm.params.presets import render
 from pocketlm.params.renamed import RENAMED
 from pocketlm.workflow import dvc_repo
 from pocketlm.workflow.closure import is_code
-from pocketlm.workflow.launch import program
+from pocketlm.workflow.launch import program, require_whole
 from pocketlm.workflow.stages import node, outs, seeds_of, stages, target_name
 
 DOCUMENTS = 8  # scored at most
@@ -96,6 +96,7 @@ def accept(name: str, steps: int | None = None) -> None:
     trials = [trial for trial in _trials(name, steps) if not states[trial.target].is_fresh]
     for trial in trials:
         require_only_code(trial, states[trial.target])
+        require_whole(node(trial.target), Path())
     read = {trial.target: dvc_repo.start(trial.target, restore=False).inputs for trial in trials}
     for trial in trials:
         print(f"{trial.target}: running it in {trial.place}", file=sys.stderr, flush=True)

@@ -117,22 +117,25 @@ def put_back(one: Node, inputs: dict[str, Any]) -> bool:
 
 
 def is_whole(one: Node, root: Path) -> bool:
-    """Whether the stage's outputs below `root` have the content that its sidecar names."""
-    from model.data.shards import SPLITS, Manifest  # here, as they import torch
-    from model.runtime.provenance import Recorded, read_provenance, require_recorded
-
-    sidecar = next(root / out for out in one.outs if Path(out).name == SIDECAR)
+    """Whether the stage's outputs below `root` are whole; if not, says which is damaged."""
     try:
-        outputs = read_provenance(sidecar, one.target)["outputs"]
-        require_recorded(
-            {root / out: Recorded(sha256, one.target) for out, sha256 in outputs.items()}
-        )
-        for tokens in (root / out for out in one.outs if Path(out) == TOKENS):
-            require_recorded(Manifest.load(tokens).recorded(*SPLITS))
+        require_whole(one, root)
     except InputError as error:
         print(f"{one.target}: not kept: {error.problem}", file=sys.stderr, flush=True)
         return False
     return True
+
+
+def require_whole(one: Node, root: Path) -> None:
+    """Raise InputError unless the stage's outputs below `root` are what its sidecar names."""
+    from model.data.shards import SPLITS, Manifest  # here, as they import torch
+    from model.runtime.provenance import Recorded, read_provenance, require_recorded
+
+    sidecar = next(root / out for out in one.outs if Path(out).name == SIDECAR)
+    outputs = read_provenance(sidecar, one.target)["outputs"]
+    require_recorded({root / out: Recorded(sha, one.target) for out, sha in outputs.items()})
+    for tokens in (root / out for out in one.outs if Path(out) == TOKENS):
+        require_recorded(Manifest.load(tokens).recorded(*SPLITS))
 
 
 def _files(place: Path) -> dict[str, list[int]]:
