@@ -26,7 +26,7 @@ from pocketlm.audit.experiments import Experiments
 from pocketlm.audit.isolation import TracedBundle, isolation
 from pocketlm.audit.page import TITLE, page, summary
 from pocketlm.audit.subject import Subject
-from pocketlm.params.paths import COMPILE_CACHE, TOKENS
+from pocketlm.params.paths import COMPILE_CACHE, STEPS, TOKENS
 from pocketlm.report.blocks import to_html, to_markdown
 from pocketlm.submission.bundle import NAME, write_bundle
 from steps.common import StageRun, load_tokens, run
@@ -73,7 +73,7 @@ class Audit:
         model = load_artifact(artifact, self.stage.group.device)
         check_vocabulary(self.tokenizer, model.config.vocabulary, "train again with these tokens")
         subject = Subject(model, self.documents, self.params, self.stage.group)
-        sample = [subject.cut(number) for number in subject.sample()]
+        sample = [subject.cut(number) for number in subject.sample]
         # Traced beside the experiments, which use one core.
         with TracedBundle(self.bundle, artifact, self.manifest, sample, self.tokenizer) as traced:
             yield from self.records_of(seed, artifact)
@@ -97,9 +97,9 @@ class Audit:
     def records_of(self, seed: int, artifact: Path) -> Iterator[Check]:
         """Bytes, clocks, hashes and logs."""
         train, quantize, evaluate, ttt = (
-            read_json(records.place(stage, seed) / "metrics.json") for stage in records.STAGES
+            read_json(records.place(stage, seed) / "metrics.json") for stage in STEPS
         )
-        logs = {stage: records.log_of(stage, seed) for stage in records.STAGES}
+        logs = {stage: records.log_of(stage, seed) for stage in STEPS}
         training = self.params.report.train_budget_seconds
         evaluation = self.params.report.evaluate_budget_seconds
         yield byte_budget(artifact, self.bundle, quantize)
@@ -115,10 +115,10 @@ class Audit:
         for seed in self.params.seeds:
             files += [
                 records.place(stage, seed) / name
-                for stage in records.STAGES
+                for stage in STEPS
                 for name in ("metrics.json", SIDECAR)
             ]
-            files += [records.log_of(stage, seed) for stage in records.STAGES]
+            files += [records.log_of(stage, seed) for stage in STEPS]
             files += [records.place("quantize", seed) / "model.pocket", *self.tables(seed).values()]
         return list(dict.fromkeys(files))
 
@@ -136,7 +136,7 @@ def main(stage: StageRun) -> None:
                 stage.log.event("check", **checks[-1].to_json())
                 if bar:
                     bar.advance(len(seeds) if seed is None else 1)
-    output, blocks = stage.output, page(checks, seeds)
+    output, blocks, names = stage.output, page(checks, seeds), failed(checks, seeds)
     texts = {"audit.md": to_markdown(blocks), "audit.html": to_html(blocks, TITLE, {})}
     for name, content in texts.items():
         write_bytes(output / name, content.encode())
@@ -144,7 +144,7 @@ def main(stage: StageRun) -> None:
     metrics = {
         "checks": len(checks),
         "failed": sum(not check.passed for check in checks),
-        "passed": {name: name not in failed(checks, seeds) for name in CHECKS},
+        "passed": {name: name not in names for name in CHECKS},
         "seconds": round(time.perf_counter() - stage.started, 2),
     }
     outputs = [output / name for name in (*texts, "audit.json")]
@@ -153,8 +153,7 @@ def main(stage: StageRun) -> None:
         if not check.passed:
             where = "" if check.seed is None else f", seed {check.seed}"
             print(f"audit: {check.name}{where}: {check.problems[0]}", file=sys.stderr)
-    names = ", ".join(failed(checks, seeds))
-    verdict = f"FAILED: {names}" if names else "all checks passed"
+    verdict = f"FAILED: {', '.join(names)}" if names else "all checks passed"
     print(f"audit: {verdict}; {output / 'audit.md'}", file=sys.stderr, flush=True)
 
 

@@ -8,8 +8,8 @@ and `logs/` only when it has succeeded, the sidecar last.
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from model.runtime.files import SIDECAR, write_bytes, write_json
 from model.runtime.lock import held
 from model.runtime.process import end_with_launcher, watch_opened
 from model.runtime.provenance import (
-    Comparison,
     Recorded,
+    comparing,
     recorded,
     require_recorded,
     write_provenance,
@@ -100,21 +100,12 @@ class StageRun:
         target = f"{stage}@{self.seed}"
         return recorded(place / SIDECAR, target, [place / name for name in names])
 
-    @contextmanager
-    def reading(self, files: Mapping[Path, Recorded]) -> Iterator[None]:
+    def reading(self, files: Mapping[Path, Recorded]) -> AbstractContextManager[None]:
         """Compare files with what is recorded of them while the block runs, in the main process.
 
         Raises InputError in every process if one differs, whatever the block has made of it.
         """
-        comparison = Comparison(files if self.group.is_main else {})
-        try:
-            yield
-        except Exception:
-            if problem := comparison.problem():
-                raise problem from None
-            raise
-        if problem := self.group.broadcast_object(comparison.problem()):
-            raise problem
+        return comparing(files if self.group.is_main else {}, self.group.broadcast_object)
 
     def publish(
         self,

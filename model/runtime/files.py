@@ -120,6 +120,12 @@ def read_json(path: str | Path) -> Any:
             raise InputError(f"{path}: not valid JSON ({error})", repair) from error
 
 
+def git_root() -> Path | None:
+    """The folder of the git repository that holds the current directory, or None."""
+    here = Path.cwd()
+    return next((place for place in (here, *here.parents) if (place / ".git").exists()), None)
+
+
 def sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's content, read in blocks."""
     with open(path, "rb") as file:

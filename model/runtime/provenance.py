@@ -8,7 +8,7 @@ compares it with that, so that rot, a damaged copy in a cache and a file of anot
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,11 +116,19 @@ class Comparison:
         return None
 
 
+def _alone(problem: InputError | None) -> InputError | None:
+    return problem
+
+
 @contextmanager
-def comparing(files: Mapping[Path, Recorded]) -> Iterator[None]:
+def comparing(
+    files: Mapping[Path, Recorded],
+    share: Callable[[InputError | None], InputError | None] = _alone,
+) -> Iterator[None]:
     """Compare files with what is recorded of them while the block runs.
 
-    Raises InputError if one differs, whatever the block has made of it.
+    Raises InputError if one differs, whatever the block has made of it. share: gives every process
+    of a group what one of them has found, so that all raise it.
     """
     comparison = Comparison(files)
     try:
@@ -129,14 +137,14 @@ def comparing(files: Mapping[Path, Recorded]) -> Iterator[None]:
         if problem := comparison.problem():
             raise problem from None
         raise
-    if problem := comparison.problem():
+    if problem := share(comparison.problem()):
         raise problem
 
 
 def require_recorded(files: Mapping[Path, Recorded]) -> None:
     """Raise InputError, which names the file, if one is not what was recorded of it."""
-    if problem := Comparison(files).problem():
-        raise problem
+    with comparing(files):
+        pass
 
 
 def how_to_restore(file: str | Path, target: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from model.runtime.errors import reading
-from model.runtime.files import writing
+from model.runtime.files import git_root, writing
 
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "snakemake", "dvc")
 
@@ -128,9 +128,8 @@ def _commit() -> str | None:
 
 
 def _work_tree() -> Path:
-    """The folder of the git repository that holds the current directory."""
-    here = Path.cwd()
-    return next((place for place in (here, *here.parents) if (place / ".git").exists()), here)
+    """The folder of the git repository that holds the current directory, or else that one."""
+    return git_root() or Path.cwd()
 
 
 @cache

@@ -47,13 +47,13 @@ def run_alone(subject: Subject) -> Runs:
     return {
         (way, number): Alone(subject, way, subject.cut(number))
         for way in WAYS
-        for number in subject.sample()
+        for number in subject.sample
     }
 
 
 def run_again(subject: Subject, runs: Runs) -> Noise:
     """How far a second run of the first document differs from the first."""
-    first, found = subject.sample()[0], {}
+    first, found = subject.sample[0], {}
     for way in WAYS:
         before, after = runs[way, first], Alone(subject, way, subject.cut(first))
         size = before.losses.size
@@ -90,7 +90,7 @@ def causality(subject: Subject, runs: Runs, noise: Noise) -> Check:
                 for what in changes(base, other, position, MARGIN * noise[way])
             ]
     evidence = (
-        f"{flips} flips ({FLIPS} tokens of each of {len(subject.sample())} documents, "
+        f"{flips} flips ({FLIPS} tokens of each of {len(subject.sample)} documents, "
         f"{len(WAYS)} ways of scoring): earlier losses and all distributions up to the flipped "
         f"token compared {how_equal(noise)}; later losses changed in {after} of {flips}"
     )
@@ -145,10 +145,9 @@ def normalization(runs: Runs) -> Check:
             if not abs(total - 1) <= OWN_SUM:
                 where = f"{way}, document {number}, target {position}"
                 problems.append(f"{where}: the probabilities sum to {total:.6f}")
-    worst = max((abs(total - 1) for total in sums), default=0.0)
     evidence = (
         f"{len(sums)} distributions, asked of the function that scores, for every token of the "
-        f"vocabulary: sums differ from 1 by at most {worst:.1e} (tolerance {OWN_SUM:g})"
+        f"vocabulary: {_spread(sums, OWN_SUM)}"
     )
     return Check("normalization", evidence, tuple(problems))
 
@@ -161,7 +160,7 @@ def own_sum(seen: Observation, position: int) -> float:
 def black_box(subject: Subject) -> Check:
     """Score a prefix once with each token of the vocabulary at its end; Σ p = 1."""
     vocabulary, tolerance = subject.model.config.vocabulary, SUM[subject.group.device.type]
-    document = subject.cut(subject.sample()[0])
+    document = subject.cut(subject.sample[0])
     problems, sums = list[str](), list[float]()
     # Inside the second chunk: TTT has adapted, and the prefix is no longer than needed.
     position = max(1, min(document.size - 1, subject.params.ttt.chunk * 3 // 2 + 1))
@@ -175,9 +174,14 @@ def black_box(subject: Subject) -> Check:
         sums.append(total)
         if not abs(total - 1) <= tolerance:
             problems.append(f"{way}, target {position}: p(v) of v runs sum to {total:.6f}")
-    worst = max((abs(total - 1) for total in sums), default=0.0)
     evidence = (
         f"target {position} of the longest document, {vocabulary} runs by window and with "
-        f"TTT: sums differ from 1 by at most {worst:.1e} (tolerance {tolerance:g})"
+        f"TTT: {_spread(sums, tolerance)}"
     )
     return Check("black box", evidence, tuple(problems))
+
+
+def _spread(sums: list[float], tolerance: float) -> str:
+    """How far sums of probabilities are from 1, for evidence."""
+    worst = max((abs(total - 1) for total in sums), default=0.0)
+    return f"sums differ from 1 by at most {worst:.1e} (tolerance {tolerance:g})"

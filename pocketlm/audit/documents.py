@@ -4,12 +4,13 @@ import numpy as np
 
 from pocketlm.audit.causality import MARGIN, Noise, Runs, how_equal
 from pocketlm.audit.checks import Check
+from pocketlm.audit.rounding import apart
 from pocketlm.audit.subject import SEED, WAYS, Losses, Subject
 
 
 def documents(subject: Subject, runs: Runs, noise: Noise) -> Check:
     """Score the sample together, in another order, without others, beside other text."""
-    sample, tolerance = subject.sample(), subject.rounding
+    sample, tolerance = subject.sample, subject.rounding
     texts = [subject.cut(number) for number in sample]
     problems, worst = list[str](), 0.0
     for way in WAYS:
@@ -18,20 +19,17 @@ def documents(subject: Subject, runs: Runs, noise: Noise) -> Check:
         backwards = subject.losses(way, texts[::-1])[::-1]
         for what, found in (("others", together), ("others, in another order", backwards)):
             for number, left, right in zip(sample, alone, found, strict=True):
-                worst = max(worst, largest := float(np.abs(left - right).max()))
-                mean = abs(float(np.mean(left - right, dtype=np.float64)))
-                if not (largest <= tolerance[0] and mean <= tolerance[1]):
-                    problems.append(
-                        f"{way}: beside {what}, document {number} differs by {largest:.2e} nats, "
-                        f"{mean:.1e} on average"
-                    )
+                largest, mean = apart(left, right)
+                worst = max(worst, largest)
+                if excess := tolerance.excess(largest, mean):
+                    problems.append(f"{way}: beside {what}, document {number} differs by {excess}")
         problems += [
             f"{way}: {problem}" for problem in beside_other_text(subject, way, together, noise)
         ]
     evidence = (
         f"{len(sample)} documents, {len(WAYS)} ways: alone, together and in reverse order at most "
-        f"{worst:.1e} nats apart (tolerance {tolerance[0]:g} for one loss, {tolerance[1]:g} for a "
-        f"document's mean); with the text of all others replaced, equal {how_equal(noise)}"
+        f"{worst:.1e} nats apart ({tolerance}); with the text of all others replaced, equal "
+        f"{how_equal(noise)}"
     )
     return Check("documents", evidence, tuple(problems))
 
@@ -41,9 +39,9 @@ def beside_other_text(subject: Subject, way: str, together: Losses, noise: Noise
 
     The others keep their lengths, so that every sum has the same shape and order.
     """
-    texts = [subject.cut(number) for number in subject.sample()]
+    texts = [subject.cut(number) for number in subject.sample]
     found = []
-    for kept, (number, before) in enumerate(zip(subject.sample(), together, strict=True)):
+    for kept, (number, before) in enumerate(zip(subject.sample, together, strict=True)):
         random = np.random.default_rng([SEED, kept])
         mixed = [t if n == kept else _noise(t, random) for n, t in enumerate(texts)]
         after = subject.losses(way, mixed)[kept]

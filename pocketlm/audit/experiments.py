@@ -8,6 +8,7 @@ from model.evaluation.score import TTT
 from pocketlm.audit.causality import black_box, causality, normalization, run_again, run_alone
 from pocketlm.audit.checks import Check
 from pocketlm.audit.documents import documents
+from pocketlm.audit.rounding import apart
 from pocketlm.audit.single_pass import score_before_update, single_pass
 from pocketlm.audit.subject import Losses, Subject
 
@@ -37,12 +38,12 @@ class Experiments:
                 for event in self.runs[TTT, number].seen.events
                 if event.kind != "begin"
             ]
-            for number in self.subject.sample()
+            for number in self.subject.sample
         }
 
     def losses(self, way: str) -> Losses:
         """Losses of the documents of the sample in one way."""
-        return [self.runs[way, number].losses for number in self.subject.sample()]
+        return [self.runs[way, number].losses for number in self.subject.sample]
 
     def stored_scores(self, tables: Mapping[str, Mapping[str, np.ndarray]]) -> Check:
         """Compare with the tables of losses, by way of scoring.
@@ -54,18 +55,13 @@ class Experiments:
         for (way, number), run in self.runs.items():
             rows = tables[way]["document"] == number
             size = min(int(rows.sum()), run.losses.size - 1)
-            apart = tables[way][way][rows][:size] - run.losses[:size]
+            largest, mean = apart(tables[way][way][rows][:size], run.losses[:size])
             compared += size
-            worst = max(worst, largest := float(np.abs(apart).max()))
-            mean = abs(float(apart.mean(dtype=np.float64)))
-            if not (largest <= tolerance[0] and mean <= tolerance[1]):
-                problems.append(
-                    f"{way}, document {number}: stored losses differ by up to {largest:.2e} nats, "
-                    f"{mean:.1e} on average"
-                )
+            worst = max(worst, largest)
+            if excess := tolerance.excess(largest, mean):
+                problems.append(f"{way}, document {number}: stored losses differ by up to {excess}")
         evidence = (
             f"{compared:,} stored losses of {len(self.runs)} evaluations: at most {worst:.1e} nats "
-            f"from those of the audit (tolerance {tolerance[0]:g} for one loss, {tolerance[1]:g} "
-            "for a document's mean)"
+            f"from those of the audit ({tolerance})"
         )
         return Check("stored scores", evidence, tuple(problems))

@@ -22,6 +22,7 @@ from model.data.shards import Manifest, ShardWriter
 from model.data.tokenizer import Tokenizer
 from model.runtime.files import link_file
 from pocketlm.audit.checks import Check
+from pocketlm.audit.rounding import Rounding, apart
 
 MODE = "ttt"  # the way of scoring that counts
 SYSTEM = (
@@ -124,7 +125,7 @@ def _environment() -> dict[str, str]:
 
 
 def isolation(
-    running: TracedBundle, expected: Sequence[np.ndarray], rounding: tuple[float, float]
+    running: TracedBundle, expected: Sequence[np.ndarray], rounding: Rounding
 ) -> list[Check]:
     """The checks `network`, `files` and `bundle`; expected: losses that the package gives."""
     trace, losses = running.result()
@@ -191,22 +192,19 @@ def same_losses(
     trace: Trace,
     losses: Sequence[np.ndarray],
     expected: Sequence[np.ndarray],
-    rounding: tuple[float, float],
+    rounding: Rounding,
 ) -> Check:
     """The bundle ran, and its losses are those of the package."""
     if trace.status or not losses:
         lines = trace.said.strip().splitlines()[-2:]
         problem = f"the bundle ended with status {trace.status}: {' '.join(lines)}"
         return Check("bundle", "run in an empty folder, isolated from this directory", (problem,))
-    pairs = list(zip(losses, expected, strict=True))
-    largest = max(float(np.abs(left - right).max()) for left, right in pairs)
-    mean = max(abs(float(np.mean(left - right, dtype=np.float64))) for left, right in pairs)
-    problems = []
-    if not (largest <= rounding[0] and mean <= rounding[1]):
-        problems.append(f"losses differ by up to {largest:.2e} nats, {mean:.1e} on average")
+    differences = [apart(left, right) for left, right in zip(losses, expected, strict=True)]
+    largest, mean = map(max, zip(*differences, strict=True))
+    excess = rounding.excess(largest, mean)
+    problems = [f"losses differ by up to {excess}"] if excess else []
     evidence = (
         f"{len(losses)} documents, {sum(map(len, losses))} targets scored with TTT in an empty "
-        f"folder: at most {largest:.1e} nats from the package (tolerance {rounding[0]:g} for one "
-        f"loss, {rounding[1]:g} for a document's mean)"
+        f"folder: at most {largest:.1e} nats from the package ({rounding})"
     )
     return Check("bundle", evidence, tuple(problems))

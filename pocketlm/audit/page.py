@@ -11,11 +11,11 @@ TITLE = "Audit"
 
 def summary(checks: Sequence[Check], seeds: Sequence[int]) -> dict[str, Any]:
     """audit.json."""
-    order = list(CHECKS)
+    order, names = list(CHECKS), failed(checks, seeds)
     ordered = sorted(checks, key=lambda check: order.index(check.name))
     return {
-        "passed": not failed(checks, seeds),
-        "failed": failed(checks, seeds),
+        "passed": not names,
+        "failed": names,
         "seeds": list(seeds),
         "checks": [check.to_json() for check in ordered],
     }

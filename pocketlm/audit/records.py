@@ -10,9 +10,8 @@ from model.runtime.files import SIDECAR, read_json
 from model.runtime.provenance import Recorded, read_provenance, require_recorded
 from model.runtime.run_log import read_log
 from pocketlm.audit.checks import Check
-from pocketlm.params.paths import ARTIFACTS, LOGS
+from pocketlm.params.paths import ARTIFACTS, LOGS, STEPS
 
-STAGES = ("train", "quantize", "evaluate", "ttt_eval")
 FACTS = ("time", "commit", "device", "python", "versions", "world_size")
 
 
@@ -30,7 +29,7 @@ def hashes(seed: int) -> Check:
     """Sidecars are whole, files are as they say, and each stage read what another wrote."""
     problems, files = list[str](), dict[str, str]()
     read, checked = dict[tuple[str, str], str](), 0
-    for stage in ("tokenize", *STAGES):
+    for stage in ("tokenize", *STEPS):
         folder = place(stage, seed) if stage != "tokenize" else ARTIFACTS / stage
         target = f"{stage}@{seed}" if stage != "tokenize" else stage
         try:
@@ -58,7 +57,7 @@ def hashes(seed: int) -> Check:
 def logs(seed: int) -> Check:
     """The last line of each log has the metrics of metrics.json, the first its own run."""
     problems, compared = list[str](), 0
-    for stage in STAGES:
+    for stage in STEPS:
         stated = read_json(place(stage, seed) / "metrics.json")
         ends = read_log(log_of(stage, seed), "end")
         starts = read_log(log_of(stage, seed), "start")
@@ -72,14 +71,14 @@ def logs(seed: int) -> Check:
         if (starts[0]["step"], starts[0].get("seed")) != (stage, seed):
             problems.append(f"{log_of(stage, seed)} is of {starts[0]['step']}")
         compared += len(found)
-    evidence = f"{compared} entries of {len(STAGES)} metrics.json equal those of the logs"
+    evidence = f"{compared} entries of {len(STEPS)} metrics.json equal those of the logs"
     return Check("logs", evidence, tuple(problems))
 
 
 def environment(seeds: Sequence[int]) -> Check:
     """Facts of every run are there; device and versions of a stage are the same for all seeds."""
     problems, commits, devices = list[str](), dict[str, list[str]](), dict[str, None]()
-    for stage in STAGES:
+    for stage in STEPS:
         made = {seed: _sidecar(stage, seed) for seed in seeds}
         for seed, facts in made.items():
             lacking = [fact for fact in FACTS if facts.get(fact) is None]

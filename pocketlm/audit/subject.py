@@ -7,17 +7,19 @@ depend on how many documents run. That the graphs' scores are the same is the ch
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from model.evaluation.losses import plain_losses, sliding_losses
 from model.evaluation.score import TTT, WITHOUT_ADAPTATION
 from model.network.gpt import GPT
 from model.runtime.config import ExecutionConfig
 from model.runtime.distributed import Group
 from model.ttt.batching import bytes_per_document
-from model.ttt.loop import ttt_losses
+from pocketlm.audit.rounding import ROUNDING, Rounding
 from pocketlm.params.params import Params
+from pocketlm.submission.bundle import settings_of
+from pocketlm.submission.standalone import losses_of
 
 WAYS = (*WITHOUT_ADAPTATION, TTT)
 SEED = 20240520  # of what the audit chooses at random
@@ -25,10 +27,6 @@ SAMPLE = 3  # documents of the experiments
 WINDOWS = 2  # of model.sequence_length, to which the first is cut; the others to one
 MEMORY = 2**28  # bytes that adapters may take at once on a CPU
 Losses = list[np.ndarray]
-
-# Largest difference of losses that the order of sums may make, in nats, by device. Of one token;
-# and of a document's mean.
-ROUNDING = {"cpu": (2e-3, 1e-5), "cuda": (0.5, 5e-3)}
 
 
 @dataclass(frozen=True)
@@ -53,18 +51,13 @@ class Subject:
 
         rows: documents that TTT adapts at once, at most; None: as the stage.
         """
-        params, execution = self.params, self.execution
-        if way == TTT:
-            rows = rows or execution.ttt_documents
-            execution = dataclasses.replace(
-                execution, ttt_documents=rows, ttt_tokens=max(execution.ttt_tokens, 64 * rows)
-            )
-            return ttt_losses(self.model, documents, params.ttt, execution, self.group)
-        tokens = execution.evaluation_tokens
-        if way == "plain":
-            return plain_losses(self.model, documents, tokens, self.group)
-        stride = params.evaluate.sliding_stride
-        return sliding_losses(self.model, documents, stride, tokens, self.group)
+        execution = self.execution
+        rows = rows or execution.ttt_documents
+        execution = dataclasses.replace(
+            execution, ttt_documents=rows, ttt_tokens=max(execution.ttt_tokens, 64 * rows)
+        )
+        settings = settings_of(self.params)
+        return losses_of(way, self.model, documents, settings, execution, self.group)
 
     @property
     def many_rows(self) -> int:
@@ -73,6 +66,7 @@ class Subject:
             return 512
         return max(1, min(512, MEMORY // bytes_per_document(self.model, self.params.ttt)))
 
+    @cached_property
     def sample(self) -> list[int]:
         """Numbers of the documents of the experiments: the longest, and others by chance."""
         order = sorted(range(len(self.documents)), key=lambda n: -self.documents[n].size)
@@ -82,10 +76,10 @@ class Subject:
 
     def cut(self, number: int) -> np.ndarray:
         """The beginning of a document of the sample, as long as experiments take it."""
-        windows = WINDOWS if number == self.sample()[0] else 1
+        windows = WINDOWS if number == self.sample[0] else 1
         return self.documents[number][: windows * self.params.model.sequence_length]
 
     @property
-    def rounding(self) -> tuple[float, float]:
-        """Tolerances in nats: of one loss, and of a document's mean."""
+    def rounding(self) -> Rounding:
+        """How far equal losses may differ on this device."""
         return ROUNDING[self.group.device.type]

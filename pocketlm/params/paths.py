@@ -10,5 +10,7 @@ REPORT = ARTIFACTS / "report"
 SWEEP = ARTIFACTS / "sweep"
 COMPILE_CACHE = WORK / "compile-cache"
 
+STEPS = ("train", "quantize", "evaluate", "ttt_eval")  # the stages that run for each seed
+
 # Files that parameters name lie in folders that dvc.yaml knows, or changes would go unnoticed.
 TOKENIZERS, BASELINES = Path("tokenizers"), Path("records")

@@ -21,9 +21,9 @@ from model.runtime.provenance import (
     recorded,
 )
 from model.runtime.run_log import read_log
+from pocketlm.params.paths import STEPS
 from pocketlm.report.records import LARGEST, Count, Model, check
 
-STEPS = ("train", "quantize", "evaluate", "ttt_eval")
 # The steps that score every token, with the columns of their losses.parquet, and what is in both.
 SCORED_BY = {"evaluate": WITHOUT_ADAPTATION, "ttt_eval": (TTT,)}
 ROW = ("document", "position", "token", "bytes")

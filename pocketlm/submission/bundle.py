@@ -6,7 +6,7 @@ shipped, so that the file runs in an empty folder.
 
 **What is counted.** The challenge counts all code, that of training included, plus the compressed
 model. So the file has the programs of all stages, from text to scores, and its bytes are those that
-count. What the program of the evaluation alone would take is given beside it.
+count. `bundle` with the program `STANDALONE` alone makes the file that only evaluates.
 """
 
 import ast
@@ -79,11 +79,9 @@ def code_bytes(params: Params) -> int:
     return len(bundle(settings_of(params)))
 
 
-def write_bundle(path: Path, params: Params) -> int:
-    """Write the bundle atomically; returns its bytes."""
-    content = bundle(settings_of(params))
-    write_bytes(path, content)
-    return len(content)
+def write_bundle(path: Path, params: Params) -> None:
+    """Write the bundle atomically."""
+    write_bytes(path, bundle(settings_of(params)))
 
 
 def minified(source: str) -> str:

@@ -17,15 +17,14 @@ from model.runtime.errors import InputError, reading
 from model.runtime.files import SIDECAR, read_json, write_bytes
 from model.runtime.provenance import recorded, require_recorded
 from pocketlm.params.params import Params
-from pocketlm.params.paths import ARTIFACTS, LOGS, REPORT
+from pocketlm.params.paths import ARTIFACTS, LOGS, REPORT, STEPS
 from pocketlm.report.blocks import Block, Heading, Paragraph, Table, to_markdown
 from pocketlm.report.document import result_table, significance
 from pocketlm.submission.bundle import NAME, bundle, settings_of
 
-Json = Mapping[str, Any]
+Json = dict[str, Any]
 
 AUDIT, RECORDS = ARTIFACTS / "audit", Path("records")
-LOGGED = ("train", "quantize", "evaluate", "ttt_eval")
 SCORING = ("torch", "numpy", "sentencepiece", "constriction", "brotli", "zstandard")
 RULE = (
     "Counted are the artifact and the bundle, which holds the code of all stages, training "
@@ -109,12 +108,12 @@ def readme(params: Params, summary: Json, audit: Json) -> str:
         Heading(1, name),
         *([Paragraph(warning)] if failed else []),
         *([Paragraph(submission.blurb)] if submission.blurb else []),
-        *result_table(dict(summary)),
+        *result_table(summary),
         Heading(2, "Seeds"),
         _seeds(summary),
         Paragraph(RULE),
         Heading(2, "Significance"),
-        *significance(dict(summary)),
+        *significance(summary),
         Heading(2, "Audit"),
         _audit(audit),
         Heading(2, "Run it"),
@@ -143,7 +142,7 @@ def logs(seeds: Sequence[int]) -> dict[str, bytes]:
     """The logs of every seed by their names in the folder."""
     found = {}
     for seed in seeds:
-        for stage in LOGGED:
+        for stage in STEPS:
             path = LOGS / stage / f"seed{seed}.jsonl"
             with reading(path, f"run {stage}"):
                 found[f"logs/seed{seed}_{stage}.jsonl"] = path.read_bytes()

@@ -35,7 +35,20 @@ def visible_gpus() -> list[str]:
     """Names by which CUDA_VISIBLE_DEVICES addresses the GPUs this process may use."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in given.split(",") if gpu.strip()]
-    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    return _listed("uuid")
+
+
+def gpu_memory() -> int | None:
+    """Bytes of memory of the largest GPU; None if they cannot be asked for."""
+    try:
+        return max(int(mebibytes) for mebibytes in _listed("memory.total")) << 20
+    except ValueError:  # none, or no number
+        return None
+
+
+def _listed(fact: str) -> list[str]:
+    """What `nvidia-smi` says of every GPU of this host; empty if it cannot be asked."""
+    query = ["nvidia-smi", f"--query-gpu={fact}", "--format=csv,noheader,nounits"]
     try:
         listing = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

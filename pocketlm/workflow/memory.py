@@ -4,14 +4,13 @@ What is counted is a lower bound: tensors that a stage certainly holds at one ti
 never refused, while a setting that is a thousand times too large is, before hours are spent.
 """
 
-import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.runtime.errors import InputError
 from pocketlm.params.params import Params
-from pocketlm.workflow.gpus import visible_gpus
+from pocketlm.workflow.gpus import gpu_memory, visible_gpus
 
 FP32, FP64, BF16 = 4, 8, 2  # [bytes]
 
@@ -76,16 +75,6 @@ def require_memory(params: Params, stages: Collection[str]) -> None:
                 + (" or execution.processes" if share > 1 else "")
                 + ", or run it on a larger device",
             )
-
-
-def gpu_memory() -> int | None:
-    """Bytes of memory of the largest GPU; None if they cannot be asked for."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        listing = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-        return max(int(line) for line in listing.split()) << 20
-    except (OSError, ValueError, subprocess.CalledProcessError):
-        return None
 
 
 def host_memory() -> int | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pocketlm
 from model.runtime.errors import InputError
+from model.runtime.files import git_root
 from pocketlm.params.paths import ARTIFACTS, LOGS, SWEEP, WORK
 
 # One seed of the largest preset (27 million parameters) writes a checkpoint of 0.11 GB and DVC's
@@ -34,7 +35,7 @@ def check_checkout() -> None:
     _check_code()
     if checkout := _checkout_of_experiment():
         require_experiments(checkout)
-    _check_links(_git_root())
+    _check_links(_repository())
     written = [*_written()]
     _check_permissions(written)
     _check_space(written)
@@ -85,16 +86,14 @@ def _check_code() -> None:
         )
 
 
-def _git_root() -> Path | None:
+def _repository() -> Path | None:
     """The git repository that DVC uses, or None if it was told to do without."""
     if (dvc_option("core", "no_scm") or "").lower() == "true":
         return None
-    here = Path.cwd()
-    for place in (here, *here.parents):
-        if (place / ".git").exists():
-            return place
+    if root := git_root():
+        return root
     raise InputError(
-        f"{here} is no git repository, which DVC needs (a ZIP file does not hold it)",
+        f"{Path.cwd()} is no git repository, which DVC needs (a ZIP file does not hold it)",
         "`git init && git add --all` and run again, or `git clone` in place of the ZIP file",
     )
 

@@ -15,10 +15,10 @@ from model.network.embeddings import SmearGate
 from model.ttt.loop import Session
 from model.ttt.per_document_optimizer import DocumentParameters
 from pocketlm.audit import causality
-from pocketlm.audit import subject as audited
 from pocketlm.audit.checks import CHECKS, failed
 from pocketlm.audit.experiments import Experiments
-from tests.helpers.audit import small_subject
+from pocketlm.submission import standalone as audited
+from tests.helpers.audit import small_subject, update_first
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 MODES = {
@@ -55,16 +55,7 @@ def leaky_smear(monkeypatch: pytest.MonkeyPatch) -> None:
 def score_after_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk is trained on, then scored."""
 
-    def score_and_step(self: Any, trains: bool) -> Tensor:
-        for number in range(self._ttt.steps):
-            losses = self._reader.losses(first=number == 0)
-            self._adapters.step(losses.mean(1).sum(), self._scalars[number])
-        with torch.no_grad():
-            scores = self._reader.losses(first=False)
-        self._reader.commit()
-        return scores
-
-    monkeypatch.setattr(Session, "_score_and_step", score_and_step)
+    monkeypatch.setattr(Session, "_score_and_step", update_first)
 
 
 def best_of_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:

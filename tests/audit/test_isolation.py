@@ -10,6 +10,7 @@ from model.data.shards import Manifest
 from model.data.tokenizer import Tokenizer
 from pocketlm.audit.checks import Check, failed
 from pocketlm.audit.isolation import TracedBundle, isolation
+from pocketlm.audit.rounding import Rounding
 from tests.helpers.corpora import small_tokenizer
 
 DOCUMENTS = [np.array([1, 300, 301], np.uint16), np.array([1, 302], np.uint16)]
@@ -45,7 +46,7 @@ def checks_of(
     files = tmp_path / "bundle.py", tmp_path / "model.pocket"
     tokenizer = Tokenizer(tokens / "tokenizer.model")
     with TracedBundle(*files, manifest, DOCUMENTS, tokenizer) as traced:
-        return isolation(traced, expected, (1e-3, 1e-5))
+        return isolation(traced, expected, Rounding(1e-3, 1e-5))
 
 
 def test_an_honest_bundle_passes(tmp_path: Path, tokens: Path) -> None:

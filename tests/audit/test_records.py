@@ -16,7 +16,7 @@ from model.runtime.run_log import RunLog
 from pocketlm.audit import records
 from pocketlm.audit.budgets import byte_budget, evaluation_clock, training_clock, training_data
 from pocketlm.audit.checks import Check, failed
-from pocketlm.params.paths import ARTIFACTS, TOKENS
+from pocketlm.params.paths import ARTIFACTS, STEPS, TOKENS
 
 SEEDS = [0, 3]
 METRICS: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ARTIFACTS / "tokenize/provenance.json", "tokenize", {}, [], [TOKENS / MANIFEST]
     )
     for seed in SEEDS:
-        for stage in records.STAGES:
+        for stage in STEPS:
             write_stage(stage, seed)
     return tmp_path
 
@@ -100,9 +100,9 @@ def checks() -> list[Check]:
     for seed in SEEDS:
         read = {
             stage: json.loads((records.place(stage, seed) / "metrics.json").read_text())
-            for stage in records.STAGES
+            for stage in STEPS
         }
-        logs = {stage: records.log_of(stage, seed) for stage in records.STAGES}
+        logs = {stage: records.log_of(stage, seed) for stage in STEPS}
         artifact = records.place("quantize", seed) / "model.pocket"
         found += [
             byte_budget(artifact, bundle, read["quantize"]),

@@ -68,7 +68,7 @@ def prepare(
     fresh = Checkout(place / "nothing")
     fresh.set("seeds", list(range(seeds)))
     fresh.set("report.baseline", "none")
-    found, seconds = {"nothing": fresh}, dict[str, float]()
+    found = {"nothing": fresh}
     took: list[float] = []
     for before, stage in zip(STARTS, (*STARTS[1:], "report"), strict=True):
         following = found[before].copy(place / stage)

@@ -2,30 +2,19 @@
 
 import json
 import subprocess
+from inspect import getsource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pocketlm.audit.checks import CHECKS
+from tests.helpers.audit import update_first
 from tests.helpers.checkout import ACCEPT, SNAKEMAKE, TTT, Checkout
 
 AUDIT = ["snakemake", "audit", "--cores", "2", "--resources", "gpu=2"]
 # The loop of TTT scores a chunk after the step on it.
-UPDATE_FIRST = """
-
-def _update_first(self, trains):
-    for number in range(self._ttt.steps):
-        losses = self._reader.losses(first=number == 0)
-        self._adapters.step(losses.mean(1).sum(), self._scalars[number])
-    with torch.no_grad():
-        scores = self._reader.losses(first=False)
-    self._reader.commit()
-    return scores
-
-
-Session._score_and_step = _update_first
-"""
+UPDATE_FIRST = f"\n\n{getsource(update_first)}\n\nSession._score_and_step = update_first\n"
 
 pytestmark = [pytest.mark.workflow, pytest.mark.campaign, pytest.mark.timeout(900)]
 

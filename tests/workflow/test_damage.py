@@ -107,24 +107,29 @@ def cached(checkout: Checkout, file: str) -> Path:
     return checkout.path / ".dvc/cache/files/md5" / name[:2] / name[2:]
 
 
-@pytest.mark.campaign
-def test_a_damaged_copy_in_the_cache_is_replaced(checkout: Checkout) -> None:
+def with_a_damaged_copy(checkout: Checkout) -> tuple[Path, Path, str]:
+    """Damage the cached copy of the checkpoint, remove that itself, and make its reader stale.
+
+    Returns both paths, and the SHA-256 of the whole file.
+    """
     file, copy = checkout.path / CHECKPOINT, cached(checkout, CHECKPOINT)
     whole = sha256(file)
     flip(copy)
     file.unlink()
     checkout.set("quantize.damping", 0.02)
+    return file, copy, whole
+
+
+@pytest.mark.campaign
+def test_a_damaged_copy_in_the_cache_is_replaced(checkout: Checkout) -> None:
+    file, copy, whole = with_a_damaged_copy(checkout)
     assert "its copy in DVC's cache was damaged" in checkout.run(*SNAKEMAKE)
     assert sha256(file) == sha256(copy) == whole
 
 
 @pytest.mark.campaign
 def test_dvc_restores_a_damaged_copy_and_is_told_how_to_mend_it(checkout: Checkout) -> None:
-    file, copy = checkout.path / CHECKPOINT, cached(checkout, CHECKPOINT)
-    whole = sha256(file)
-    flip(copy)
-    file.unlink()
-    checkout.set("quantize.damping", 0.02)
+    file, copy, whole = with_a_damaged_copy(checkout)
     said = checkout.run(*ENGINES["dvc"], succeeds=False)
     assert f"{CHECKPOINT}: its content is not what train@0 wrote" in said
     repair = "dvc repro --force --single-item train@0"
