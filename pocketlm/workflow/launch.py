@@ -23,7 +23,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,23 @@ def watch_engine(process: subprocess.Popen[bytes]) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+@contextmanager
+def experiment_notice() -> Iterator[None]:
+    """If a stage of `dvc exp run` fails or is interrupted, say what DVC leaves as it has set it."""
+    try:
+        yield
+    except SystemExit:
+        # DVC_ROOT is the checkout also where experiments run in directories of their own
+        if "DVC_EXP_NAME" in os.environ and os.environ.get("DVC_ROOT") == os.getcwd():
+            print(
+                "note: params.yaml keeps what this experiment has set: `git diff params.yaml` "
+                "shows it, `git checkout params.yaml` takes it back",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
+
+
 def main() -> None:
     """Parse the command line and start."""
     parser = argparse.ArgumentParser(prog="python -m pocketlm.workflow.launch")
@@ -228,7 +246,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     options = parser.parse_args()
     stage = options.module.removeprefix("steps.")
-    with user_errors():
+    with experiment_notice(), user_errors():
         if "DVC_STAGE" in os.environ:  # else who starts this has looked
             check_checkout()
         complete_environment()

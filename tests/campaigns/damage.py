@@ -85,6 +85,8 @@ def run_stage(place: Path, stage: str, interrupted: bool = False) -> tuple[int, 
             with said.open("wb") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
+            # under pytest they write elsewhere
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             os.chdir(place)
             seeded = stage not in ("tokenize", "report")
             sys.argv = [stage, *(["--seed", "0"] if seeded else [])]
@@ -97,6 +99,7 @@ def run_stage(place: Path, stage: str, interrupted: bool = False) -> tuple[int, 
         except BaseException:
             traceback.print_exc()
         finally:
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -32,7 +32,7 @@ EVALUATE = ["evaluate@0", "evaluate@1"]
 FROM_QUANTIZE = [*EVALUATE, "quantize@0", "quantize@1", *REPORT, *TTT]
 FROM_TRAIN = sorted([*FROM_QUANTIZE, "train@0", "train@1"])
 
-# Runs in every Python process of a checkout: notes which step it is, and dies in one if told to.
+# Runs in every Python process of a checkout: notes which step it is, and dies in some if told to.
 SITECUSTOMIZE = """
 import os, signal, sys
 words = [word for word in sys.orig_argv[1:] if word != "-u"]
@@ -43,7 +43,7 @@ if words[:1] == ["-m"] and os.environ.get("RANK", "0") == "0":
         step = module.removeprefix("steps.") + seed
         with open(os.environ["RECORD"], "a") as file:
             file.write(step + "\\n")
-        if step == os.environ.get("DIE_IN"):
+        if step in os.environ.get("DIE_IN", "").split():
             replace = os.replace
             def replace_and_die(source, target, **options):
                 replace(source, target, **options)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -70,10 +71,13 @@ def test_a_changed_value_runs_though_all_results_are_gone(checkout: Checkout) ->
 
 @pytest.mark.campaign
 def test_a_changed_value_runs_after_all_seeds_have_died(checkout: Checkout) -> None:
-    checkout.set("ttt.rank", "1000000000")  # more memory than there is
-    assert checkout.steps_run_by(*SNAKEMAKE, succeeds=False)
-    assert "ttt_eval, seeds 0, 1: ttt.rank " in checkout.run(*PLAN)
-    checkout.run(*SNAKEMAKE, succeeds=False)
+    checkout.set("ttt.lr", "5e-4")
+    dies = {"DIE_IN": "ttt_eval@0 ttt_eval@1"}
+    assert checkout.steps_run_by(*SNAKEMAKE, succeeds=False, **dies) == TTT
+    said = checkout.run(*PLAN)
+    for seed in (0, 1):
+        assert f"ttt_eval, seed {seed}: ttt.lr 0.0003 → 0.0005" in said
+    assert checkout.steps_run_by(*SNAKEMAKE) == [*REPORT, *TTT]
 
 
 def test_a_clone_with_the_report_alone_notices_a_changed_value(
@@ -214,6 +218,21 @@ def test_steps_end_with_a_killed_engine(checkout: Checkout, name: str) -> None:
         time.sleep(0.2)
     assert set(checkout.steps_run_by(*ENGINES[name])) <= set(FROM_TRAIN)
     assert "up to date" in checkout.run("dvc", "status", "--with-deps", "report")
+
+
+@pytest.mark.campaign
+def test_an_interrupted_experiment_says_what_it_leaves(checkout: Checkout) -> None:
+    checkout.record.write_text("")
+    checkout.commit()
+    interrupted = checkout.start("dvc", "exp", "run", "-S", "train.matrix_lr=0.02", "report")
+    wait_for("train@0", checkout)
+    for process in psutil.Process(interrupted.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGINT)
+    interrupted.send_signal(signal.SIGINT)
+    assert "`git checkout params.yaml` takes it back" in interrupted.communicate()[0]
+    checkout.run("git", "checkout", "-q", "params.yaml")
+    assert "Nothing to be done" in checkout.run(*PLAN)
 
 
 @pytest.mark.campaign
