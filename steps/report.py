@@ -22,7 +22,7 @@ def main(stage: StageRun) -> None:
     stage.open_log(KEYS)
     root, seeds = Path("."), stage.params.seeds
     results = [read_seed(root, seed) for seed in seeds]
-    summary = summarize(results, stage.params, code_bytes(stage.params))
+    summary = summarize(results, stage.params, *code_bytes(stage.params))
     output = stage.output
     drawings, blocks = draw(results, summary), report(summary)
     texts = {

@@ -319,7 +319,8 @@ def _bytes(summary: dict[str, Any]) -> list[Block]:
     )
     code = Paragraph(
         f"The code is that of the checkout that made this report, training included, as one file: "
-        f"{_count(size['code_bytes'])} bytes. `quantize.code_reserve_bytes` left "
+        f"{_count(size['code_bytes'])} bytes; what evaluates alone would be "
+        f"{_count(size['scoring_code_bytes'])}. `quantize.code_reserve_bytes` left "
         f"{_count(size['code_reserve_bytes'])} for it when the artifact was made; a total above "
         "the budget fails."
     )

@@ -24,15 +24,17 @@ from pocketlm.report.significance import Sample, WelchTest, paired_test, welch_t
 EVALUATIONS = ("pre_quant", "quantized", *WITHOUT_ADAPTATION, TTT)
 
 
-def summarize(results: Sequence[SeedResult], params: Params, code_bytes: int) -> dict[str, Any]:
+def summarize(
+    results: Sequence[SeedResult], params: Params, code_bytes: int, scoring_code_bytes: int
+) -> dict[str, Any]:
     """Summarize the results of all seeds as plain JSON values.
 
-    code_bytes: of the code that is shipped. Raises InputError if the seeds were scored on different
-    text, if an artifact and the code exceed the budget, or if a significance test is asked for that
-    cannot be made.
+    code_bytes: of the code that counts; scoring_code_bytes: of what evaluates alone. Raises
+    InputError if the seeds were scored on different text, if an artifact and the code exceed the
+    budget, or if a significance test is asked for that cannot be made.
     """
     _same_text(results)
-    size = _size(results, code_bytes)
+    size = {**_size(results, code_bytes), "scoring_code_bytes": scoring_code_bytes}
     runs = [_run(result, code_bytes) for result in results]
     first = results[0]
     return {

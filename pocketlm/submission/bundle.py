@@ -6,7 +6,8 @@ shipped, so that the file runs in an empty folder.
 
 **What is counted.** The challenge counts all code, that of training included, plus the compressed
 model. So the file has the programs of all stages, from text to scores, and its bytes are those that
-count. `bundle` with the program `STANDALONE` alone makes the file that only evaluates.
+count. `bundle` with the program `STANDALONE` alone makes the file that only evaluates, whose size
+is said beside.
 """
 
 import ast
@@ -20,7 +21,7 @@ from typing import Any
 
 from model.runtime.files import write_bytes
 from pocketlm.params.params import Params
-from pocketlm.workflow.closure import SHIPPED_PROGRAMS, shipped
+from pocketlm.workflow.closure import SHIPPED_PROGRAMS, STANDALONE, shipped
 
 NAME = "bundle.py"
 SECTIONS = ("evaluate", "ops", "ttt")  # the settings of evaluation
@@ -74,9 +75,10 @@ def settings_of(params: Params) -> dict[str, Any]:
     return {name: values[name] for name in SECTIONS}
 
 
-def code_bytes(params: Params) -> int:
-    """Bytes of code that count: those of the bundle."""
-    return len(bundle(settings_of(params)))
+def code_bytes(params: Params) -> tuple[int, int]:
+    """Bytes of code that count, those of the bundle, and of the part that only evaluates."""
+    settings = settings_of(params)
+    return len(bundle(settings)), len(bundle(settings, (STANDALONE,)))
 
 
 def write_bundle(path: Path, params: Params) -> None:

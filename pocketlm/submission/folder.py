@@ -28,7 +28,7 @@ AUDIT, RECORDS = ARTIFACTS / "audit", Path("records")
 SCORING = ("torch", "numpy", "sentencepiece", "constriction", "brotli", "zstandard")
 RULE = (
     "Counted are the artifact and the bundle, which holds the code of all stages, training "
-    "included, as the challenge counts it; the tokenizer and installed libraries are not."
+    "included, as the challenge counts it; the tokenizer and installed libraries are not. Code: "
 )
 
 
@@ -84,6 +84,7 @@ def submission_json(params: Params, summary: Json, audit: Json) -> dict[str, Any
         "artifact_bytes_mean": statistics.fmean(artifacts),
         "artifact_bytes_max": max(artifacts),
         "bytes_code": size["code_bytes"],
+        "bytes_code_scoring": size["scoring_code_bytes"],
         "bytes_total": size["total_bytes"],
         "train_steps_mean": statistics.fmean(run["steps"] for run in runs),
         "hardware": _hardware(summary),
@@ -101,7 +102,7 @@ def submission_json(params: Params, summary: Json, audit: Json) -> dict[str, Any
 
 def readme(params: Params, summary: Json, audit: Json) -> str:
     """The content of README.md."""
-    submission, failed = params.submission, audit["failed"]
+    submission, failed, size = params.submission, audit["failed"], summary["size"]
     warning = f"THE AUDIT FAILS: {', '.join(failed)}. audit.md says what was found."
     name = submission.name.replace("_", " ")
     blocks: list[Block] = [
@@ -111,7 +112,10 @@ def readme(params: Params, summary: Json, audit: Json) -> str:
         *result_table(summary),
         Heading(2, "Seeds"),
         _seeds(summary),
-        Paragraph(RULE),
+        Paragraph(
+            f"{RULE}{size['code_bytes']:,} bytes; without training "
+            f"{size['scoring_code_bytes']:,} would do."
+        ),
         Heading(2, "Significance"),
         *significance(summary),
         Heading(2, "Audit"),

@@ -55,7 +55,7 @@ OUTPUTS = {
 }
 
 
-CODE = 90_000  # bytes of the code, as if it had been counted
+CODE, SCORING = 90_000, 60_000  # bytes of the code, as if it had been counted
 
 
 def parameters(**report: Any) -> Params:
@@ -89,7 +89,7 @@ def run(finished, tmp_path, monkeypatch):
     root, tables = finished
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("steps.report.code_bytes", lambda params: CODE)
+    monkeypatch.setattr("steps.report.code_bytes", lambda params: (CODE, SCORING))
     return tables
 
 
@@ -211,9 +211,10 @@ def test_code_that_outgrew_its_reserve_fails(run):
         "code_reserve_bytes": reserve,
         "total_bytes": budget,
         "budget_bytes": budget,
+        "scoring_code_bytes": SCORING,
     }
     page = Path("artifacts/report/report.md").read_text()
-    for count in (CODE, reserve, room):
+    for count in (CODE, SCORING, reserve, room):
         assert f"{count:,}" in page
     edit_json(quantize / "metrics.json", artifact_bytes=room + 100)
     seal(quantize)
@@ -260,7 +261,7 @@ def test_figures_and_html_are_well_formed(run):
 
 def test_short_documents(tmp_path, monkeypatch):
     """One-token documents leave figures without an axis to speak of; they must still be drawn."""
-    monkeypatch.setattr("steps.report.code_bytes", lambda params: CODE)
+    monkeypatch.setattr("steps.report.code_bytes", lambda params: (CODE, SCORING))
     monkeypatch.chdir(tmp_path)
     for seed in (0, 1):
         write_seed(Path("."), seed, token_losses(seed, documents=5, longest=1))

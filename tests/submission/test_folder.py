@@ -35,7 +35,7 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
     for name in ("pyproject.toml", "constraints.txt"):
         write_bytes(tmp_path / name, (ROOT / name).read_bytes())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("steps.report.code_bytes", lambda params: len(CODE))
+    monkeypatch.setattr("steps.report.code_bytes", lambda params: (len(CODE), 60_000))
     monkeypatch.setattr("pocketlm.submission.folder.bundle", lambda settings: CODE)
     Path("params.yaml").write_text(render(params))
     for seed in params.seeds:
@@ -83,6 +83,7 @@ def test_numbers_of_readme_json_and_logs_are_the_same(params: Params) -> None:
     assert f"{values['val_bpb']:.4f} ± {values['val_bpb_std']:.4f}" in readme
     assert f"{values['bytes_total']:,}" in readme
     assert values["bytes_code"] == len((folder / "bundle.py").read_bytes())
+    assert values["bytes_code_scoring"] < values["bytes_code"]
     assert values["compliance"]["audit"] == dict.fromkeys(CHECKS, True)
     assert "FAIL" not in readme
 
