@@ -12,7 +12,9 @@ Each also writes metrics.json and provenance.json below artifacts/, and its log 
 
 import os
 
-# Threads that wait for each other sleep instead of spinning for milliseconds. On cores that other
-# programs use as well, spinning made an evaluation up to fifty times as long (docs/lab-notes.md).
-# OpenMP reads this once, when torch is imported, which is later than this line.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait for each other spin for some microseconds, then sleep. libgomp spins for some
+# milliseconds, which on cores that other programs use as well made an evaluation up to fifty times
+# as long; sleeping at once makes two threads no faster than one (docs/lab-notes.md). OpenMP reads
+# this once, when torch is imported, which is later than this line.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")

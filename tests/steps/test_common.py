@@ -41,12 +41,16 @@ def test_kernels_that_a_stage_does_not_name_are_not_run(stage: StageRun) -> None
     }
 
 
-def test_waiting_threads_sleep_in_every_stage():
-    """libgomp says itself which policy it has read."""
+@pytest.mark.parametrize("policy", [None, "ACTIVE"])
+def test_waiting_threads_soon_sleep_in_every_stage(policy):
+    """libgomp says itself what it has read."""
     program = "import steps, torch"
-    variables = os.environ | {"OMP_DISPLAY_ENV": "true"}
-    variables.pop("OMP_WAIT_POLICY", None)
+    variables = os.environ | {"OMP_DISPLAY_ENV": "verbose"}
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        variables.pop(name, None)
+    if policy:
+        variables["OMP_WAIT_POLICY"] = policy
     shown = subprocess.run(
         [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True
     )
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in shown.stderr
+    assert ("GOMP_SPINCOUNT = '2000'" in shown.stderr) == (policy is None)
