@@ -165,6 +165,33 @@ def seconds_of(metrics: dict[str, Any], cost: str, source: str) -> float:
     return float(found)
 
 
+def plan_sweep(file: Path) -> list[str]:
+    """What `run_sweep` would run, a line an experiment, and how long that may take."""
+    sweep = read_sweep(file)
+    check_sweep(sweep, file)
+    planned = combinations(sweep)
+    lines = [
+        f"{number:3}  " + " ".join(override(*item) for item in one.items())
+        for number, one in enumerate(planned)
+    ]
+    return [*lines, f"{len(planned)} experiments of {sweep.stage}; {_expected(sweep, planned)}"]
+
+
+def _expected(sweep: Sweep, planned: list[Combination]) -> str:
+    """The time of the last run, for every experiment and in proportion to its documents."""
+    found = [read_json(one) for one in Path("artifacts", sweep.stage).rglob("metrics.json")]
+    if not found:
+        return "how long they take is not known, as the stage has not run here yet"
+    seconds = sum(seconds_of(metrics, sweep.cost, sweep.stage) for metrics in found)
+    documents = "evaluate.documents"
+    now = load_params().evaluate.documents
+    shares = [one.get(documents, now) / now if now else 1.0 for one in planned]
+    return (
+        f"if each took what the last run did ({seconds:.0f} s for {len(found)} seeds), "
+        f"{seconds * sum(shares) / 60:.1f} minutes in all"
+    )
+
+
 def run_sweep(file: Path, output: Path) -> None:
     """Queue and run all experiments of a sweep file, then write its page to the folder `output`."""
     sweep = read_sweep(file)

@@ -22,6 +22,7 @@ from pocketlm.workflow.sweep import (
     check_sweep,
     combinations,
     override,
+    plan_sweep,
     read_sweep,
     run_sweep,
     seconds_of,
@@ -63,14 +64,17 @@ def test_products_of_all_grids_each_combination_once() -> None:
     assert found == [(0, 1, 3), (0, 1, 4), (0, 2, 3), (0, 2, 4), (0, 5, 3)]
 
 
-def test_every_combination_of_the_committed_sweep_is_valid() -> None:
+@pytest.mark.parametrize(("name", "preset", "least"), [("ttt", "h100", 20), ("demo", "demo", 4)])
+def test_every_combination_of_a_committed_sweep_is_valid(
+    name: str, preset: str, least: int
+) -> None:
     """By the schema, which is what `dvc exp run` would find out one at a time."""
-    sweep = read_sweep(ROOT / "conf/sweep/ttt.yaml")
+    sweep = read_sweep(ROOT / f"conf/sweep/{name}.yaml")
     found = combinations(sweep)
-    assert len(found) > 20
+    assert len(found) >= least
     for combination in found:
         settings = [override(*item) for item in combination.items()]
-        params = dataclasses.asdict(compose("h100", settings, ROOT / "conf"))
+        params = dataclasses.asdict(compose(preset, settings, ROOT / "conf"))
         for key, value in combination.items():
             section, name = key.split(".")
             assert params[section][name] == value
@@ -164,6 +168,22 @@ def test_a_step_with_one_number_of_seconds_names_that() -> None:
 def test_an_absent_sweep_file_is_named() -> None:
     with pytest.raises(InputError, match=r"absent\.yaml: no such file"):
         read_sweep(Path("absent.yaml"))
+
+
+def test_a_plan_says_what_would_run_and_how_long(experiment: Path) -> None:
+    (experiment / "sweep.yaml").write_text(SWEEP)
+    *lines, last = plan_sweep(Path("sweep.yaml"))
+    assert [line.split()[1:] for line in lines] == [
+        ["ttt.rank=4", "ttt.chunk=8", "ttt.lr=0.01"],
+        ["ttt.rank=4", "ttt.chunk=16", "ttt.lr=0.01"],
+    ]
+    assert "not known" in last
+    for seed in (0, 1):
+        write_json(Path(f"artifacts/ttt_eval/seed{seed}/metrics.json"), {"seconds": {"ttt": 30}})
+    assert plan_sweep(Path("sweep.yaml"))[-1].endswith("(60 s for 2 seeds), 2.0 minutes in all")
+    half = SWEEP.replace("ttt.rank: 4", "evaluate.documents: 12")  # of 24
+    (experiment / "sweep.yaml").write_text(half)
+    assert plan_sweep(Path("sweep.yaml"))[-1].endswith("1.0 minutes in all")
 
 
 @pytest.mark.campaign
