@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model.data.packing import Documents
+from model.evaluation.generation import draw
 from model.kernels import dispatch
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
@@ -39,20 +40,6 @@ def sampling_noise(seed: int, sequences: Sequence[int], length: int) -> Tensor:
         source = torch.Generator().manual_seed(seed * 2**31 + index)
         rows.append(torch.rand(length - 1, generator=source, dtype=torch.float64))
     return torch.stack(rows) if rows else torch.empty(0, length - 1, dtype=torch.float64)
-
-
-def draw(logits: Tensor, noise: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
-    """Sample a token for each row, int64 (rows,).
-
-    logits: (rows, vocabulary); noise: fp64 (rows,) in [0, 1); forbidden: bool (vocabulary,).
-    """
-    scaled = (logits.double() / temperature).masked_fill(forbidden, -torch.inf)
-    cumulative = scaled.softmax(-1).cumsum(-1)
-    # Scaling by the last entry, 1 up to rounding, keeps u below it; `right` skips tokens of
-    # probability 0, such as forbidden ones, also where u is 0.
-    target = noise[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return drawn.clamp(max=logits.shape[-1] - 1)
 
 
 class _Sampler:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from model.data.packing import Documents
+from model.evaluation.generation import draw
 from model.network.gpt import GPT
-from model.quantization.calibration_text import draw
 from model.runtime.distributed import Group
 
 
