@@ -41,6 +41,11 @@ STEPS = {"evaluate": WITHOUT_ADAPTATION, "ttt_eval": (TTT,)}
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with parameters, tokens and an artifact, ready for the step."""
     place = tmp_path_factory.mktemp("ttt_step")
+    write_experiment(place)
+    return place
+
+
+def write_experiment(place: Path) -> None:
     for name in ("record.yaml", "miniature.yaml"):
         source = next(
             file for file in (ROOT / "conf" / name, ROOT / "tests" / name) if file.exists()
@@ -53,7 +58,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_sidecar(place, "tokenize", "tokens/manifest.json")
     write_artifact(place / "artifacts/quantize/seed0/model.pocket", params)
     write_sidecar(place, "quantize/seed0", "model.pocket")
-    return place
 
 
 def write_tokens(directory: Path, params: Params) -> None:
