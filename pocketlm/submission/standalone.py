@@ -1,8 +1,9 @@
-"""Score documents with an artifact, without params.yaml: the program of the bundle.
+"""Score documents with an artifact, without params.yaml: what the bundle offers.
 
     python bundle.py --artifact model.pocket --tokenizer tokenizer.model --text FILE
     python bundle.py --artifact model.pocket --tokenizer tokenizer.model --tokens SHARD … --mode ttt
     python bundle.py -m steps.train --seed 0
+    from bundle import load; load().score("Any text.").bpb
 
 Needs torch, numpy, sentencepiece and the coders that the artifact names; kernels are used where
 their packages are installed. With -m it runs a stage's program as the repository does; the stages
@@ -16,23 +17,25 @@ import runpy
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from model.artifact.format import load_artifact
 from model.data.loader import documents_in
 from model.data.shards import BOS
 from model.data.sources.files import Files
-from model.data.tokenizer import Tokenizer, check_vocabulary
+from model.data.tokenizer import Tokenizer
 from model.evaluation.losses import plain_losses, sliding_losses, targets_of
 from model.evaluation.score import TTT, WITHOUT_ADAPTATION, Score
 from model.kernels import dispatch
 from model.network.gpt import GPT
 from model.runtime.config import ExecutionConfig
 from model.runtime.distributed import Group, process_group
-from model.runtime.errors import user_errors
+from model.runtime.errors import InputError, user_errors
 from model.ttt.config import TTTConfig
 from model.ttt.loop import ttt_losses
 
@@ -60,11 +63,60 @@ def main(settings: Settings, words: Sequence[str]) -> None:
         score(settings, options, group)
 
 
+def load(
+    artifact: Path, tokenizer: Path, device: torch.device | str = "cpu"
+) -> tuple[GPT, Tokenizer]:
+    """An artifact's model and its tokenizer; raises InputError if they do not fit each other."""
+    model, pieces = load_artifact(artifact, device), Tokenizer(tokenizer)
+    if pieces.vocabulary != model.config.vocabulary:
+        raise InputError(
+            f"{tokenizer}: {pieces.vocabulary} pieces, but {artifact} has a vocabulary of "
+            f"{model.config.vocabulary}",
+            "give the tokenizer of this artifact (--tokenizer)",
+        )
+    return model, pieces
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model with its tokenizer: what `load()` of a bundle returns.
+
+    settings: the sections evaluate, ops and ttt.
+    """
+
+    model: GPT
+    tokenizer: Tokenizer
+    settings: Settings
+
+    @classmethod
+    def beside(cls, bundle: str, settings: Settings) -> "Scorer":
+        """Load model.pocket and tokenizer.model from the folder of a bundle, on the CPU."""
+        place = Path(bundle).parent
+        return cls(*load(place / "model.pocket", place / "tokenizer.model"), settings)
+
+    def losses(self, text: str, mode: str = "sliding") -> np.ndarray:
+        """Loss of each token of one document and of its end, in nats, fp32 (tokens,).
+
+        mode: plain, sliding (by a window), or ttt (adapting to the text as it is read).
+        """
+        document, group = as_document(self.tokenizer, text), Group(0, 1, self.model.device)
+        given = (self.model, [document], self.settings, execution_of(1 << 15), group)
+        return losses_of(mode, *given)[0]
+
+    def score(self, text: str, mode: str = "sliding") -> Score:
+        """The sums of one document: loss, bpb, tokens, bytes."""
+        sizes = self.tokenizer.sizes(targets_of(as_document(self.tokenizer, text)))
+        return Score.of([self.losses(text, mode)], [sizes])
+
+
+def as_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """BOS and the pieces of a text, uint16 (n,)."""
+    return np.array([BOS, *tokenizer.encode([text])[0]], np.uint16)
+
+
 def score(settings: Settings, options: argparse.Namespace, group: Group) -> None:
     """Score the documents that the command line names, and print one line of JSON."""
-    tokenizer = Tokenizer(options.tokenizer)
-    model = load_artifact(options.artifact, group.device)
-    check_vocabulary(tokenizer, model.config.vocabulary, "give the tokenizer of this artifact")
+    model, tokenizer = load(options.artifact, options.tokenizer, group.device)
     dispatch.configure(device=group.device, **settings["ops"])
     documents = _documents(options, tokenizer)[: options.documents]
     began = time.perf_counter()
@@ -114,5 +166,4 @@ def execution_of(batch_tokens: int) -> ExecutionConfig:
 def _documents(options: argparse.Namespace, tokenizer: Tokenizer) -> list[np.ndarray]:
     if options.tokens:
         return documents_in(options.tokens)
-    texts = [text for text, _ in Files(options.text, "--text").texts()]
-    return [np.array([BOS, *pieces], np.uint16) for pieces in tokenizer.encode(texts)]
+    return [as_document(tokenizer, text) for text, _ in Files(options.text, "--text").texts()]

@@ -1,0 +1,1 @@
+"""What people do with an artifact: continue a prompt, score a text."""
