@@ -47,6 +47,10 @@ sys.meta_path.insert(0, Bundle())
 if __name__ == "__main__":
     from pocketlm.submission.standalone import main
     main(SETTINGS, sys.argv[1:])
+else:
+    def load():
+        from pocketlm.submission.standalone import Scorer
+        return Scorer.beside(__file__, SETTINGS)
 '''
 
 

@@ -25,6 +25,7 @@ from pocketlm.submission.bundle import NAME, bundle, settings_of
 Json = dict[str, Any]
 
 AUDIT, RECORDS = ARTIFACTS / "audit", Path("records")
+RESTORE = "restore it: `git checkout pyproject.toml constraints.txt`"
 SCORING = ("torch", "numpy", "sentencepiece", "constriction", "brotli", "zstandard")
 RULE = (
     "Counted are the artifact and the bundle, which holds the code of all stages, training "
@@ -130,16 +131,27 @@ def readme(params: Params, summary: Json, audit: Json) -> str:
     return to_markdown(blocks)
 
 
+def scoring_requirements(constraints: Path) -> str:
+    """Lines of requirements.txt: what a bundle needs to score, pinned."""
+    pins = _pins(constraints)
+    return "".join(f"{name}=={pins[name]}\n" for name in SCORING)
+
+
 def requirements(project: Path, constraints: Path) -> str:
     """requirements.txt: what the bundle needs to score, then what its other stages need, pinned."""
-    with reading(project, "restore it: `git checkout pyproject.toml constraints.txt`"):
+    with reading(project, RESTORE):
         needed = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
-        lines = constraints.read_text(encoding="utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    pins = _pins(constraints)
     names = [name for name in pins if any(_is_named(name, need) for need in needed)]
-    others = [name for name in names if name not in SCORING]
-    text = ["# to score", *(f"{name}=={pins[name]}" for name in SCORING)]
-    return "\n".join([*text, "# the stages besides", *(f"{n}=={pins[n]}" for n in others)]) + "\n"
+    others = "".join(f"{name}=={pins[name]}\n" for name in names if name not in SCORING)
+    return f"# to score\n{scoring_requirements(constraints)}# the stages besides\n{others}"
+
+
+def _pins(constraints: Path) -> dict[str, str]:
+    """The version of each package that constraints.txt names."""
+    with reading(constraints, RESTORE):
+        lines = constraints.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
 
 
 def logs(seeds: Sequence[int]) -> dict[str, bytes]:
