@@ -30,7 +30,7 @@ def page(checks: Sequence[Check], seeds: Sequence[int]) -> list[Block]:
         else f"All {len(CHECKS)} checks passed, for {len(seeds)} seed{'s' * (len(seeds) > 1)}."
     )
     header = ["check", *(f"seed {seed}" for seed in seeds)]
-    rows = [[name, *(_cell(checks, name, seed) for seed in seeds)] for name in CHECKS]
+    rows = [[name, *(cell(checks, name, seed) for seed in seeds)] for name in CHECKS]
     blocks: list[Block] = [
         Heading(1, TITLE),
         Paragraph(f"{verdict} What each proves, and what it cannot: docs/audit.md."),
@@ -42,7 +42,8 @@ def page(checks: Sequence[Check], seeds: Sequence[int]) -> list[Block]:
     return blocks
 
 
-def _cell(checks: Sequence[Check], name: str, seed: int) -> str:
+def cell(checks: Sequence[Check], name: str, seed: int) -> str:
+    """What became of a check for a seed: passed, FAILED or not run."""
     found = [check for check in checks if check.name == name and check.seed in (None, seed)]
     if not found:
         return "not run"
