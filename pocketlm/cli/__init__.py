@@ -8,14 +8,25 @@ InputError is shown as `error: problem` and `repair: what to do`, and ends with 
 import typer
 
 from model.runtime.errors import user_errors
-from pocketlm.cli import accept, audit, export, generate, preset, readme, score, submission, sweep
+from pocketlm.cli import (
+    accept,
+    audit,
+    doctor,
+    export,
+    generate,
+    preset,
+    readme,
+    score,
+    submission,
+    sweep,
+)
 
 app = typer.Typer(
     help="Models, presets, sweeps and results; stages are run by Snakemake or DVC.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-COMMANDS = (generate, score, export, audit, preset, sweep, accept, readme, submission)
+COMMANDS = (generate, score, export, audit, doctor, preset, sweep, accept, readme, submission)
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2]
     app.command(name)(user_errors(status=1)(command.main))

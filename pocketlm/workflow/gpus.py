@@ -46,6 +46,11 @@ def gpu_memory() -> int | None:
         return None
 
 
+def driver() -> str:
+    """Version of the driver; `unknown` if it cannot be asked for."""
+    return next(iter(_listed("driver_version")), "unknown")
+
+
 def _listed(fact: str) -> list[str]:
     """What `nvidia-smi` says of every GPU of this host; empty if it cannot be asked."""
     query = ["nvidia-smi", f"--query-gpu={fact}", "--format=csv,noheader,nounits"]
