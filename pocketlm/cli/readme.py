@@ -11,7 +11,7 @@ def main(
         Path | None, Option(metavar="DIR", help="first copy the current report to DIR")
     ] = None,
 ) -> None:
-    """Render the README's tables again from the records that it names."""
+    """Render the README's tables from the records that it names."""
     from pocketlm.report.readme import update_readme
 
     update_readme(record)

@@ -2,7 +2,7 @@
 
 
 def main() -> None:
-    """Write the folder of a submission from the report and the audit that are in force."""
+    """Write the folder of a submission from report and audit."""
     from pocketlm.params.load import load_params
     from pocketlm.submission.folder import write_folder
 

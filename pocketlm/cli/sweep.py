@@ -13,7 +13,7 @@ def main(
     output: Annotated[Path, Option(help="folder of the tables and the figure")] = SWEEP,
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="only say what would run")] = False,
 ) -> None:
-    """Run a grid of parameters as DVC experiments; write a table and a Pareto front."""
+    """Run a grid of parameters; write a table and a Pareto front."""
     from pocketlm.workflow.preconditions import complete_environment
     from pocketlm.workflow.sweep import plan_sweep, run_sweep
 

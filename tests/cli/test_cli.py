@@ -4,19 +4,21 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from itertools import chain, permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from pocketlm.cli import app
+from pocketlm.cli import COMMANDS, app
 from pocketlm.params.load import load_params
 
 ROOT = Path(__file__).parents[2]
 
 
-def call(*words: str) -> Result:
-    return CliRunner().invoke(app, list(words))
+def call(*words: str, **options: Any) -> Result:
+    return CliRunner().invoke(app, list(words), **options)
 
 
 @pytest.fixture(autouse=True)
@@ -28,19 +30,45 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("demo", "ttt.lr=3e-3", "seeds=[5, 6]", "--output", "other.yaml"),
-        ("--output", "other.yaml", "demo", "ttt.lr=3e-3", "seeds=[5, 6]"),
-        ("demo", "ttt.lr=3e-3", "--output=other.yaml", "--force", "seeds=[5, 6]"),
-    ],
-)
-def test_options_and_overrides_stand_in_any_order(words: tuple[str, ...]) -> None:
-    done = call("preset", *words)
-    assert done.output == "other.yaml: preset demo ttt.lr=3e-3 seeds=[5, 6]\n"
+WORDS = (["demo"], ["ttt.lr=3e-3"], ["seeds=[5, 6]"], ["--force"], ["--output", "other.yaml"])
+ORDERS = [
+    words
+    for words in permutations(WORDS)
+    if words.index(WORDS[0]) < min(words.index(WORDS[1]), words.index(WORDS[2]))
+]
+
+
+@pytest.mark.parametrize("number", range(0, len(ORDERS), 5))
+def test_options_and_overrides_stand_in_any_order(number: int, experiment: Path) -> None:
+    """The first word that is no option is the preset, wherever options stand."""
+    (experiment / "other.yaml").write_text("edited: by hand\n")
+    done = call("preset", *chain(*ORDERS[number]))
+    assert done.exit_code == 0, done.output
     params = load_params("other.yaml")
     assert (params.ttt.lr, params.seeds) == (3e-3, [5, 6])
+
+
+def test_presets_are_listed(experiment: Path) -> None:
+    assert call("preset", "--list").output.split() == ["demo", "h100", "record"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("sc", {"score"}),
+        ("preset de", {"demo"}),
+        ("preset --fo", {"--force"}),
+        ("accept t", {"tokenize", "train", "ttt_eval"}),
+    ],
+)
+def test_shells_complete_commands_options_and_names(
+    experiment: Path, typed: str, found: set[str]
+) -> None:
+    (experiment / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
+    words = {"_POCKETLM_COMPLETE": "complete_bash", "COMP_WORDS": f"pocketlm {typed}"}
+    words["COMP_CWORD"] = str(len(typed.split()))
+    done = CliRunner().invoke(app, env=words, prog_name="pocketlm")
+    assert set(done.output.split()) == found
 
 
 def test_a_file_edited_by_hand_is_replaced_only_by_force(experiment: Path) -> None:
@@ -86,6 +114,12 @@ def test_the_installed_command_is_this_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, name = project["scripts"]["pocketlm"].split(":")
     assert getattr(import_module(module), name) is app
+
+
+def test_each_command_has_one_line_of_help() -> None:
+    shown = call("--help", env={"COLUMNS": "80", "TERM": "dumb"}).output
+    for command in COMMANDS:
+        assert command.main.__doc__ in shown
 
 
 def test_help_loads_no_torch() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_commands_that_files_and_messages_name_exist() -> None:
 def test_documented_commands_exist(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for line in commands(page):
-        words = line.split()
+        words = shlex.split(line)
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= targets, line
         if words[0] == "snakemake" and len(words) > 1 and not words[1].startswith("-"):
