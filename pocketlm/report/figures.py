@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from pocketlm.report.binning import binned, edges_of
 from pocketlm.report.blocks import label
 from pocketlm.report.results import SeedResult
 from pocketlm.report.summary import beyond, pool
@@ -35,8 +36,6 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "pocketlm",
     "svg.fonttype": "path",
 }
-BINS_PER_OCTAVE = 3
-LEAST_SHARE = 0.005  # of all tokens, in a bin: fewer would show noise
 
 
 def draw(results: Sequence[SeedResult], summary: dict[str, Any]) -> dict[str, str]:
@@ -94,9 +93,9 @@ def ttt_gain(results: Sequence[SeedResult]) -> Figure:
     count, gain = pool([result.losses for result in results])
     figure, (top, bottom) = _panels(2, 6.4)
     _shares(top, count, gain)
-    edges = _edges(count)
+    edges = edges_of(count)
     centers = np.sqrt(edges[:-1] * (edges[1:] - 1.0))
-    means = [_binned(r.losses.count, r.losses.gain, edges) for r in results]
+    means = [binned(r.losses.count, r.losses.gain, edges) for r in results]
     bottom.fill_between(
         centers,
         np.min(means, axis=0),
@@ -105,7 +104,7 @@ def ttt_gain(results: Sequence[SeedResult]) -> Figure:
         alpha=0.2,
         linewidth=0,
     )
-    bottom.plot(centers, _binned(count, gain, edges), "o-", color=COLOURS[0], markersize=4)
+    bottom.plot(centers, binned(count, gain, edges), "o-", color=COLOURS[0], markersize=4)
     bottom.axhline(0, color=GREY, linewidth=0.8)
     overall = gain.sum() / count.sum()
     label = f"mean of all tokens: {overall:+.4f}"
@@ -154,25 +153,6 @@ def artifact_bytes(summary: dict[str, Any]) -> Figure:
     axis.set_xlabel("size (kB = 1,000 bytes)")
     axis.set_title(f"{total:,.1f} kB of {budget:,.0f} kB allowed ({100 * total / budget:.1f} %)")
     return figure
-
-
-def _edges(count: np.ndarray) -> np.ndarray:
-    """Borders of bins of positions: equally wide on a log axis, merged until each holds enough."""
-    length = len(count)
-    octaves = np.log2(length)
-    borders = np.ceil(2 ** np.linspace(0, octaves, round(octaves * BINS_PER_OCTAVE) + 1) - 1e-9)
-    before = np.cumsum(count)  # tokens up to and including a position
-    kept = [1]
-    for border in np.unique(borders.astype(int)):
-        if before[border - 1] - before[kept[-1] - 1] >= LEAST_SHARE * before[-1]:
-            kept.append(int(border))
-    kept[1 if len(kept) == 1 else -1 :] = [length]
-    return np.array(kept)
-
-
-def _binned(count: np.ndarray, gain: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Mean gain per token in each bin."""
-    return np.add.reduceat(gain, edges[:-1]) / np.add.reduceat(count, edges[:-1])
 
 
 def _scale(tokens: float) -> tuple[float, str]:
