@@ -39,6 +39,13 @@ CORES = workflow.resource_settings.cores or os.cpu_count()
 THREADS = max(1, CORES * min(PARAMS.execution.processes, GPUS) // GPUS)
 
 
+report: "docs/captions/result.rst"
+
+
+HEADLINE = Path("artifacts/report/headline.txt")  # with which the page of `--report` opens
+config["headline"] = HEADLINE.read_text(encoding="utf-8") if HEADLINE.exists() else ""
+
+
 def reproduce(stage, seeded=True, processes=0):
     """The command of a rule; processes: how many GPUs a stage without seeds may take."""
     target = f"{stage}@{{wildcards.seed}}" if seeded else stage

@@ -35,6 +35,7 @@ from model.runtime.errors import user_errors
 from model.runtime.files import read_json, write_json
 from model.runtime.run_log import environment
 from pocketlm.params.params import Params
+from pocketlm.params.paths import DETAILS
 
 RECORD = Path("records/benchmarks/quantize.json")
 
@@ -56,7 +57,7 @@ def general_bytes(stream: Stream, name: str) -> int:
 
 def measure(directory: Path, compressors: list[str]) -> tuple[list[list[Any]], dict[str, Any]]:
     """Rows of the table of streams, and the figures to record, of the stage's output."""
-    metrics = read_json(directory / "metrics.json")
+    metrics = read_json(directory / DETAILS)
     started = time.perf_counter()
     _, tensors = read_artifact(directory / "model.pocket")
     decode_s = time.perf_counter() - started

@@ -7,7 +7,8 @@ evaluate   tokens, artifact -> artifacts/evaluate/seed<n>: losses.parquet
 ttt_eval   tokens, artifact -> artifacts/ttt_eval/seed<n>: losses.parquet
 report     all results      -> artifacts/report: report.md, report.html, headline.txt, figures
 
-Each also writes metrics.json and provenance.json below artifacts/, and its log below logs/.
+Each also writes metrics.json, details.json and provenance.json below artifacts/, and its log below
+logs/.
 """
 
 import os

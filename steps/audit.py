@@ -26,7 +26,7 @@ from pocketlm.audit.experiments import Experiments
 from pocketlm.audit.isolation import TracedBundle, isolation
 from pocketlm.audit.page import TITLE, page, summary
 from pocketlm.audit.subject import Subject
-from pocketlm.params.paths import COMPILE_CACHE, STEPS, TOKENS
+from pocketlm.params.paths import COMPILE_CACHE, DETAILS, STEPS, TOKENS
 from pocketlm.report.blocks import to_html, to_markdown
 from pocketlm.submission.bundle import NAME, write_bundle
 from steps.common import StageRun, load_tokens, run
@@ -55,7 +55,7 @@ class Audit:
             self.documents = validation_documents(
                 self.manifest, evaluate.documents, evaluate.offset
             )
-        self.tokenize_seconds = read_json(TOKENS.parent / "metrics.json")["seconds"]
+        self.tokenize_seconds = read_json(TOKENS.parent / DETAILS)["seconds"]
         self.text = text.Decoded.of(self.documents, self.manifest, self.tokenizer)
         dispatch.configure(device=stage.group.device, **stage.implementations(KEYS))
         self.bundle = stage.work / NAME
@@ -97,7 +97,7 @@ class Audit:
     def records_of(self, seed: int, artifact: Path) -> Iterator[Check]:
         """Bytes, clocks, hashes and logs."""
         train, quantize, evaluate, ttt = (
-            read_json(records.place(stage, seed) / "metrics.json") for stage in STEPS
+            read_json(records.place(stage, seed) / DETAILS) for stage in STEPS
         )
         logs = {stage: records.log_of(stage, seed) for stage in STEPS}
         training = self.params.report.train_budget_seconds
@@ -114,9 +114,7 @@ class Audit:
         files = [TOKENS / MANIFEST]
         for seed in self.params.seeds:
             files += [
-                records.place(stage, seed) / name
-                for stage in STEPS
-                for name in ("metrics.json", SIDECAR)
+                records.place(stage, seed) / name for stage in STEPS for name in (DETAILS, SIDECAR)
             ]
             files += [records.log_of(stage, seed) for stage in STEPS]
             files += [records.place("quantize", seed) / "model.pocket", *self.tables(seed).values()]
@@ -141,14 +139,15 @@ def main(stage: StageRun) -> None:
     for name, content in texts.items():
         write_bytes(output / name, content.encode())
     write_json(output / "audit.json", summary(checks, seeds))
-    metrics = {
+    metrics = {"failed": sum(not check.passed for check in checks)}
+    details = {
         "checks": len(checks),
-        "failed": sum(not check.passed for check in checks),
+        **metrics,
         "passed": {name: name not in names for name in CHECKS},
         "seconds": round(time.perf_counter() - stage.started, 2),
     }
     outputs = [output / name for name in (*texts, "audit.json")]
-    stage.publish(metrics, KEYS, job.inputs(), outputs)
+    stage.publish(metrics, details, KEYS, job.inputs(), outputs)
     for check in checks:
         if not check.passed:
             where = "" if check.seed is None else f", seed {check.seed}"

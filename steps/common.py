@@ -30,7 +30,7 @@ from model.runtime.provenance import (
 from model.runtime.run_log import RunLog
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
-from pocketlm.params.paths import ARTIFACTS, LOGS, TOKENS, WORK
+from pocketlm.params.paths import ARTIFACTS, DETAILS, LOGS, METRICS, TOKENS, WORK
 
 
 @dataclass
@@ -109,27 +109,35 @@ class StageRun:
 
     def publish(
         self,
-        metrics: dict[str, Any],
+        metrics: Mapping[str, float],
+        details: dict[str, Any],
         keys: Sequence[str],
         inputs: Sequence[Path],
         outputs: Sequence[Path],
+        name: str = DETAILS,
     ) -> None:
-        """Write metrics, log and sidecar; the stage's other `outputs` must be in place."""
+        """Write metrics, details, log and sidecar; the stage's other `outputs` must be in place.
+
+        metrics: at most four numbers, which DVC shows; details: every number, also in the log;
+        name: of their file.
+        """
         if not self.group.is_main:
             return
         self.log.event("opened", tokens=self.opened())
-        self.log.event("end", metrics=metrics)
+        self.log.event("end", metrics=details)
         self.log.close()
-        write_json(self.output / "metrics.json", metrics)
-        name = self.name if self.seed is None else f"seed{self.seed}"
-        log_path = LOGS / ("" if self.seed is None else self.name) / f"{name}.jsonl"
+        written = {self.output / METRICS: metrics, self.output / name: details}
+        for path, values in written.items():
+            write_json(path, values)
+        stem = self.name if self.seed is None else f"seed{self.seed}"
+        log_path = LOGS / ("" if self.seed is None else self.name) / f"{stem}.jsonl"
         write_bytes(log_path, (self.work / "log.jsonl").read_bytes())
         write_provenance(
             self.output / SIDECAR,
             self.name,
             self._recorded(keys),
             inputs,
-            [*outputs, self.output / "metrics.json", log_path],
+            [*outputs, *written, log_path],
         )
 
 

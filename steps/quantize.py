@@ -43,7 +43,7 @@ from model.runtime.cuda_graphs import graph_runner
 from model.runtime.files import read_json
 from model.runtime.process import use_compile_cache
 from model.runtime.progress import progress
-from pocketlm.params.paths import COMPILE_CACHE, TOKENS
+from pocketlm.params.paths import COMPILE_CACHE, METRICS, TOKENS
 from steps.common import StageRun, load_tokens, run
 from steps.validation import validate
 
@@ -59,7 +59,7 @@ class Quantization:
     def __init__(self, stage: StageRun) -> None:
         self.stage, self.params = stage, stage.params.quantize
         manifest, shards = load_tokens("validation")
-        made = stage.made_by("train", "model.safetensors", "metrics.json")
+        made = stage.made_by("train", "model.safetensors", METRICS)
         self.checkpoint, train_metrics = made
         with stage.reading({**shards, **made}):
             self.model = load_checkpoint(self.checkpoint, stage.group.device)
@@ -205,11 +205,11 @@ def require_equal(loaded: GPT, tensors: Mapping[str, Stored], path: Path) -> Non
 
 
 def publish(job: Quantization, packed: Packed, predicted_gap: float, score: Score) -> None:
-    """Write the artifact and the metrics."""
+    """Write the artifact, metrics and details."""
     params = job.params
     size = len(packed.content)
     parameters = sum(tensor.numel() for tensor in job.model.state_dict().values())
-    metrics: dict[str, Any] = {
+    details: dict[str, Any] = {
         "loss": score.loss,
         "bpb": score.bpb,
         "gap": score.loss - job.trained_loss,
@@ -223,9 +223,15 @@ def publish(job: Quantization, packed: Packed, predicted_gap: float, score: Scor
         "bytes": packed.parts,
         "world_size": job.stage.group.size,
     }
+    metrics = {
+        "loss": score.loss,
+        "bpb": score.bpb,
+        "bytes": size,
+        "device_s": job.seconds["total"] * job.stage.group.size,
+    }
     artifact = job.stage.output / "model.pocket"
     save_artifact(artifact, packed)
-    job.stage.publish(metrics, KEYS, [job.checkpoint, TOKENS / MANIFEST], [artifact])
+    job.stage.publish(metrics, details, KEYS, [job.checkpoint, TOKENS / MANIFEST], [artifact])
 
 
 if __name__ == "__main__":

@@ -70,7 +70,10 @@ class Evaluation:
         self.stage.log.event("scored", name=name, tokens=self.tokens, took=self.seconds[name])
 
     def publish(self, metrics: Callable[[Mapping[str, Score]], dict[str, Any]]) -> None:
-        """Write losses and metrics; `metrics` derives those of the stage from the scores."""
+        """Write losses, metrics and details; `metrics` derives the stage's own from the scores.
+
+        The last way of scoring is the stage's result.
+        """
         stage = self.stage
         memory = stage.group.gather_objects(peak_memory_mib(stage.group.device))
         if not stage.group.is_main:
@@ -79,7 +82,7 @@ class Evaluation:
         scores = {name: Score.of(losses, sizes) for name, losses in self.losses.items()}
         table = stage.output / "losses.parquet"
         write_losses(table, self.documents, sizes, self.losses)
-        scored = next(iter(scores.values()))
+        *_, scored = scores.values()
         common = {
             "tokens": scored.tokens,
             "bytes": scored.bytes,
@@ -89,7 +92,9 @@ class Evaluation:
             "world_size": stage.group.size,
         }
         inputs = [self.artifact, TOKENS / MANIFEST]
-        stage.publish({**metrics(scores), **common}, self.keys, inputs, [table])
+        seconds = sum(self.seconds.values()) * stage.group.size
+        shown = {"loss": scored.loss, "bpb": scored.bpb, "device_s": seconds}
+        stage.publish(shown, {**metrics(scores), **common}, self.keys, inputs, [table])
 
 
 def write_losses(

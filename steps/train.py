@@ -25,7 +25,7 @@ from model.network.checkpoint import build, save_checkpoint
 from model.network.fused_regions import fused_regions
 from model.network.gpt import GPT
 from model.runtime.errors import InputError
-from model.runtime.files import sha256, write_bytes
+from model.runtime.files import sha256, write_bytes, writing
 from model.runtime.process import (
     compile_statistics,
     peak_memory_mib,
@@ -107,6 +107,7 @@ class Training:
         self.hosts = HostBroadcast(group)
         self.seconds, self.startup_seconds, self.peak_memory = 0.0, 0.0, 0.0
         self.state_file = stage.work / "state.safetensors"
+        self.running_curve = stage.work / "curve.csv"
         self.key = run_key(
             seed=stage.seed,
             data=sha256(TOKENS / MANIFEST),
@@ -135,6 +136,8 @@ class Training:
             self.trainer.load(state.tensors if state else {}, facts["steps"])
             self.seconds = facts["seconds"]
         self.stage.open_log(KEYS, keep_lines=facts["log_lines"] if facts else 0)
+        if self.stage.group.is_main:
+            write_curve(self.running_curve, read_log(self.stage.work / "log.jsonl", "loss"))
         self.stage.log.event("state", found=found, steps=self.trainer.steps)
         self.stage.log.event(
             "ops",
@@ -210,7 +213,10 @@ class Training:
 
 
 class LossLog:
-    """Averages the loss of the steps since the last line of the log, and writes the next line."""
+    """Averages the loss of the steps since the last line of the log, and writes the next line.
+
+    The main process writes it to the running curve as well, which `dvc plots show` draws.
+    """
 
     def __init__(self, training: Training, bar: Bar | None) -> None:
         self._training, self._bar = training, bar
@@ -244,7 +250,12 @@ class LossLog:
         seconds = round(clock.seconds, 3)
         tokens = steps * training.params.tokens_per_step
         # `seconds` is the log's own key; the training clock is logged as `clock`.
-        training.stage.log.event("loss", step=steps, clock=seconds, tokens=tokens, loss=loss, lr=lr)
+        line = {"step": steps, "clock": seconds, "tokens": tokens, "loss": loss, "lr": lr}
+        training.stage.log.event("loss", **line)
+        if training.stage.group.is_main:
+            path = training.running_curve
+            with writing(path), path.open("a", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerow(row(line))
         self._advance(seconds, f"loss {loss:.3f}")
 
     def _advance(self, seconds: float, note: str) -> None:
@@ -268,6 +279,11 @@ def publish(stage: StageRun, training: Training, score: Score | None, dropped: i
     metrics = {
         "loss": score.loss,
         "bpb": score.bpb,
+        "device_s": training.seconds * stage.group.size,
+    }
+    details = {
+        "loss": score.loss,
+        "bpb": score.bpb,
         "steps": training.trainer.steps,
         "tokens": tokens,
         "seconds": training.seconds,
@@ -279,7 +295,7 @@ def publish(stage: StageRun, training: Training, score: Score | None, dropped: i
     }
     last_read = training.data.stream.last_read - stage.log.started
     stage.log.event("data", last_read=round(last_read, 4))
-    stage.publish(metrics, KEYS, [TOKENS / MANIFEST], [checkpoint, curve])
+    stage.publish(metrics, details, KEYS, [TOKENS / MANIFEST], [checkpoint, curve])
     training.state_file.unlink(missing_ok=True)
 
 
@@ -289,8 +305,13 @@ def write_curve(path: Path, lines: list[dict[str, Any]]) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(CURVE)
     for line in lines:
-        table.writerow([line[{"seconds": "clock"}.get(name, name)] for name in CURVE])
+        table.writerow(row(line))
     write_bytes(path, text.getvalue().encode())
+
+
+def row(line: dict[str, Any]) -> list[Any]:
+    """The row of the loss curve that a line of the log makes."""
+    return [line[{"seconds": "clock"}.get(name, name)] for name in CURVE]
 
 
 if __name__ == "__main__":

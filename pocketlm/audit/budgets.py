@@ -18,7 +18,7 @@ def byte_budget(artifact: Path, bundle: Path, metrics: dict[str, Any]) -> Check:
     if code > reserve:
         problems.append(f"the bundle is {code - reserve:,} bytes larger than what is reserved")
     if model != metrics["artifact_bytes"]:
-        problems.append(f"metrics.json says {metrics['artifact_bytes']:,} bytes of the artifact")
+        problems.append(f"details.json says {metrics['artifact_bytes']:,} bytes of the artifact")
     evidence = (
         f"{artifact.name} {model:,} + {bundle.name} {code:,} = {model + code:,} of {budget:,} "
         f"bytes; quantize.code_reserve_bytes is {reserve:,}"

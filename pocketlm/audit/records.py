@@ -10,7 +10,7 @@ from model.runtime.files import SIDECAR, read_json
 from model.runtime.provenance import Recorded, read_provenance, require_recorded
 from model.runtime.run_log import read_log
 from pocketlm.audit.checks import Check
-from pocketlm.params.paths import ARTIFACTS, LOGS, STEPS
+from pocketlm.params.paths import ARTIFACTS, DETAILS, LOGS, STEPS
 
 FACTS = ("time", "commit", "device", "python", "versions", "world_size")
 
@@ -55,10 +55,10 @@ def hashes(seed: int) -> Check:
 
 
 def logs(seed: int) -> Check:
-    """The last line of each log has the metrics of metrics.json, the first its own run."""
+    """The last line of each log has the numbers of details.json, the first its own run."""
     problems, compared = list[str](), 0
     for stage in STEPS:
-        stated = read_json(place(stage, seed) / "metrics.json")
+        stated = read_json(place(stage, seed) / DETAILS)
         ends = read_log(log_of(stage, seed), "end")
         starts = read_log(log_of(stage, seed), "start")
         if not ends or not starts:
@@ -67,11 +67,11 @@ def logs(seed: int) -> Check:
         found = ends[-1]["metrics"]
         differing = [key for key in {**stated, **found} if stated.get(key) != found.get(key)]
         if _text(found) != _text(stated):
-            problems.append(f"{stage}: log and metrics.json differ in {', '.join(differing)}")
+            problems.append(f"{stage}: log and {DETAILS} differ in {', '.join(differing)}")
         if (starts[0]["step"], starts[0].get("seed")) != (stage, seed):
             problems.append(f"{log_of(stage, seed)} is of {starts[0]['step']}")
         compared += len(found)
-    evidence = f"{compared} entries of {len(STEPS)} metrics.json equal those of the logs"
+    evidence = f"{compared} entries of {len(STEPS)} {DETAILS} equal those of the logs"
     return Check("logs", evidence, tuple(problems))
 
 

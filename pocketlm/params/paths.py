@@ -7,8 +7,12 @@ LOGS = Path("logs")
 WORK = Path(".work")  # scratch: state for resuming, running logs
 TOKENS = ARTIFACTS / "tokenize/tokens"  # what `tokenize` makes of the text
 REPORT = ARTIFACTS / "report"
+SUMMARY = REPORT / "summary.json"  # every number of the report
 SWEEP = ARTIFACTS / "sweep"
 COMPILE_CACHE = WORK / "compile-cache"
+
+# Beside every stage's outputs: its few numbers that DVC shows, and all of them.
+METRICS, DETAILS = "metrics.json", "details.json"
 
 STEPS = ("train", "quantize", "evaluate", "ttt_eval")  # the stages that run for each seed
 

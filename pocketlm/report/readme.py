@@ -3,7 +3,7 @@
     pocketlm readme                        render the tables again
     pocketlm readme --record records/demo  record artifacts/report, then render
 
-The README holds the results between a line `<!-- results: records/NAME/metrics.json -->`, which
+The README holds the results between a line `<!-- results: records/NAME/summary.json -->`, which
 says where the numbers come from, and the next `<!-- end of results -->`; likewise the figures of
 the benchmarks between `<!-- benchmarks: records/benchmarks -->` and its end.
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 
 from model.runtime.errors import InputError, reading
 from model.runtime.files import read_json, write_bytes
-from pocketlm.params.paths import REPORT
+from pocketlm.params.paths import REPORT, SUMMARY
 from pocketlm.report.benchmark_goals import benchmark_table
 from pocketlm.report.blocks import Block, to_markdown
 from pocketlm.report.document import result_table
 
 README = Path("README.md")
-RECORDED = ("metrics.json", "report.md", "loss_curves.svg", "ttt_gain.svg", "artifact_bytes.svg")
+RECORDED = (SUMMARY.name, "report.md", "loss_curves.svg", "ttt_gain.svg", "artifact_bytes.svg")
 
 
 def record(directory: Path) -> None:
@@ -35,13 +35,13 @@ def record(directory: Path) -> None:
 def render(readme: str, source: str | None = None) -> str:
     """Return the README's text with its tables rendered anew.
 
-    source: metrics.json to render; None keeps the one the README names. Raises InputError if the
+    source: summary.json to render; None keeps the one the README names. Raises InputError if the
     README has no place for the result table, or a file cannot be read.
     """
     if not _place("results").search(readme):
         raise InputError(
             f"{README}: has no place for the result table",
-            "add the lines `<!-- results: records/demo/metrics.json -->` and "
+            "add the lines `<!-- results: records/demo/summary.json -->` and "
             "`<!-- end of results -->`",
         )
     readme = _fill(readme, "results", _recorded_table, source)
@@ -75,7 +75,7 @@ def update_readme(directory: Path | None = None) -> None:
     """Rewrite the README's tables; with a directory, record the current report there before."""
     if directory is not None:
         record(directory)
-    source = None if directory is None else (directory / "metrics.json").as_posix()
+    source = None if directory is None else (directory / SUMMARY.name).as_posix()
     with reading(README, "restore it: git checkout README.md"):
         text = README.read_text(encoding="utf-8")
     write_bytes(README, render(text, source).encode())

@@ -21,7 +21,7 @@ from model.runtime.provenance import (
     recorded,
 )
 from model.runtime.run_log import read_log
-from pocketlm.params.paths import STEPS
+from pocketlm.params.paths import DETAILS, STEPS
 from pocketlm.report.records import LARGEST, Count, Model, check
 
 # The steps that score every token, with the columns of their losses.parquet, and what is in both.
@@ -37,7 +37,7 @@ Bytes = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 class Metrics(BaseModel):
-    """A metrics.json: finite numbers; keys the report does not use are allowed."""
+    """A details.json: finite numbers; keys the report does not use are allowed."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -163,7 +163,7 @@ def result_files(root: Path, seed: int) -> list[Path]:
     """The files `read_seed` reads."""
     places = {step: root / "artifacts" / step / f"seed{seed}" for step in STEPS}
     return [
-        *(place / name for place in places.values() for name in ("metrics.json", SIDECAR)),
+        *(place / name for place in places.values() for name in (DETAILS, SIDECAR)),
         *(root / "logs" / step / f"seed{seed}.jsonl" for step in STEPS),
         places["train"] / "curve.csv",
         *(places[step] / "losses.parquet" for step in SCORED_BY),
@@ -243,8 +243,8 @@ def read_losses(without: Path, adapted: Path) -> TokenLosses:
     sums = dict.fromkeys((*WITHOUT_ADAPTATION, TTT), 0.0)
     tokens = text_bytes = 0
     count, gain = np.zeros(1, dtype=np.int64), np.zeros(1)
-    batches = _batches(without, WITHOUT_ADAPTATION), _batches(adapted, (TTT,))
-    for left, right in zip_longest(*batches):
+    tables = batches(without, WITHOUT_ADAPTATION), batches(adapted, (TTT,))
+    for left, right in zip_longest(*tables):
         if not left or not right or any(_differ(left[name], right[name]) for name in ROW):
             raise InputError(
                 f"{adapted}: its rows are not those of {without}: other tokens were scored",
@@ -264,7 +264,7 @@ def read_losses(without: Path, adapted: Path) -> TokenLosses:
     return TokenLosses(sums, tokens, text_bytes, int(count[1]), count, gain)
 
 
-def _batches(path: Path, scores: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+def batches(path: Path, scores: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
     """The columns of a table of losses, some rows at a time; raises InputError."""
     from pyarrow import parquet
 
@@ -309,7 +309,7 @@ def _add(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _metrics(schema: type[Model], place: Path) -> Model:
-    path = place / "metrics.json"
+    path = place / DETAILS
     return check(schema, read_json(path), path, f"run {place.parent.name} again")
 
 
@@ -333,12 +333,12 @@ def _check_sums(
         mean = losses.sums[name] / losses.tokens
         if abs(mean - loss) > TOLERANCE:
             raise InputError(
-                f"{place}: metrics.json says {loss} nats for {name}, losses.parquet {mean:.8f}",
+                f"{place}: {DETAILS} says {loss} nats for {name}, losses.parquet {mean:.8f}",
                 repair,
             )
     if (losses.tokens, losses.bytes) != (metrics.tokens, metrics.bytes):
         raise InputError(
-            f"{place}: metrics.json counts {metrics.tokens} tokens and {metrics.bytes} bytes, "
+            f"{place}: {DETAILS} counts {metrics.tokens} tokens and {metrics.bytes} bytes, "
             f"losses.parquet {losses.tokens} and {losses.bytes}",
             repair,
         )

@@ -1,8 +1,4 @@
-"""One summary of all seeds; the report, its headline and the README are rendered from it alone.
-
-Numbers that `dvc metrics show` should list are scalars in nested objects; what is kept for the
-tables only lies in lists, which DVC passes over.
-"""
+"""One summary of all seeds; the report, its headline and the README are rendered from it alone."""
 
 import statistics
 from collections.abc import Sequence
@@ -58,6 +54,16 @@ def summarize(
         "parts": _parts(results, code_bytes),
         "tail": _tail(pool([result.losses for result in results])),
         "origins": _origins(results),
+    }
+
+
+def headline_metrics(summary: dict[str, Any]) -> dict[str, float]:
+    """The numbers that DVC shows; their names are of no other stage, so that columns are narrow."""
+    return {
+        "ttt_loss": summary[TTT]["loss"],
+        "ttt_bpb": summary[TTT]["bpb"],
+        "gain": summary["gain"]["over_sliding_loss"],
+        "size": summary["size"]["total_bytes"],
     }
 
 

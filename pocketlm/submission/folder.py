@@ -1,8 +1,8 @@
 """The folder of a submission: README.md, submission.json, logs, requirements, bundle and audit.
 
-Every number in README.md and submission.json comes from the report's metrics.json, which was made
-from the stages' metrics, which the logs hold; so they cannot disagree. The keys of submission.json
-are those that records of the challenge have in common.
+Every number in README.md and submission.json comes from the report's summary.json, which was made
+from the stages' details.json, which the logs hold; so they cannot disagree. The keys of
+submission.json are those that records of the challenge have in common.
 """
 
 import json
@@ -17,7 +17,7 @@ from model.runtime.errors import InputError, reading
 from model.runtime.files import SIDECAR, read_json, write_bytes
 from model.runtime.provenance import recorded, require_recorded
 from pocketlm.params.params import Params
-from pocketlm.params.paths import ARTIFACTS, LOGS, REPORT, STEPS
+from pocketlm.params.paths import ARTIFACTS, LOGS, STEPS, SUMMARY
 from pocketlm.report.blocks import Block, Heading, Paragraph, Table, to_markdown
 from pocketlm.report.document import result_table, significance
 from pocketlm.submission.bundle import NAME, bundle, settings_of
@@ -171,12 +171,12 @@ def write_folder(params: Params) -> Path:
     An older folder of the same name is replaced as a whole. Raises InputError if report or audit
     are absent or damaged, or are not of the code here, or if a check has failed.
     """
-    summary, audit = _checked(REPORT / "metrics.json"), _checked(AUDIT / "audit.json")
+    summary, audit = _checked(SUMMARY), _checked(AUDIT / "audit.json")
     require_passed(audit, params.submission.despite_audit)
     code = bundle(settings_of(params))
     if len(code) != summary["size"]["code_bytes"]:
         raise InputError(
-            f"{REPORT / 'metrics.json'}: counts {summary['size']['code_bytes']} bytes of code, but "
+            f"{SUMMARY}: counts {summary['size']['code_bytes']} bytes of code, but "
             f"the bundle has {len(code)}",
             "`snakemake --cores all submission`, which makes the report anew before",
         )

@@ -7,8 +7,8 @@ compared with what is stored. Only if that is equal is the stage recorded as up 
     train                 the first optimizer steps; the losses in the log. Cooldown, late QAT, the
                           average and the validation come later: name more steps after such edits
     evaluate, ttt_eval    some of the documents; their losses in losses.parquet
-    tokenize, quantize,   in whole; all bytes but those of times (the log, metrics, provenance)
-    report
+    tokenize, quantize,   in whole; all bytes but those of times (the log, metrics, details,
+    report                provenance)
 
 On one and the same kind of CPU, with as many processes, the losses of training must be equal to the
 bit, those of documents to rounding, as other documents run beside them. Elsewhere, and so on GPUs,
@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from model.runtime.errors import InputError
-from model.runtime.files import read_json
+from model.runtime.files import SIDECAR, read_json
 from model.runtime.run_log import read_log
 from model.runtime.settings import NO_OFF
 from pocketlm.params.load import load_params, read_yaml
 from pocketlm.params.params import Params
-from pocketlm.params.paths import ARTIFACTS, COMPILE_CACHE, LOGS, WORK
+from pocketlm.params.paths import ARTIFACTS, COMPILE_CACHE, DETAILS, LOGS, METRICS, WORK
 from pocketlm.params.presets import render
 from pocketlm.params.renamed import RENAMED
 from pocketlm.workflow import dvc_repo
@@ -251,7 +251,7 @@ def compare_documents(trial: Trial) -> tuple[str, list[str]]:
     """Mean losses of documents: every so many-th of those that were scored."""
     import pandas
 
-    count = read_json(ARTIFACTS / trial.stage / f"seed{trial.seed}" / "metrics.json")["documents"]
+    count = read_json(ARTIFACTS / trial.stage / f"seed{trial.seed}" / DETAILS)["documents"]
     chosen = subset(count)
     params = load_params()
     evaluate = dataclasses.replace(params.evaluate, documents=chosen)
@@ -279,7 +279,7 @@ def compare_quantized(trial: Trial) -> tuple[str, list[str]]:
     run(trial, load_params())
     if same_machine(trial):
         return _compare_bytes(trial)
-    metrics = next(out for out in trial.outs if out.name == "metrics.json")
+    metrics = next(out for out in trial.outs if out.name == METRICS)
     stored, here = (read_json(path)["loss"] for path in (metrics, trial.place / metrics))
     differences = [f"loss {here}, in {metrics} {stored}"] if abs(here - stored) > ROUNDING else []
     return "loss of the artifact", differences
@@ -292,7 +292,7 @@ def compare_files(trial: Trial) -> tuple[str, list[str]]:
 
 
 def _compare_bytes(trial: Trial) -> tuple[str, list[str]]:
-    timed = {"metrics.json", "provenance.json", trial.log.name}
+    timed = {METRICS, DETAILS, SIDECAR, trial.log.name}
     files = [file for out in trial.outs for file in _files(out) if file.name not in timed]
     here = [file for out in trial.outs for file in _files(trial.place / out)]
     extra = {file.relative_to(trial.place) for file in here if file.name not in timed} - set(files)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,15 +35,14 @@ Values = Annotated[list[Any], Field(min_length=1)]
 class Sweep(BaseModel):
     """A sweep file. Parameters are named `section.key`, as in params.yaml.
 
-    stage: the step to run; always: values of every combination; cost: the metric that is the cost,
-    in seconds; grids: each a list of values by parameter, of which all combinations are run.
+    stage: the step to run; always: values of every combination; grids: each a list of values by
+    parameter, of which all combinations are run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     stage: Literal["train", "quantize", "ttt_eval"]  # those whose metrics have a loss
     always: Combination
-    cost: str
     grids: Annotated[list[dict[str, Values]], Field(min_length=1)]
 
 
@@ -69,8 +69,7 @@ def combinations(sweep: Sweep) -> list[Combination]:
 def check_sweep(sweep: Sweep, path: Path) -> None:
     """Refuse, before anything runs, what would fail in this directory; raises InputError.
 
-    Every combination is checked with the parameters in force. The cost is looked up in metrics of
-    the stage, if there are any yet.
+    Every combination is checked with the parameters in force.
     """
     params = load_params()
     for combination in combinations(sweep):
@@ -84,8 +83,6 @@ def check_sweep(sweep: Sweep, path: Path) -> None:
                 place = place[section]
             place[name] = value
         check_params(values, str(path))
-    for metrics in Path("artifacts", sweep.stage).rglob("metrics.json"):
-        seconds_of(read_json(metrics), sweep.cost, str(path))
 
 
 def override(key: str, value: Any) -> str:
@@ -116,7 +113,7 @@ def enqueue(stage: str, planned: list[Combination]) -> dict[str, Combination]:
     return named
 
 
-def collect(shown: str, named: dict[str, Combination], stage: str, cost: str) -> list[Point]:
+def collect(shown: str, named: dict[str, Combination], stage: str) -> list[Point]:
     """The points that `dvc exp show --json` knows of, in the order of `named`."""
     results = dict(_experiments(json.loads(shown)))
     points = []
@@ -127,13 +124,10 @@ def collect(shown: str, named: dict[str, Combination], stage: str, cost: str) ->
             if f"/{stage}/" in f"/{path}" and file.get("data")
         }
         if metrics:
-            losses = [one["loss"] for one in metrics.values()]
-            costs = [
-                one.get("world_size", 1) * seconds_of(one, cost, path)
-                for path, one in metrics.items()
-            ]
-            mean_loss, mean_cost = (sum(values) / len(values) for values in (losses, costs))
-            points.append(Point(name, combination, mean_loss, mean_cost))
+            loss, cost = (
+                fmean(one[key] for one in metrics.values()) for key in ("loss", "device_s")
+            )
+            points.append(Point(name, combination, loss, cost))
     return points
 
 
@@ -144,25 +138,6 @@ def _experiments(shown: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, A
             newest = experiment["revs"][0]
             data = newest.get("data") or {}
             yield newest.get("name") or experiment.get("name"), data.get("metrics") or {}
-
-
-def seconds_of(metrics: dict[str, Any], cost: str, source: str) -> float:
-    """The metric named `cost`, e.g. `seconds.ttt`.
-
-    Raises InputError, which names `source`, if there is no such number.
-    """
-    found: Any = metrics
-    for part in cost.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    if not isinstance(found, int | float):
-        seconds = metrics.get("seconds")
-        parts = seconds if isinstance(seconds, dict) else {}
-        known = [f"seconds.{name}" for name in parts] or ["seconds"]
-        raise InputError(
-            f"{source}: cost: the stage has no metric {cost}",
-            f"choose a number, e.g. {', '.join(known)}",
-        )
-    return float(found)
 
 
 def plan_sweep(file: Path) -> list[str]:
@@ -182,9 +157,10 @@ def _expected(sweep: Sweep, planned: list[Combination]) -> str:
     found = [read_json(one) for one in Path("artifacts", sweep.stage).rglob("metrics.json")]
     if not found:
         return "how long they take is not known, as the stage has not run here yet"
-    seconds = sum(seconds_of(metrics, sweep.cost, sweep.stage) for metrics in found)
+    params = load_params()
+    seconds = sum(metrics["device_s"] for metrics in found) / params.execution.processes
     documents = "evaluate.documents"
-    now = load_params().evaluate.documents
+    now = params.evaluate.documents
     shares = [one.get(documents, now) / now if now else 1.0 for one in planned]
     return (
         f"if each took what the last run did ({seconds:.0f} s for {len(found)} seeds), "
@@ -200,7 +176,7 @@ def run_sweep(file: Path, output: Path) -> None:
     named = enqueue(sweep.stage, combinations(sweep))
     print(f"{len(named)} experiments queued", flush=True)
     dvc("exp", "run", "--run-all", "--jobs", "1")
-    points = collect(dvc("exp", "show", "--json"), named, sweep.stage, sweep.cost)
+    points = collect(dvc("exp", "show", "--json"), named, sweep.stage)
     if not points:
         raise InputError("no experiment of the sweep succeeded", "see `dvc queue logs NAME`")
     write_page(output, points, f"{sweep.stage}: {file}")

@@ -76,7 +76,7 @@ def write_stage(stage: str, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / OUTPUT[stage]
     output.write_bytes(b"content")
-    write_json(folder / "metrics.json", METRICS[stage])
+    write_json(folder / "details.json", METRICS[stage])
     log = records.log_of(stage, seed)
     writer = RunLog(log)
     writer.start(stage, {}, seed=seed)
@@ -88,7 +88,7 @@ def write_stage(stage: str, seed: int) -> None:
     inputs = [TOKENS / MANIFEST]
     if before:
         inputs.append(records.place(before, seed) / OUTPUT[before])
-    made = [output, folder / "metrics.json", log]
+    made = [output, folder / "details.json", log]
     write_provenance(folder / "provenance.json", stage, {}, inputs, made)
 
 
@@ -99,7 +99,7 @@ def checks() -> list[Check]:
     bundle.touch()
     for seed in SEEDS:
         read = {
-            stage: json.loads((records.place(stage, seed) / "metrics.json").read_text())
+            stage: json.loads((records.place(stage, seed) / "details.json").read_text())
             for stage in STEPS
         }
         logs = {stage: records.log_of(stage, seed) for stage in STEPS}
@@ -123,7 +123,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def edit_metrics(stage: str, **changes: Any) -> None:
-    edit(records.place(stage, 3) / "metrics.json", lambda values: values.update(changes))
+    edit(records.place(stage, 3) / "details.json", lambda values: values.update(changes))
 
 
 def edit_log(stage: str, event: str, **changes: Any) -> None:
@@ -164,7 +164,7 @@ PLANTS: dict[str, tuple[Callable[[], Any], set[str], str]] = {
     "artifact of another size": (
         lambda: (records.place("quantize", 3) / "model.pocket").write_bytes(b"longer content"),
         {"bytes", "hashes"},
-        "metrics.json says 7 bytes",
+        "details.json says 7 bytes",
     ),
     "training above its budget": (
         lambda: edit_metrics("train", seconds=601.5),
@@ -209,7 +209,7 @@ PLANTS: dict[str, tuple[Callable[[], Any], set[str], str]] = {
     "metrics edited by hand": (
         lambda: edit_metrics("train", loss=1.9),
         {"hashes", "logs"},
-        "log and metrics.json differ in loss",
+        "log and details.json differ in loss",
     ),
     "an artifact of another model": (
         train_again,

@@ -42,7 +42,7 @@ READ_BY = {
     "artifact": (f"artifacts/quantize/{SEED}/model.pocket", "evaluate"),
     "loss curve": (f"artifacts/train/{SEED}/curve.csv", "report"),
     "token losses": (f"artifacts/*/{SEED}/losses.parquet", "report"),
-    "metrics": (f"artifacts/*/{SEED}/metrics.json", "report"),
+    "details": (f"artifacts/*/{SEED}/details.json", "report"),
     "provenance": (f"artifacts/*/{SEED}/provenance.json", "report"),
     "log": (f"logs/*/{SEED}.jsonl", "report"),
 }

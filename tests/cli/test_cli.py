@@ -93,7 +93,7 @@ def test_a_file_edited_by_hand_is_replaced_only_by_force(experiment: Path) -> No
         (("preset", "h200"), "error: preset h200: no such file conf/h200.yaml"),
         (("preset", "demo", "ttt.lrr=1"), "error: preset demo:"),
         (("sweep", "absent.yaml"), "error: absent.yaml: no such file"),
-        (("readme", "--record", "records/x"), "error: artifacts/report/metrics.json: no such"),
+        (("readme", "--record", "records/x"), "error: artifacts/report/summary.json: no such"),
     ],
 )
 def test_mistakes_are_two_lines_and_status_1(words: tuple[str, ...], problem: str) -> None:

@@ -112,7 +112,7 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
     }
     for place, values in metrics.items():
         step = place.parent.name
-        write_json(place / "metrics.json", values)
+        write_json(place / "details.json", values)
         log = RunLog(root / "logs" / step / f"seed{seed}.jsonl")
         log.start(step, {})
         log.event("end", metrics=values)

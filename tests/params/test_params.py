@@ -190,7 +190,7 @@ def test_missing_key(values: dict[str, Any]) -> None:
         ({"seeds": [1, 1]}, "seeds", "twice"),
         ({"report.baseline": "records/none.json"}, "report.baseline", "no such file"),
         (
-            {"report.baseline": "records/demo/metrics.json"},
+            {"report.baseline": "records/demo/summary.json"},
             "report.baseline",
             "not lie in records/",
         ),

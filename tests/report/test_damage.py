@@ -179,7 +179,7 @@ READERS: dict[str, tuple[Path, Callable[[Path], Any]]] = {
         lambda path: to_markdown(benchmark_table(path.parent)),
     ),
     "readme": (
-        REPOSITORY / "records/demo/metrics.json",
+        REPOSITORY / "records/demo/summary.json",
         lambda path: readme.render(
             f"<!-- results: {path} -->\n<!-- end of results -->", path.as_posix()
         ),

@@ -48,6 +48,9 @@ OUTPUTS = {
     "report.html",
     "headline.txt",
     "metrics.json",
+    "summary.json",
+    "losses.csv",
+    "gain.csv",
     "provenance.json",
     "loss_curves.svg",
     "ttt_gain.svg",
@@ -69,7 +72,7 @@ def parameters(**report: Any) -> Params:
 def make(params: Params) -> dict:
     """Run the step in the current directory; returns its metrics."""
     main(StageRun("report", None, params, Group(0, 1, torch.device("cpu"))))
-    return json.loads(Path("artifacts/report/metrics.json").read_text())
+    return json.loads(Path("artifacts/report/summary.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +194,7 @@ def test_one_seed_without_a_test(run):
 def test_documents_left_out_of_training_are_said(run):
     make(parameters())
     assert "not trained on" not in Path("artifacts/report/report.md").read_text()
-    edit_json(TRAIN / "metrics.json", dropped_documents=1234)
+    edit_json(TRAIN / "details.json", dropped_documents=1234)
     seal(TRAIN)
     make(parameters())
     assert "1,234 documents of the training files stood among the held-out ones and were not" in (
@@ -203,7 +206,7 @@ def test_code_that_outgrew_its_reserve_fails(run):
     params, reserve, budget = parameters(), 200_000, 16_000_000
     room = budget - CODE
     quantize = Path("artifacts/quantize/seed1")
-    edit_json(quantize / "metrics.json", artifact_bytes=room)
+    edit_json(quantize / "details.json", artifact_bytes=room)
     seal(quantize)
     assert make(params)["size"] == {
         "artifact_bytes": room,
@@ -216,7 +219,7 @@ def test_code_that_outgrew_its_reserve_fails(run):
     page = Path("artifacts/report/report.md").read_text()
     for count in (CODE, SCORING, reserve, room):
         assert f"{count:,}" in page
-    edit_json(quantize / "metrics.json", artifact_bytes=room + 100)
+    edit_json(quantize / "details.json", artifact_bytes=room + 100)
     seal(quantize)
     with pytest.raises(InputError, match=f"seed 1: {room + 100:,} bytes") as error:
         make(params)
@@ -313,21 +316,21 @@ def _with_other_tokens() -> None:
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (lambda: edit_json(TRAIN / "metrics.json", steps=None), "train/seed1.*steps: field requ"),
-        (lambda: edit_json(TTT / "metrics.json", loss=math.nan), "ttt_eval/seed1.*loss.*finite"),
-        (lambda: edit_json(TTT / "metrics.json", loss="low"), "ttt_eval/seed1.*loss.*number"),
-        (lambda: edit_json(TTT / "metrics.json", loss=1.0), r"says 1\.0 nats for ttt"),
-        (lambda: edit_json(TTT / "metrics.json", tokens=3), "counts 3 tokens"),
+        (lambda: edit_json(TRAIN / "details.json", steps=None), "train/seed1.*steps: field requ"),
+        (lambda: edit_json(TTT / "details.json", loss=math.nan), "ttt_eval/seed1.*loss.*finite"),
+        (lambda: edit_json(TTT / "details.json", loss="low"), "ttt_eval/seed1.*loss.*number"),
+        (lambda: edit_json(TTT / "details.json", loss=1.0), r"says 1\.0 nats for ttt"),
+        (lambda: edit_json(TTT / "details.json", tokens=3), "counts 3 tokens"),
         (
-            lambda: edit_json(EVALUATE / "metrics.json", plain={"loss": 1.0, "bpb": 1.0}),
-            r"evaluate/seed1: metrics\.json says 1\.0 nats for plain",
+            lambda: edit_json(EVALUATE / "details.json", plain={"loss": 1.0, "bpb": 1.0}),
+            r"evaluate/seed1: details\.json says 1\.0 nats for plain",
         ),
         (_with_other_tokens, "ttt_eval/seed1.*its rows are not those of .*evaluate/seed1"),
         (
             lambda: _edit_losses(TTT, lambda table: table.iloc[:-1]),
             "ttt_eval/seed1.*its rows are not those of .*evaluate/seed1",
         ),
-        (lambda: (TTT / "metrics.json").write_text("{"), "ttt_eval/seed1.*not valid JSON"),
+        (lambda: (TTT / "details.json").write_text("{"), "ttt_eval/seed1.*not valid JSON"),
         (lambda: (TTT / "losses.parquet").unlink(), "losses.parquet: no such file"),
         (
             lambda: (TTT / "losses.parquet").write_text("x"),
@@ -350,18 +353,18 @@ def test_spoilt_input_is_named(run, spoil, problem):
         seal_what_is_complete(Path("artifacts", step, "seed1"))
     with pytest.raises(InputError, match=problem):
         make(parameters())
-    assert not Path("artifacts/report/metrics.json").exists()
+    assert not Path("artifacts/report/summary.json").exists()
 
 
 def test_command_line_shows_the_error_without_a_traceback(run, tmp_path):
     (tmp_path / "params.yaml").write_text(render(parameters()))
-    (TRAIN / "metrics.json").unlink()
+    (TRAIN / "details.json").unlink()
     command = [sys.executable, "-m", "steps.report"]
     environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     lines = done.stderr.splitlines()  # the folder is no repository, which is said before
-    assert "error: artifacts/train/seed1/metrics.json: no such file" in lines
+    assert "error: artifacts/train/seed1/details.json: no such file" in lines
     assert "Traceback" not in done.stderr
     assert load_params(tmp_path / "params.yaml") == parameters()
 
@@ -413,14 +416,14 @@ def test_record_and_readme_table(run, monkeypatch):
     place = "# Title\n<!-- results: nothing -->\nstale table\n<!-- end of results -->\nmore\n"
     Path("README.md").write_text(place)
     readme.update_readme(Path("records/demo"))
-    assert json.loads(Path("records/demo/metrics.json").read_text()) == metrics
+    assert json.loads(Path("records/demo/summary.json").read_text()) == metrics
     text = Path("README.md").read_text()
-    assert text.startswith("# Title\n<!-- results: records/demo/metrics.json -->\n")
+    assert text.startswith("# Title\n<!-- results: records/demo/summary.json -->\n")
     assert text.endswith("<!-- end of results -->\nmore\n")
     assert "stale table" not in text
     assert f"| quantized, with TTT | {metrics['ttt']['loss']:.4f} ±" in text
     assert readme.render(text) == text
-    edit_json(Path("records/demo/metrics.json"), ttt={**metrics["ttt"], "loss": 9.0})
+    edit_json(Path("records/demo/summary.json"), ttt={**metrics["ttt"], "loss": 9.0})
     assert "| 9.0000 ±" in readme.render(text)
 
 
@@ -428,7 +431,7 @@ def test_the_readme_shows_the_benchmarks_that_are_recorded(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     shutil.copytree(REPOSITORY / "records/demo", "records/demo")
     places = "<!-- {0}: records/{1} -->\nstale\n<!-- end of {0} -->\n"
-    text = places.format("results", "demo/metrics.json") + places.format("benchmarks", "benchmarks")
+    text = places.format("results", "demo/summary.json") + places.format("benchmarks", "benchmarks")
     assert "No figures are recorded yet." in readme.render(text)
     origin = {"device": "NVIDIA H100", "commit": "0123456789abcdef"}
     train = {"tokens_per_s_per_gpu": 1.5e6, "peak_memory_mib": 21_000.4, "cold_start_s": None}
@@ -462,13 +465,13 @@ def test_readme_without_a_place_for_the_table():
 
 def test_recording_without_a_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"artifacts/report/metrics\.json"):
+    with pytest.raises(InputError, match=r"artifacts/report/summary\.json"):
         readme.record(Path("records/demo"))
 
 
 def test_the_readme_shows_what_its_record_says(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    if not list(Path("records").glob("*/metrics.json")):
+    if not list(Path("records").glob("*/summary.json")):
         pytest.skip("no result is recorded yet")
     text = Path("README.md").read_text(encoding="utf-8")
     assert readme.render(text) == text

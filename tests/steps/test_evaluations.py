@@ -33,7 +33,7 @@ from tests.helpers.sidecars import write_sidecar
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 320
-OUTPUTS = ("losses.parquet", "metrics.json", "provenance.json")
+OUTPUTS = ("losses.parquet", "metrics.json", "details.json", "provenance.json")
 STEPS = {"evaluate": WITHOUT_ADAPTATION, "ttt_eval": (TTT,)}
 
 
@@ -113,7 +113,7 @@ def results(place: Path) -> Results:
             assert done.returncode == 0, done.stderr
             output = place / f"artifacts/{step}/seed0"
             assert sorted(file.name for file in output.iterdir()) == sorted(OUTPUTS)
-            metrics = json.loads((output / "metrics.json").read_text())
+            metrics = json.loads((output / "details.json").read_text())
             found[step, processes] = pd.read_parquet(output / "losses.parquet"), metrics
     return found
 

@@ -83,7 +83,7 @@ def workspace(tmp_path, inputs, monkeypatch) -> Path:
 def quantize(monkeypatch) -> dict:
     monkeypatch.setattr(sys, "argv", ["quantize", "--seed", "0"])
     run("quantize", main)
-    return json.loads(Path(OUTPUT, "metrics.json").read_text())
+    return json.loads(Path(OUTPUT, "details.json").read_text())
 
 
 def test_the_step_quantizes_packs_and_scores(workspace, monkeypatch):
@@ -180,7 +180,7 @@ def test_two_processes_give_the_result_of_one(workspace, monkeypatch):
         capture_output=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
-    together = json.loads(Path(OUTPUT, "metrics.json").read_text())
+    together = json.loads(Path(OUTPUT, "details.json").read_text())
     assert together["world_size"] == 2
     assert together["loss"] == pytest.approx(alone["loss"], abs=1e-3)
     second = read_artifact(Path(OUTPUT, "model.pocket"))[1]

@@ -94,7 +94,7 @@ def test_every_document_is_written_once_and_counted():
 
 def test_the_step_explains_what_it_did():
     manifest = run_step()
-    metrics = read_json(OUTPUT.parent / "metrics.json")
+    metrics = read_json(OUTPUT.parent / "details.json")
     assert metrics["train"] == manifest.totals("train")
     assert metrics["validation"] == manifest.totals("validation")
     provenance = read_json(OUTPUT.parent / "provenance.json")
@@ -149,7 +149,7 @@ def test_held_out_documents_among_the_training_files_are_left_out_and_counted(ca
     manifest = run_step("data.validation_files=[held_out.jsonl]")
     assert manifest.dropped == 7 + 2
     assert manifest.totals("validation")["documents"] == 9
-    assert read_json(OUTPUT.parent / "metrics.json")["dropped_documents"] == 9
+    assert read_json(OUTPUT.parent / "details.json")["dropped_documents"] == 9
     (line,) = read_log("logs/tokenize.jsonl", "dropped")
     assert line["documents"] == 9
     assert "9 documents are in data.validation_files, too" in capsys.readouterr().err
@@ -201,7 +201,7 @@ def test_documentation_of_packages_warns_where_it_is_not_the_pinned_text(capsys)
     vocabulary = ["tokenizer.vocabulary=512", "model.vocabulary=512"]
     manifest = run_step("data.source=docstrings", "data.docstring_megabytes=0.2", *vocabulary)
     assert "numpy is " in capsys.readouterr().err  # nothing is pinned in this directory
-    assert read_json(OUTPUT.parent / "metrics.json")["unpinned_packages"] == 6
+    assert read_json(OUTPUT.parent / "details.json")["unpinned_packages"] == 6
     (packages,) = read_log(Path("logs/tokenize.jsonl"), "packages")
     assert len(packages["unpinned"]) == 6
     total = sum(manifest.totals(split)["bytes"] for split in ("train", "validation"))

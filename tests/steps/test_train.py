@@ -136,7 +136,7 @@ def whole(tokens, tmp_path_factory) -> Path:
 
 def test_outputs_of_a_run(whole):
     output = whole / "artifacts/train/seed0"
-    metrics = read_json(output / "metrics.json")
+    metrics = read_json(output / "details.json")
     assert metrics["steps"] == STEPS
     assert metrics["tokens"] == STEPS * 256
     assert metrics["world_size"] == 1
@@ -152,6 +152,14 @@ def test_outputs_of_a_run(whole):
     assert stopped["clock"] == metrics["seconds"]
     assert 0 < data["last_read"] <= stopped["seconds"]
     assert {"manifest.json", "train_000000.bin", "validation_000000.bin"} <= set(opened["tokens"])
+    running = whole / ".work/train/seed0/curve.csv"  # what `dvc plots` shows meanwhile
+    assert running.read_bytes() == (output / "curve.csv").read_bytes()
+    shown = read_json(output / "metrics.json")
+    assert shown == {
+        "loss": metrics["loss"],
+        "bpb": metrics["bpb"],
+        "device_s": metrics["seconds"],
+    }
     rows = curve(whole)
     assert [row[0] for row in rows] == list(range(2, STEPS + 1, 2))
     assert rows[0][1] > rows[-1][1]
@@ -220,7 +228,7 @@ def test_two_processes_have_the_curve_of_one(tokens, whole, tmp_path):
     processes = start_two(directory)
     for process in processes:
         finish(process)
-    assert read_json(directory / "artifacts/train/seed0/metrics.json")["world_size"] == 2
+    assert read_json(directory / "artifacts/train/seed0/details.json")["world_size"] == 2
     for ours, theirs in zip(curve(directory), curve(whole), strict=True):
         assert ours == pytest.approx(theirs, abs=2e-4)
     assert curve(directory)[0][1] == pytest.approx(curve(whole)[0][1], abs=1e-6)
@@ -386,4 +394,4 @@ def test_a_second_run_of_the_same_step_waits(tokens, tmp_path):
         assert "another run of this stage is using it; waiting" in process.stderr.readline()
         assert not (work / "log.jsonl").exists()
     finish(process)
-    assert (directory / "artifacts/train/seed0/metrics.json").exists()
+    assert (directory / "artifacts/train/seed0/details.json").exists()

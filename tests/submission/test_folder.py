@@ -118,7 +118,7 @@ def test_is_refused_while_a_check_fails_unless_told_otherwise(params: Params) ->
     assert read_json(folder / "submission.json")["compliance"]["audit"]["causality"] is False
 
 
-@pytest.mark.parametrize("file", ["artifacts/report/metrics.json", "artifacts/audit/audit.json"])
+@pytest.mark.parametrize("file", ["artifacts/report/summary.json", "artifacts/audit/audit.json"])
 def test_edited_results_are_refused(params: Params, file: str) -> None:
     path = Path(file)
     path.write_text(path.read_text().replace("true", "false").replace("1.", "0.", 1))

@@ -121,7 +121,9 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, place / name)
     (place / "pocketlm").mkdir()
-    (place / "pocketlm/__init__.py").touch()
+    (place / "pocketlm/workflow").mkdir()
+    for name in ("__init__.py", "workflow/__init__.py", "workflow/plots_page.py"):
+        (place / "pocketlm" / name).touch()
     assert "installing" in make(place)
     assert "Nothing to be done" in make(place)
     return place

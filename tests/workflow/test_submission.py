@@ -17,7 +17,7 @@ def test_one_command_audits_and_writes_the_folder(checkout: Checkout) -> None:
     assert checkout.steps_run_by(*SUBMISSION) == ["audit"]
     (folder,) = (checkout.path / "records").glob("*_miniature")
     values = json.loads((folder / "submission.json").read_text())
-    metrics = json.loads((checkout.path / "artifacts/report/metrics.json").read_text())
+    metrics = json.loads((checkout.path / "artifacts/report/summary.json").read_text())
     assert values["val_bpb"] == metrics["ttt"]["bpb"]
     assert all(values["compliance"]["audit"].values())
     assert checkout.steps_run_by(*SUBMISSION) == []

@@ -25,7 +25,6 @@ from pocketlm.workflow.sweep import (
     plan_sweep,
     read_sweep,
     run_sweep,
-    seconds_of,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +33,7 @@ import json, pathlib, yaml
 ttt = yaml.safe_load(open("params.yaml"))["ttt"]
 place = pathlib.Path("artifacts/ttt_eval/seed0")
 place.mkdir(parents=True, exist_ok=True)
-seconds = {"ttt": 64 / ttt["chunk"]}
-metrics = {"loss": 3 - ttt["lr"] * ttt["chunk"], "seconds": seconds, "world_size": 2}
+metrics = {"loss": 3 - ttt["lr"] * ttt["chunk"], "device_s": 128 / ttt["chunk"]}
 (place / "metrics.json").write_text(json.dumps(metrics))
 """
 PIPELINE = """
@@ -51,7 +49,6 @@ stages:
 SWEEP = """
 stage: ttt_eval
 always: {ttt.rank: 4}
-cost: seconds.ttt
 grids:
   - {ttt.chunk: [8, 16], ttt.lr: [0.01]}
 """
@@ -59,7 +56,7 @@ grids:
 
 def test_products_of_all_grids_each_combination_once() -> None:
     grids: list[dict[str, list[Any]]] = [{"a": [1, 2], "b": [3, 4]}, {"b": [3], "a": [1, 5]}]
-    sweep = Sweep(stage="train", always={"z": 0}, cost="seconds", grids=grids)
+    sweep = Sweep(stage="train", always={"z": 0}, grids=grids)
     found = [(one["z"], one["a"], one["b"]) for one in combinations(sweep)]
     assert found == [(0, 1, 3), (0, 1, 4), (0, 2, 3), (0, 2, 4), (0, 5, 3)]
 
@@ -107,8 +104,6 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("ttt.lr", "ttt.lr.x", ("ttt.lr: input should be a valid number",)),
         ("[0.01]", "[0.01, fast]", ("ttt.lr: input should be a valid number", "'fast'")),
         ("[8, 16]", "[8, 512]", ("ttt.largest_chunk: 16 is smaller than chunk (512)",)),
-        ("seconds.ttt", "seconds.tt", ("cost: the stage has no metric seconds.tt", "seconds.ttt")),
-        ("seconds.ttt", "seconds", ("cost: the stage has no metric seconds", "seconds.ttt")),
     ],
 )
 def test_bad_sweep_files_are_refused_before_anything_runs(
@@ -118,8 +113,6 @@ def test_bad_sweep_files_are_refused_before_anything_runs(
     new: str,
     words: tuple[str, ...],
 ) -> None:
-    metrics = experiment / "artifacts/ttt_eval/seed0/metrics.json"
-    write_json(metrics, {"loss": 3.0, "seconds": {"ttt": 1.0}})
     assert old in SWEEP
     (experiment / "sweep.yaml").write_text(SWEEP.replace(old, new))
     monkeypatch.setattr("pocketlm.workflow.sweep.dvc", lambda *_: pytest.fail("something ran"))
@@ -158,13 +151,6 @@ def test_a_sweep_needs_the_lock_file_in_git(experiment: Path) -> None:
     assert "git add dvc.lock" in refused.value.repair
 
 
-def test_a_step_with_one_number_of_seconds_names_that() -> None:
-    assert seconds_of({"seconds": 2.5}, "seconds", "sweep.yaml") == 2.5
-    with pytest.raises(InputError) as caught:
-        seconds_of({"seconds": 2.5}, "seconds.total", "sweep.yaml")
-    assert caught.value.repair == "choose a number, e.g. seconds"
-
-
 def test_an_absent_sweep_file_is_named() -> None:
     with pytest.raises(InputError, match=r"absent\.yaml: no such file"):
         read_sweep(Path("absent.yaml"))
@@ -179,7 +165,7 @@ def test_a_plan_says_what_would_run_and_how_long(experiment: Path) -> None:
     ]
     assert "not known" in last
     for seed in (0, 1):
-        write_json(Path(f"artifacts/ttt_eval/seed{seed}/metrics.json"), {"seconds": {"ttt": 30}})
+        write_json(Path(f"artifacts/ttt_eval/seed{seed}/metrics.json"), {"device_s": 30})
     assert plan_sweep(Path("sweep.yaml"))[-1].endswith("(60 s for 2 seeds), 2.0 minutes in all")
     half = SWEEP.replace("ttt.rank: 4", "evaluate.documents: 12")  # of 24
     (experiment / "sweep.yaml").write_text(half)

@@ -8,13 +8,16 @@ import shutil
 import signal
 import subprocess
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
 
+from model.runtime.files import read_json
 from tests.helpers.checkout import (
     ACCEPT,
+    BIN,
     ENGINES,
     EVALUATE,
     FROM_QUANTIZE,
@@ -293,13 +296,48 @@ def test_experiment_keeps_hand_edits(checkout: Checkout) -> None:
     assert yaml.safe_load((checkout.path / "params.yaml").read_text()) == values
 
 
-def test_metrics_and_plots_show(checkout: Checkout, tmp_path: Path) -> None:
+EXPERIMENTS = ["dvc", "exp", "show", "--only-changed", "--drop", ".*/", "--no-pager"]
+WIDTH = 120  # columns of a terminal, into which the tables of DVC must fit
+
+
+def test_metrics_fit_a_terminal(checkout: Checkout) -> None:
     shown = json.loads(checkout.run("dvc", "metrics", "show", "--json"))
-    files = shown[""]["data"]
-    assert "loss" in files["artifacts/ttt_eval/seed1/metrics.json"]["data"]
+    files = {path: file["data"] for path, file in shown[""]["data"].items()}
+    assert set(files["artifacts/ttt_eval/seed1/metrics.json"]) == {"loss", "bpb", "device_s"}
+    assert all(len(metrics) <= 4 for metrics in files.values())
+    assert max(map(len, checkout.run("dvc", "metrics", "show").splitlines())) <= WIDTH
+    path = checkout.path / "artifacts/report/metrics.json"  # as an experiment would leave it
+    path.write_text(json.dumps({key: 1.1 * value for key, value in read_json(path).items()}))
+    table = checkout.run(*EXPERIMENTS, COLUMNS=str(WIDTH)).splitlines()
+    assert {"ttt_loss", "ttt_bpb", "gain", "size"} <= set("".join(table).split())
+    assert max(map(len, table)) <= WIDTH
+
+
+def references(page: str) -> list[str]:
+    """The files and addresses that elements of an HTML page refer to."""
+    found = list[str]()
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            names = ("src", "href", "data", "srcset")
+            found.extend(value or "" for name, value in attrs if name in names)
+
+    Parser().feed(page)
+    return found
+
+
+def test_plots_ask_for_nothing_from_the_network(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.run(str(BIN / "python"), "-m", "pocketlm.workflow.plots_page")
     page = tmp_path / "plots"
     checkout.run("dvc", "plots", "show", "--out", str(page))
-    assert "train_seed1_curve_csv" in (page / "index.html").read_text()
+    text = (page / "index.html").read_text()
+    for name in ("train_seed1_curve_csv", "report_losses_csv", "report_gain_csv"):
+        assert name in text
+    assert "vegaEmbed" in text
+    assert not references(text)
+    running = ".work/train/seed0/curve.csv"
+    checkout.run("dvc", "plots", "show", running, "-x", "step", "-y", "loss", "--out", str(page))
+    assert "curve_csv" in (page / "index.html").read_text()
 
 
 def test_html_report_embeds_the_figures(checkout: Checkout, tmp_path: Path) -> None:
@@ -309,3 +347,6 @@ def test_html_report_embeds_the_figures(checkout: Checkout, tmp_path: Path) -> N
     for name in ("report.html", "loss_curves.svg", "ttt_gain.svg", "artifact_bytes.svg"):
         assert name in text
     assert "What test-time training gains by position" in text
+    headline = (checkout.path / "artifacts/report/headline.txt").read_text()
+    for line in headline.splitlines()[1:5]:  # the page opens with the scores
+        assert json.dumps(line)[1:-1] in text
