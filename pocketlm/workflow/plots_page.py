@@ -31,7 +31,7 @@ def write_template() -> None:
         print("note: vl-convert-python is not installed; `dvc plots` needs a network", flush=True)
         return
     # What looks like the end of a script in the text of a program would be one in HTML.
-    vega = javascript_bundle(None).replace("</script", "<\\/script")
+    vega = javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
     write_bytes(TEMPLATE, PAGE.replace("VEGA", vega).encode())
     command = [sys.executable, "-m", "dvc", "config", "--local", "plots.html_template"]
     subprocess.run([*command, TEMPLATE.name], check=True)
