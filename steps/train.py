@@ -35,7 +35,7 @@ from model.runtime.process import (
 from model.runtime.progress import Bar, progress
 from model.runtime.run_log import first_lines, read_log
 from model.training.resume import State, load_state, run_key, save_state
-from model.training.schedule import Clock, HostBroadcast, Schedule
+from model.training.schedule import Clock, HostBroadcast
 from model.training.trainer import Batches, Trainer
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
 from steps.common import StageRun, load_tokens, run
@@ -172,20 +172,21 @@ class Training:
 
     def train(self, batches: Batches) -> None:
         """Take optimizer steps until the schedule stops."""
-        trainer, schedule = self.trainer, Schedule(self.params)
+        trainer, schedule = self.trainer, self.trainer.schedule
         budget, execution = self.params.budget_seconds, self.stage.params.execution
         with progress("train", budget or self.params.steps, self.stage.group.is_main) as bar:
             loss_log = LossLog(self, bar)
             clock = Clock(self.stage.group.device, self.seconds)
             saved = clock.seconds
             while True:
-                multiplier = schedule.multiplier(trainer.steps, clock.seconds)
-                multiplier = self.hosts.broadcast_from_main(multiplier)
-                if not multiplier:
+                share = schedule.progress(trainer.steps, clock.seconds)
+                share = self.hosts.broadcast_from_main(share)
+                if share >= 1:
                     break
-                if trainer.recurrence_pending:
-                    self.begin_recurrence(schedule, clock.seconds)
-                loss_log.add(trainer.step(batches, multiplier), multiplier)
+                if trainer.recurrence_pending and schedule.recurrent(share):
+                    trainer.use_recurrence(True)
+                    self.stage.log.event("recurrence", steps=trainer.steps)
+                loss_log.add(trainer.step(batches, share), schedule.multiplier(share))
                 if trainer.steps % execution.log_every:
                     continue
                 loss_log.write(clock)
@@ -197,13 +198,6 @@ class Training:
                 self.stage.log.event("stopped", clock=self.seconds)
                 loss_log.write(clock)
         self.peak_memory = peak_memory_mib(self.stage.group.device)
-
-    def begin_recurrence(self, schedule: Schedule, seconds: float) -> None:
-        """Switch to the model's order of layers if its share of the training has passed."""
-        begins = schedule.recurrent(self.trainer.steps, seconds)
-        if self.hosts.broadcast_from_main(begins):
-            self.trainer.use_recurrence(True)
-            self.stage.log.event("recurrence", steps=self.trainer.steps)
 
     def averaged_model(self) -> GPT:
         """A separate model with the averaged weights, the result of training."""

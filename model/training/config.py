@@ -1,4 +1,8 @@
-"""The `train` section of params.yaml: optimization."""
+"""The `train` section of params.yaml: optimization.
+
+What changes during training is set in shares of the run, so that the same values are right for one
+minute on one GPU and for ten on eight.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +15,7 @@ class TrainConfig(Settings):
 
     steps: int = setting("upper limit of optimizer steps", "steps", ge=1, le=10**9)
     budget_seconds: float | None = setting(
-        "training clock at which to stop; null: stop at `steps`, schedule by steps",
+        "training clock at which to stop; null: stop at `steps`, shares are of these",
         "s",
         gt=0,
         le=1e9,
@@ -22,15 +26,15 @@ class TrainConfig(Settings):
     tokens_per_microbatch: int = setting(
         "flat span one process takes at once", "tokens", ge=1, le=2**30
     )
-    cooldown_steps: int = setting(
-        "lr falls linearly to 0 over the last so many steps", "steps", ge=0, le=10**9
+    cooldown: float = setting(
+        "part of the training, at its end, over which lr falls linearly to 0", "share", ge=0, le=1
     )
     matrix_lr: float = setting("Muon, matrices of the blocks", gt=0, le=1e6)
     embedding_lr: float = setting("AdamW, embedding tables", gt=0, le=1e6)
     scalar_lr: float = setting("AdamW, scalars, vectors and small projections", gt=0, le=1e6)
     muon_momentum: float = setting("Nesterov momentum after its warm-up", ge=0, lt=1)
     muon_momentum_start: float = setting("Nesterov momentum at the first step", ge=0, lt=1)
-    muon_momentum_steps: int = setting("length of the momentum warm-up", "steps", ge=0, le=10**9)
+    muon_momentum_warmup: float = setting("length of the momentum warm-up", "share", ge=0, le=1)
     newton_schulz_steps: int = setting("iterations of the orthogonalization", ge=1, le=100)
     adam_beta1: float = setting("decay of AdamW's first moment", ge=0, lt=1)
     adam_beta2: float = setting("decay of AdamW's second moment", ge=0, lt=1)
@@ -45,7 +49,12 @@ class TrainConfig(Settings):
     gradient_clip: float | None = setting(
         "global norm after the reduction; null = off", gt=0, le=1e9
     )
-    ema_decay: float = setting("per step; the averaged weights are the result; 0 = off", ge=0, lt=1)
+    ema_window: float = setting(
+        "mean age, in steps, of the weights in the average that is the result; 0 = off",
+        "share",
+        ge=0,
+        le=1,
+    )
     qat_threshold: float = setting(
         "matrices are rounded once lr multiplier < this; 0 = off", ge=0, le=1
     )
@@ -68,16 +77,17 @@ class TrainConfig(Settings):
             "make it a whole number of microbatches",
         )
         require(
-            self.qat_threshold == 0 or self.cooldown_steps > 0,
+            self.qat_threshold == 0 or self.cooldown > 0,
             "qat_threshold",
             f"{self.qat_threshold} is never reached: the lr stays at its full value because "
-            "cooldown_steps is 0",
-            "set cooldown_steps above 0 or qat_threshold to 0",
+            "cooldown is 0",
+            "set cooldown above 0 or qat_threshold to 0",
         )
+        last = 1 / (self.cooldown * self.steps) if self.cooldown else 0.0
         require(
-            self.qat_threshold == 0 or self.qat_threshold * self.cooldown_steps > 1,
+            self.qat_threshold == 0 or last < self.qat_threshold,
             "qat_threshold",
             f"{self.qat_threshold} is never reached: the multiplier of the last step is "
-            f"1/cooldown_steps = {1 / max(1, self.cooldown_steps):.3g}",
-            "raise cooldown_steps or qat_threshold, or set qat_threshold to 0",
+            f"1/(cooldown x steps) = {last:.3g}",
+            "raise cooldown, steps or qat_threshold, or set qat_threshold to 0",
         )

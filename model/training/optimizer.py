@@ -28,14 +28,6 @@ def param_groups(model: GPT) -> dict[str, dict[str, nn.Parameter]]:
     return groups
 
 
-def momentum_at(step: int, params: TrainConfig) -> float:
-    """Muon's momentum at a step counted from 0: linear from its start to its final value."""
-    if step >= params.muon_momentum_steps:
-        return params.muon_momentum
-    share = step / params.muon_momentum_steps
-    return (1 - share) * params.muon_momentum_start + share * params.muon_momentum
-
-
 class Optimizer:
     """Muon and AdamW over the parameters of `model`, for the processes of `group`.
 
@@ -74,8 +66,8 @@ class Optimizer:
         self.muon.zero_grad()
         self.rest_gradients.zero_()
 
-    def step(self, step: int, multiplier: float) -> None:
-        """Update all weights; `step` counts from 0, `multiplier` scales every learning rate."""
+    def step(self, multiplier: float, momentum: float) -> None:
+        """Update all weights; `multiplier` scales every learning rate, `momentum` is Muon's."""
         params = self.params
         self.muon.start_reduction()
         work = None
@@ -84,7 +76,7 @@ class Optimizer:
         clip = self._clip_factor(work)
         if clip is not None:
             self.rest_gradients.mul_(clip)
-        self.muon.start_update(clip, momentum_at(step, params), params.newton_schulz_steps)
+        self.muon.start_update(clip, momentum, params.newton_schulz_steps)
         for settings, lr in zip(self.adamw.param_groups, self.base_lr, strict=True):
             settings["lr"] = lr * multiplier
         self.adamw.step()

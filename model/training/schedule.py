@@ -1,12 +1,16 @@
-"""The training clock, the learning-rate schedule, and how all processes agree on both.
+"""The training clock, what follows from its progress, and how all processes agree on it.
 
-The learning-rate multiplier is 1, then decays linearly to 0 (cooldown). With a time budget the
-cooldown takes the time of `cooldown_steps` steps at the mean duration so far, and training stops
-when no further step fits; without one, it is the last `cooldown_steps` of `steps`. If both limits
-exist, the nearer one decides. A cooldown longer than the run covers the whole run. Depth recurrence
-(`model.network.depth_recurrence`) begins when a share of the nearer limit has passed.
+Progress p is the share of the run that is over: of its steps, or of its seconds if there is a time
+budget; if both limits exist, of the nearer one. Training ends at p = 1, or when no further step
+fits into the budget. Everything that changes during training is a function of p:
 
-Only the main process reads its clock. Its decision is broadcast before every step from host to host
+    learning rates    their multiplier is 1, then falls linearly to 0: min(1, (1 − p) / cooldown)
+    Muon's momentum   rises linearly until p = muon_momentum_warmup     (`model.training.muon`)
+    average           its window is a share of the run                  (`model.training.ema`)
+    rounding          begins where the multiplier is below qat_threshold  (`model.training.qat`)
+    depth recurrence  begins at p = recurrence_start       (`model.network.depth_recurrence`)
+
+Only the main process reads its clock. Progress is broadcast before every step from host to host
 (gloo, tens of microseconds) rather than by NCCL, so that no process synchronizes with its GPU.
 """
 
@@ -24,35 +28,39 @@ from model.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning-rate multiplier, from the `train` section of the parameters."""
+    """What the `train` section of the parameters makes of progress."""
 
     params: TrainConfig
 
-    def multiplier(self, step: int, seconds: float) -> float:
-        """Factor for step number `step` (from 0), `seconds` into training; 0: stop before it."""
-        limit, cooldown = self.params.steps, self.params.cooldown_steps
-        by_steps = _cooldown(limit - step, min(cooldown, limit))
+    def progress(self, step: int, seconds: float) -> float:
+        """The share that is over before step number `step` (from 0), `seconds` into training.
+
+        1: stop before it.
+        """
+        by_steps = min(1.0, step / self.params.steps)
         budget = self.params.budget_seconds
         if budget is None or step == 0:
             return by_steps
-        mean = seconds / step
-        remaining = budget - seconds
-        if remaining < mean:
-            return 0.0
-        return min(by_steps, _cooldown(remaining, min(mean * cooldown, budget)))
+        if budget - seconds < seconds / step:  # the mean duration of a step so far
+            return 1.0
+        return max(by_steps, seconds / budget)
 
-    def recurrent(self, step: int, seconds: float) -> bool:
-        """Whether step number `step` executes the layers in the model's order, or each once."""
-        budget = self.params.budget_seconds
-        share = max(step / self.params.steps, seconds / budget if budget else 0.0)
-        return share >= self.params.recurrence_start
+    def multiplier(self, progress: float) -> float:
+        """Factor of all learning rates."""
+        cooldown = self.params.cooldown
+        return min(1.0, (1 - progress) / cooldown) if cooldown else 1.0
 
+    def momentum(self, progress: float) -> float:
+        """Muon's momentum."""
+        params = self.params
+        if progress >= params.muon_momentum_warmup:
+            return params.muon_momentum
+        share = progress / params.muon_momentum_warmup
+        return (1 - share) * params.muon_momentum_start + share * params.muon_momentum
 
-def _cooldown(remaining: float, length: float) -> float:
-    """1 until `length` before the end, then linear to 0 at the end."""
-    if remaining <= 0:
-        return 0.0
-    return min(1.0, remaining / length) if length else 1.0
+    def recurrent(self, progress: float) -> bool:
+        """Whether a step executes the layers in the model's order, or each once."""
+        return progress >= self.params.recurrence_start
 
 
 class Clock:

@@ -21,6 +21,7 @@ from model.training.ema import Average
 from model.training.muon import StateTensor
 from model.training.optimizer import Optimizer
 from model.training.qat import StraightThrough
+from model.training.schedule import Schedule
 
 Batches = Iterator[tuple[Tensor, Tensor, Documents]]
 
@@ -37,7 +38,8 @@ class Trainer:
         if self.compiled:
             model.compile_parts()
         self.optimizer = Optimizer(model, params, group)
-        self.average = Average(dict(model.named_parameters()), params.ema_decay)
+        self.average = Average(dict(model.named_parameters()), params.ema_window)
+        self.schedule = Schedule(params)
         self.rounding = StraightThrough(params.qat_bits)
         self.compute_weights = ComputeWeights(model)
         self.microbatches = params.tokens_per_step // params.tokens_per_microbatch // group.size
@@ -52,16 +54,17 @@ class Trainer:
             range(config.layers) if self.recurrence_pending else config.executed_layers
         )
 
-    def step(self, batches: Batches, multiplier: float) -> Tensor:
+    def step(self, batches: Batches, progress: float) -> Tensor:
         """Take one optimizer step on this process's next `microbatches` batches.
 
-        multiplier: of all learning rates; below `qat_threshold` the matrices are rounded.
+        progress: the share of the training that is over (`model.training.schedule`).
         Returns this process's share of the mean loss (nats per token, 0-dimensional, on the
         device): the sum over the processes is the mean over the step's tokens.
         """
-        return self._step(batches, multiplier, self.microbatches)
+        return self._step(batches, progress, self.microbatches)
 
-    def _step(self, batches: Batches, multiplier: float, microbatches: int) -> Tensor:
+    def _step(self, batches: Batches, progress: float, microbatches: int) -> Tensor:
+        multiplier = self.schedule.multiplier(progress)
         rounded = multiplier < self.params.qat_threshold
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.group.device)
@@ -69,9 +72,9 @@ class Trainer:
             for _ in range(microbatches):
                 total += self._microbatch(*next(batches))
                 self.compute_weights.collect()
-        self.optimizer.step(self.steps, multiplier)
+        self.optimizer.step(multiplier, self.schedule.momentum(progress))
         self.steps += 1
-        self.average.update(self.steps)
+        self.average.update(self.steps, progress)
         return total
 
     def _microbatch(self, tokens: Tensor, targets: Tensor, documents: Documents) -> Tensor:
@@ -100,8 +103,8 @@ class Trainer:
         steps, state = self.steps, self.state()
         for recurrent in (True, False) if self.recurrence_pending else (True,):
             self.use_recurrence(recurrent)
-            for multiplier in (1.0, 0.0) if self.params.qat_threshold else (1.0,):
-                self._step(batches, multiplier, 1)
+            for progress in (0.0, 1.0) if self.params.qat_threshold else (0.0,):
+                self._step(batches, progress, 1)
         self.load(state, steps)
 
     def state(self) -> dict[str, Tensor]:
@@ -139,7 +142,7 @@ class Trainer:
 
     def _state_tensors(self) -> dict[str, StateTensor]:
         kinds: dict[str, Mapping[str, Tensor]] = {"weights": dict(self.model.named_parameters())}
-        if self.params.ema_decay:
+        if self.params.ema_window:
             kinds["average"] = self.average.tensors
         tensors = {
             f"{kind}/{name}": t for kind, named in kinds.items() for name, t in named.items()

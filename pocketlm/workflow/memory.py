@@ -30,7 +30,7 @@ def parts(params: Params, stage: str) -> list[Part]:
     weights = model.matrix_values + model.table_values
     size = "model.layers, model.width, model.mlp_width or model.bigram_buckets"
     if stage == "train":
-        copies = 3 if train.ema_decay else 2  # of the weights: they, their gradients, the average
+        copies = 3 if train.ema_window else 2  # of the weights: they, their gradients, the average
         outputs = len(model.executed_layers) * model.width * train.tokens_per_microbatch
         return [
             Part("weights, gradients and average", copies * FP32 * weights, size),

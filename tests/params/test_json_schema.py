@@ -48,7 +48,7 @@ def test_an_editor_accepts_the_presets(name: str, schema: dict[str, Any]) -> Non
         ("ttt", "rnak", 4),
         ("model", "layers", "4"),
         ("model", "layers", 0),
-        ("train", "ema_decay", 1.0),
+        ("train", "ema_window", 1.5),
         ("ops", "mlp", "fast"),
         ("evaluate", "documents", 0),
     ],

@@ -45,12 +45,12 @@ TRAIN: dict[str, Any] = {
     "budget_seconds": None,
     "tokens_per_step": 256,
     "tokens_per_microbatch": 64,
-    "cooldown_steps": 12,
+    "cooldown": 0.5,
     "matrix_lr": 0.01,
     "embedding_lr": 0.01,
     "scalar_lr": 0.01,
-    "muon_momentum_steps": 10,
-    "ema_decay": 0.9,
+    "muon_momentum_warmup": 0.4,
+    "ema_window": 0.4,
     "qat_threshold": 0.5,
     "validation_documents": 3,
 }
@@ -295,8 +295,8 @@ def test_warm_up_leaves_no_trace_and_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), random_state)
     assert warm.steps == 0
     for one in (cold, warm):
-        for multiplier in (1.0, 0.2):
-            one.step(batches(), multiplier)
+        for progress in (0.0, 0.9):
+            one.step(batches(), progress)
     state = warm.state()
     assert state.keys() == cold.state().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in cold.state().items())

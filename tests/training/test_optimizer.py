@@ -1,12 +1,9 @@
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
 from model.data.packing import Documents
 from model.runtime.distributed import Group
-from model.training.optimizer import Optimizer, momentum_at, param_groups
+from model.training.optimizer import Optimizer, param_groups
 from tests.helpers.models import small_model, train_params
 from tests.helpers.processes import run_processes
 from tests.network.test_gpt import OFF
@@ -32,17 +29,6 @@ def test_groups_of_the_record():
     assert {"bigram.projection.weight", "smear.gate", "skip_weights"} <= set(groups["scalars"])
 
 
-def test_momentum_rises_linearly_and_stays():
-    params: Any = SimpleNamespace(
-        muon_momentum=0.99, muon_momentum_start=0.92, muon_momentum_steps=1500
-    )
-    assert momentum_at(0, params) == pytest.approx(0.92)
-    assert momentum_at(750, params) == pytest.approx(0.955)
-    assert momentum_at(1500, params) == momentum_at(9000, params) == 0.99
-    params.muon_momentum_steps = 0
-    assert momentum_at(0, params) == 0.99
-
-
 def backward_part(model: torch.nn.Module, part: int) -> None:
     generator = torch.manual_seed(part)
     tokens = torch.randint(0, 64, (LENGTH + 1,), generator=generator)
@@ -55,11 +41,11 @@ def two_steps(group: Group, clip: float | None) -> dict[str, torch.Tensor]:
     """Weights after two steps on six parts shared out among the processes."""
     model = small_model()
     optimizer = Optimizer(model, train_params(gradient_clip=clip), group)
-    for step in range(2):
+    for _ in range(2):
         optimizer.zero_grad()
         for part in range(group.rank, PARTS, group.size):
             backward_part(model, part)
-        optimizer.step(step, 0.5)
+        optimizer.step(0.5, 0.92)
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
@@ -98,7 +84,7 @@ def test_adamw_and_clipping_are_those_of_torch():
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.01)
         assert norm > 0.01
         reference.step()
-        optimizer.step(step, 0.5)
+        optimizer.step(0.5, 0.92)
         rest = groups["embeddings"] | groups["scalars"]
         for name, parameter in ours.named_parameters():
             if name in rest:

@@ -48,9 +48,9 @@ def test_renamed_keys_are_no_change_of_a_value(recorded: dict[str, Any]) -> None
 
 def test_a_change_of_a_value_is_no_edit_of_code(recorded: dict[str, Any]) -> None:
     recorded["ops.mix"] = "reference"
-    del recorded["train"]["ema_decay"]
+    del recorded["train"]["ema_window"]
     assert changed_values("train", recorded) == [
-        "train.ema_decay is 0.97, is new and not off",
+        "train.ema_window is 0.033, is new and not off",
         "ops.residual_norm is 'auto', was 'reference'",
     ]
 

@@ -241,9 +241,9 @@ def test_what_changes_results_is_not_accepted(checkout: Checkout) -> None:
     assert "error: train@1: other results than those stored: loss of step 2: " in said
     assert "in logs/train/seed1.jsonl" in said
     assert "its program failed" in checkout.run(*ACCEPT, "ttt_eval", succeeds=False)
-    checkout.set("train.ema_decay", "0.5")  # shows only after the steps that are compared
+    checkout.set("train.ema_window", "0.5")  # shows only after the steps that are compared
     said = checkout.run(*ACCEPT, "train", succeeds=False)
-    assert "train@0: not only code was changed: train.ema_decay is 0.5, was 0.997" in said
+    assert "train@0: not only code was changed: train.ema_window is 0.5, was 0.047" in said
     assert "train@7: no such stage" in checkout.run(*ACCEPT, "train@7", succeeds=False)
     assert checkout.results() == before
 
