@@ -115,6 +115,7 @@ def _kernels(params: Params) -> Iterator[Fact]:
     import torch
 
     from model.kernels import dispatch
+    from model.kernels.tested_versions import untested_versions
     from model.runtime.distributed import require_gpus
 
     there = torch.cuda.is_available()
@@ -133,8 +134,8 @@ def _kernels(params: Params) -> Iterator[Fact]:
     choice = dispatch.configure(device=device, **dataclasses.asdict(params.ops))
     for key, why in choice.reasons.items():
         yield Fact(key, f"{getattr(choice, key)} ({why})")
-    if choice.untested:
-        yield Fact("not tested", choice.untested)
+    tested = "the kernels were tested on these versions of torch and triton"
+    yield Fact("versions", untested_versions() or tested)
 
 
 def _stages(params: Params) -> Iterator[Fact]:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from inspect import getsource
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.helpers.audit import update_first
 from tests.helpers.checkout import ACCEPT, SNAKEMAKE, TTT, Checkout
 
 AUDIT = ["snakemake", "audit", "--cores", "2", "--resources", "gpu=2"]
+COMMAND = [sys.executable, "-m", "pocketlm", "audit"]
 # The loop of TTT scores a chunk after the step on it.
 UPDATE_FIRST = f"\n\n{getsource(update_first)}\n\nSession._score_and_step = update_first\n"
 
@@ -40,6 +42,19 @@ def test_results_pass_and_a_planted_violation_is_named(checkout: Checkout) -> No
     # Stored scores are of whole documents: what follows a cut changes them, too.
     named = ["causality", "black box", "score before update", "stored scores"]
     assert audit["failed"] == named, audit
+
+
+def test_the_command_makes_the_audit_and_its_status_is_the_outcome(checkout: Checkout) -> None:
+    assert checkout.steps_run_by(*COMMAND) == ["audit"]
+    assert checkout.steps_run_by(*COMMAND) == []
+    assert "checks passed; artifacts/audit/audit.md" in checkout.run(*COMMAND)
+    checkout.append("model/ttt/loop.py", UPDATE_FIRST)
+    assert checkout.steps_run_by(*COMMAND, succeeds=False) == []  # results come first
+    said = checkout.run(*COMMAND, succeeds=False)
+    assert "error: results are not up to date:\nttt_eval, seeds 0, 1: model/ttt" in said
+    checkout.run(*AUDIT)
+    said = checkout.run(*COMMAND, succeeds=False)
+    assert "FAILED: causality, black box, score before update, stored scores;" in said
 
 
 def test_an_audit_is_accepted_after_an_edit_that_changes_nothing(checkout: Checkout) -> None:

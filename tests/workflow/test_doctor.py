@@ -11,10 +11,18 @@ from tests.helpers.checkout import Checkout
 DOCTOR = [sys.executable, "-m", "pocketlm", "doctor"]
 DRY = ["snakemake", "-n", "--quiet", "--cores", "all", "report"]
 CONFLICT = "<<<<<<< HEAD\n=======\n>>>>>>> other\n"
+
+
+def hessians_of_terabytes(checkout: Checkout) -> None:
+    for key, value in {"mlp_width": 2**16, "layers": 64}.items():
+        checkout.set(f"model.{key}", value)
+    checkout.set("quantize.budget_bytes", 10**9)
+
+
 OBSTACLES: dict[str, Callable[[Checkout], object]] = {
     "unknown key": lambda checkout: checkout.append("params.yaml", "unknown: 1\n"),
     "params.yaml: no such file": lambda checkout: (checkout.path / "params.yaml").unlink(),
-    "needs at least": lambda checkout: checkout.set("quantize.calibration_sequences", 10**9),
+    "needs at least": hessians_of_terabytes,
     "is no git repository": lambda checkout: (checkout.path / ".git").rename(checkout.path / "git"),
     "left a conflict": lambda checkout: checkout.append("dvc.lock", CONFLICT),
 }
