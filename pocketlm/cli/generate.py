@@ -5,7 +5,9 @@ from typing import Annotated
 
 from typer import Argument, Option, echo, style
 
-Artifact = Annotated[Path, Argument(help="e.g. artifacts/quantize/seed0/model.pocket")]
+Artifact = Annotated[
+    Path, Argument(metavar="ARTIFACT", help="e.g. artifacts/quantize/seed0/model.pocket")
+]
 TokenizerFile = Annotated[
     Path | None, Option("--tokenizer", help="default: the one beside it, or of its checkout")
 ]
@@ -16,7 +18,7 @@ def main(
     prompt: Annotated[str, Option(help="text to continue")] = "",
     tokens: Annotated[int, Option(min=1, help="at most; the document may end before")] = 200,
     temperature: Annotated[float, Option(help="0: the most probable token each time")] = 0.8,
-    seed: Annotated[int, Option(min=0, max=2**63 - 1, help="of the random numbers")] = 0,
+    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="of the random numbers")] = 0,
     tokenizer: TokenizerFile = None,
 ) -> None:
     """Continue a prompt; text appears as the model makes it."""

@@ -10,7 +10,9 @@ from pocketlm.cli.generate import Artifact, TokenizerFile
 
 def main(
     artifact: Artifact,
-    file: Annotated[str, Argument(help="text, .jsonl, .jsonl.zst, .parquet; - is standard input")],
+    file: Annotated[
+        str, Argument(metavar="FILE", help="text, .jsonl, .jsonl.zst, .parquet; -: standard input")
+    ],
     ttt: Annotated[bool, Option("--ttt", help="adapt to each document as it is read")] = False,
     html: Annotated[
         Path | None, Option(metavar="FILE", help="write the colored text as a page")

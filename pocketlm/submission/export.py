@@ -67,7 +67,7 @@ def export(place: Path, params: Params, seed: int) -> None:
         "requirements.txt": scoring_requirements(Path("constraints.txt")).encode(),
         "README.md": readme.encode(),
     }
-    _require_own(place, set(contents))
+    _require_own(place, {*contents, "__pycache__"})  # Python makes it where bundle.py is imported
     for name, written in contents.items():
         write_bytes(place / name, written)
 

@@ -60,6 +60,8 @@ def test_it_loads_anywhere_in_two_lines(place: Path, call: Call, tmp_path: Path)
     assert json.loads(run.stdout) == [score.bpb for score in scores]
     assert scores[0].bytes == len(pair[1].normalize(TEXTS[0]).encode())
     assert call("generate", tmp_path / "out/model.pocket", "--tokens", 3).exit_code == 0
+    assert (tmp_path / "out/__pycache__").is_dir()
+    assert call("export", tmp_path / "out").exit_code == 0  # also where it was in use
 
 
 def test_nothing_of_the_user_is_overwritten(place: Path, call: Call) -> None:
