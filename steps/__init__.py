@@ -2,8 +2,8 @@
 
 tokenize   text             -> artifacts/tokenize/tokens: tokenizer.model, *.bin, manifest.json
 train      tokens           -> artifacts/train/seed<n>: model.safetensors, curve.csv
-quantize   tokens, model    -> artifacts/quantize/seed<n>: model.pocket
-evaluate   tokens, artifact -> artifacts/evaluate/seed<n>: losses.parquet
+quantize   tokens, model    -> artifacts/quantize/seed<n>: model.pocket, tensors.csv, sample.txt
+evaluate   tokens, artifact -> artifacts/evaluate/seed<n>: losses.parquet, pieces.json
 ttt_eval   tokens, artifact -> artifacts/ttt_eval/seed<n>: losses.parquet
 report     all results      -> artifacts/report: report.md, report.html, headline.txt, figures
 

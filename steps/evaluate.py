@@ -1,5 +1,9 @@
-"""Score the quantized model on the validation documents without adaptation: plain and sliding."""
+"""Score the quantized model on the validation documents without adaptation: plain and sliding.
 
+What each token spells is written, too, for the report.
+"""
+
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +30,8 @@ def main(stage: StageRun) -> None:
 
     for name, evaluate in zip(WITHOUT_ADAPTATION, (plain, sliding), strict=True):
         job.score(name, evaluate)
-    job.publish(metrics)
+    pieces = [piece.hex() for piece in job.tokenizer.spelled]
+    job.publish(metrics, {"pieces.json": json.dumps(pieces).encode()})
 
 
 def metrics(scores: Mapping[str, Score]) -> dict[str, Any]:

@@ -5,18 +5,21 @@ compresses. The artifact is read back, compared with what was packed, and scored
 publishes it.
 """
 
+import csv
+import io
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.artifact.compression import compressor
 from model.artifact.format import Packed, Stored, load_artifact, pack, restore, save_artifact
-from model.artifact.quantizer import CODE_BITS
+from model.artifact.quantizer import CODE_BITS, Quantized
+from model.artifact.tensor_bytes import tensor_bytes
 from model.data.loader import validation_documents
 from model.data.shards import BOS, MANIFEST
 from model.data.tokenizer import Tokenizer, check_vocabulary
@@ -40,17 +43,28 @@ from model.quantization.quantize_model import (
 )
 from model.quantization.sensitivity import sensitivities
 from model.runtime.cuda_graphs import graph_runner
-from model.runtime.files import read_json
-from model.runtime.process import use_compile_cache
-from model.runtime.progress import progress
+from model.runtime.files import read_json, write_bytes
+from model.runtime.process import peak_memory_mib, use_compile_cache
+from model.runtime.progress import ReportProgress, progress
 from pocketlm.params.paths import COMPILE_CACHE, METRICS, TOKENS
 from steps.common import StageRun, load_tokens, run
 from steps.validation import validate
 
-Made = tuple[Packed, Mapping[str, Stored]]  # an artifact and what it holds
 
+class Made(NamedTuple):
+    """An artifact, what it holds, and the relative error of each tensor that was rounded."""
+
+    packed: Packed
+    tensors: Mapping[str, Stored]
+    errors: Mapping[str, float]
+
+
+# A sample of text: tokens at most, and not more than the model saw at once in training.
+SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_SEED = 400, 0.8, 0
 OPS = ("ops.attention", "ops.cached_attention", "ops.residual_norm", "ops.mlp")
 KEYS = ("model", "quantize", *OPS)
+TENSORS = ("tensor", "layer", "storage", "parameters", "step_size", "bits_per_weight")
+TENSORS += ("relative_error", "bytes")
 
 
 class Quantization:
@@ -94,12 +108,24 @@ class Quantization:
         """This process's share of the calibration text, int64 (sequences, tokens)."""
         params, is_main = self.params, self.stage.group.is_main
         total = params.calibration_tokens - 1
-        forbidden = torch.from_numpy(self.tokenizer.control)
         with progress("calibration: tokens of each sequence", total, is_main) as bar:
             advance = bar.advance if bar else None
             noise, temperature = self.noise(total), params.calibration_temperature
-            runner = graph_runner(self.model.device, self.stage.params.execution.cuda_graphs)
-            return generate(self.model, noise, temperature, BOS, forbidden, advance, runner)
+            return self.text(self.model, noise, temperature, advance)
+
+    def text(
+        self, model: GPT, noise: Tensor, temperature: float, report: ReportProgress | None = None
+    ) -> Tensor:
+        """Text that a model writes, a sequence for each row of random numbers, int64."""
+        forbidden = torch.from_numpy(self.tokenizer.control)
+        runner = graph_runner(model.device, self.stage.params.execution.cuda_graphs)
+        return generate(model, noise, temperature, BOS, forbidden, report, runner)
+
+    def sample(self, model: GPT) -> str:
+        """A document that the quantized model writes by itself, for people to read."""
+        length = min(SAMPLE_TOKENS, model.config.sequence_length)
+        noise = sampling_noise(SAMPLE_SEED, [0], length)
+        return self.tokenizer.decode(self.text(model, noise, SAMPLE_TEMPERATURE)[0].tolist())
 
     def hessians(self, text: Tensor) -> dict[str, Tensor]:
         """Hessians of all matrices that GPTQ quantizes, over the text of all processes."""
@@ -141,14 +167,13 @@ class Quantization:
             if group.is_main:
                 tensors = store_model(self.model, rounded)
                 architecture = self.model.architecture()
-                made = pack(architecture, tensors, self.params.compressors), tensors
-        size = group.broadcast_object(len(made[0].content) if made else 0)
+                packed = pack(architecture, tensors, self.params.compressors)
+                made = Made(packed, tensors, relative_errors(self.model, hessians, rounded))
+        size = group.broadcast_object(len(made.packed.content) if made else 0)
         self.stage.log.event("attempt", artifact_bytes=size, steps=step_sizes)
-        if group.is_main:
-            errors = relative_errors(self.model, hessians, rounded)
-            self.stage.log.event(
-                "gptq", relative_errors={k: round(v, 9) for k, v in errors.items()}
-            )
+        if made:
+            errors = {name: round(error, 9) for name, error in made.errors.items()}
+            self.stage.log.event("gptq", relative_errors=errors)
         return size, made
 
     def fit(self, allocation: Allocation, hessians: Mapping[str, Tensor]) -> Attempt[Made | None]:
@@ -183,17 +208,17 @@ def main(stage: StageRun) -> None:
     draft = stage.work / "model.pocket"
     with job.timed("verify"):
         if fit.result is not None:
-            packed, tensors = fit.result
-            save_artifact(draft, packed)
-            require_equal(load_artifact(draft), tensors, draft)
+            save_artifact(draft, fit.result.packed)
+            require_equal(load_artifact(draft), fit.result.tensors, draft)
         stage.group.barrier()
     with job.timed("evaluate"):
-        score = validate(
-            stage, load_artifact(draft, stage.group.device), job.documents, job.tokenizer
-        )
+        quantized = load_artifact(draft, stage.group.device)
+        score = validate(stage, quantized, job.documents, job.tokenizer)
     job.seconds["total"] = time.perf_counter() - started
+    memory = stage.group.gather_objects(peak_memory_mib(stage.group.device))
     if fit.result is not None and score is not None:
-        publish(job, fit.result[0], allocation.loss(fit.step_sizes), score)
+        sample = job.sample(quantized)
+        publish(job, fit.result, sample, allocation.loss(fit.step_sizes), score, max(memory))
         draft.unlink()
 
 
@@ -204,9 +229,11 @@ def require_equal(loaded: GPT, tensors: Mapping[str, Stored], path: Path) -> Non
             raise RuntimeError(f"{path}: {name} reads back differently from what was packed")
 
 
-def publish(job: Quantization, packed: Packed, predicted_gap: float, score: Score) -> None:
-    """Write the artifact, metrics and details."""
-    params = job.params
+def publish(
+    job: Quantization, made: Made, sample: str, predicted_gap: float, score: Score, memory: float
+) -> None:
+    """Write the artifact, the table of its tensors, text by it, metrics and details."""
+    params, packed = job.params, made.packed
     size = len(packed.content)
     parameters = sum(tensor.numel() for tensor in job.model.state_dict().values())
     details: dict[str, Any] = {
@@ -220,6 +247,7 @@ def publish(job: Quantization, packed: Packed, predicted_gap: float, score: Scor
         "bits_per_weight": 8 * size / parameters,
         "compressor": "+".join(sorted(set(packed.compressors.values()))),
         "seconds": {name: round(seconds, 3) for name, seconds in job.seconds.items()},
+        "peak_memory_mib": memory,
         "bytes": packed.parts,
         "world_size": job.stage.group.size,
     }
@@ -231,7 +259,26 @@ def publish(job: Quantization, packed: Packed, predicted_gap: float, score: Scor
     }
     artifact = job.stage.output / "model.pocket"
     save_artifact(artifact, packed)
-    job.stage.publish(metrics, details, KEYS, [job.checkpoint, TOKENS / MANIFEST], [artifact])
+    outputs = [artifact]
+    for name, text in {"tensors.csv": tensor_table(job.model, made), "sample.txt": sample}.items():
+        outputs.append(job.stage.output / name)
+        write_bytes(outputs[-1], text.encode())
+    job.stage.publish(metrics, details, KEYS, [job.checkpoint, TOKENS / MANIFEST], outputs)
+
+
+def tensor_table(model: GPT, made: Made) -> str:
+    """CSV: a row of `TENSORS` for each tensor; empty where a tensor has no layer, step or error."""
+    text, sizes = io.StringIO(), tensor_bytes(made.packed, made.tensors)
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(TENSORS)
+    for name, stored in made.tensors.items():
+        count, size = restore(stored).numel(), sizes[name]
+        step = stored.scales[0].item() if isinstance(stored, Quantized) else ""
+        error = f"{made.errors[name]:.6g}" if name in made.errors else ""
+        layer = next(filter(str.isdecimal, name.split(".")), "")  # blocks.3.mlp.up.weight
+        described = [name, layer, model.roles[name].storage, count, step]
+        table.writerow([*described, f"{8 * size / count:.4f}", error, f"{size:.3f}"])
+    return text.getvalue()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from model.evaluation.losses import targets_of
 from model.evaluation.score import Score
 from model.kernels import dispatch
 from model.network.fused_regions import fused_regions
-from model.runtime.files import atomic_file
+from model.runtime.files import atomic_file, write_bytes
 from model.runtime.process import peak_memory_mib, use_compile_cache, use_growing_segments
 from model.runtime.progress import ReportProgress, progress
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
@@ -69,10 +69,14 @@ class Evaluation:
         self.seconds[name] = time.perf_counter() - began
         self.stage.log.event("scored", name=name, tokens=self.tokens, took=self.seconds[name])
 
-    def publish(self, metrics: Callable[[Mapping[str, Score]], dict[str, Any]]) -> None:
+    def publish(
+        self,
+        metrics: Callable[[Mapping[str, Score]], dict[str, Any]],
+        others: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Write losses, metrics and details; `metrics` derives the stage's own from the scores.
 
-        The last way of scoring is the stage's result.
+        The last way of scoring is the stage's result. others: content of the stage's further outputs by name of the file.
         """
         stage = self.stage
         memory = stage.group.gather_objects(peak_memory_mib(stage.group.device))
@@ -82,6 +86,10 @@ class Evaluation:
         scores = {name: Score.of(losses, sizes) for name, losses in self.losses.items()}
         table = stage.output / "losses.parquet"
         write_losses(table, self.documents, sizes, self.losses)
+        outputs = [table]
+        for name, content in (others or {}).items():
+            write_bytes(stage.output / name, content)
+            outputs.append(stage.output / name)
         *_, scored = scores.values()
         common = {
             "tokens": scored.tokens,
@@ -94,7 +102,7 @@ class Evaluation:
         inputs = [self.artifact, TOKENS / MANIFEST]
         seconds = sum(self.seconds.values()) * stage.group.size
         shown = {"loss": scored.loss, "bpb": scored.bpb, "device_s": seconds}
-        stage.publish(shown, {**metrics(scores), **common}, self.keys, inputs, [table])
+        stage.publish(shown, {**metrics(scores), **common}, self.keys, inputs, outputs)
 
 
 def write_losses(

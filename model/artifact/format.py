@@ -91,7 +91,7 @@ def pack(
     header = {
         "model": dict(sorted(architecture.items())),  # whatever the order of the fields
         "tensors": [
-            [name, _shape(stored), _encoding(stored), _stream_of(name, _encoding(stored))]
+            [name, _shape(stored), _encoding(stored), stream_of(name, stored)]
             for name, stored in tensors.items()
         ],
         "streams": [
@@ -287,6 +287,11 @@ def _cut(
     return streams
 
 
+def stream_of(name: str, stored: Stored) -> str:
+    """The stream that a tensor's values, or its codes, are written to."""
+    return _stream_of(name, _encoding(stored))
+
+
 def _stream_of(name: str, encoding: str) -> str:
     """The stream of a tensor's values: matrices of the same role in all blocks share one."""
     if encoding in DTYPES:
@@ -312,10 +317,10 @@ def streams_of(tensors: Mapping[str, Stored]) -> dict[str, Stream]:
     floats: dict[str, list[Tensor]] = {}
     for name, stored in tensors.items():
         if isinstance(stored, Quantized):
-            codes.setdefault(_stream_of(name, _encoding(stored)), []).append(stored.codes)
+            codes.setdefault(stream_of(name, stored), []).append(stored.codes)
             floats.setdefault(SCALES, []).append(stored.scales)
         else:
-            floats.setdefault(_stream_of(name, _encoding(stored)), []).append(stored)
+            floats.setdefault(stream_of(name, stored), []).append(stored)
     streams = {}
     for stream, matrices in codes.items():
         stack = torch.stack(matrices).cpu().numpy()

@@ -127,6 +127,19 @@ class Tokenizer:
         """Whether a token is a byte piece."""
         return self._model.is_byte(token)
 
+    @cached_property
+    def spelled(self) -> list[bytes]:
+        """The UTF-8 text that each token of the vocabulary spells: one byte if it is a byte piece,
+        none if it is a control token."""
+
+        def text(token: int) -> bytes:
+            piece = self._model.id_to_piece(token)
+            if self.is_byte(token):
+                return bytes([int(piece[1:-1], 16)])  # <0xE2>
+            return b"" if self.control[token] else piece.replace(SPACE, " ").encode()
+
+        return [text(token) for token in range(self.vocabulary)]
+
     def token_bytes(self) -> tuple[np.ndarray, np.ndarray]:
         """Return bytes without a leading space, int16 (V,), and whether there is one, bool (V,)."""
         sizes = np.zeros(self.vocabulary, np.int16)

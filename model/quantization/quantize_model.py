@@ -127,11 +127,18 @@ def _store(tensor: Tensor) -> Tensor:
 def relative_errors(
     model: GPT, hessians: Mapping[str, Tensor], rounded: Mapping[str, Quantized]
 ) -> dict[str, float]:
-    """Mean squared error of each matrix's output due to rounding, over its mean square."""
-    errors, weights = {}, rounded_weights(model)
-    for name, hessian in hessians.items():
-        weight = weights[name]
+    """Mean squared error of each matrix's output due to rounding, over its mean square.
+
+    Where there is no Hessian: that of the weights themselves.
+    """
+    errors = {}
+    for name, weight in rounded_weights(model).items():
         difference = weight - restore(rounded[name]).to(weight.device)
-        error, whole = (weighted_error(matrix, hessian).sum() for matrix in (difference, weight))
+        error, whole = (
+            weighted_error(matrix, hessians[name]).sum()
+            if name in hessians
+            else matrix.square().sum()
+            for matrix in (difference, weight)
+        )
         errors[name] = (error / whole).item() if whole > 0 else 0.0
     return errors

@@ -6,7 +6,8 @@ compared with what is stored. Only if that is equal is the stage recorded as up 
 
     train                 the first optimizer steps; the losses in the log. Cooldown, late QAT, the
                           average and the validation come later: name more steps after such edits
-    evaluate, ttt_eval    some of the documents; their losses in losses.parquet
+    evaluate, ttt_eval    some of the documents; their losses in losses.parquet, and on the same
+                          kind of CPU all bytes of the other files
     tokenize, quantize,   in whole; all bytes but those of times (the log, metrics, details,
     report                provenance)
 
@@ -23,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,8 @@ def compare_documents(trial: Trial) -> tuple[str, list[str]]:
         for number in range(chosen)
         if not abs(here[column][number] - stored[column][number]) <= rounding
     ]
+    if same_machine(trial):
+        differences += _compare_bytes(trial, {"losses.parquet"})[1]
     return f"losses of {chosen} documents", differences
 
 
@@ -291,11 +294,12 @@ def compare_files(trial: Trial) -> tuple[str, list[str]]:
     return _compare_bytes(trial)
 
 
-def _compare_bytes(trial: Trial) -> tuple[str, list[str]]:
-    timed = {METRICS, DETAILS, SIDECAR, trial.log.name}
-    files = [file for out in trial.outs for file in _files(out) if file.name not in timed]
+def _compare_bytes(trial: Trial, besides: Collection[str] = frozenset()) -> tuple[str, list[str]]:
+    """All bytes but those of times, and of files with the names `besides`."""
+    left_out = {METRICS, DETAILS, SIDECAR, trial.log.name, *besides}
+    files = [file for out in trial.outs for file in _files(out) if file.name not in left_out]
     here = [file for out in trial.outs for file in _files(trial.place / out)]
-    extra = {file.relative_to(trial.place) for file in here if file.name not in timed} - set(files)
+    extra = {f.relative_to(trial.place) for f in here if f.name not in left_out} - set(files)
     differences = [f"{file} is made as well" for file in sorted(extra)]
     for file in files:
         made = trial.place / file

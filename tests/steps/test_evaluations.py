@@ -34,6 +34,7 @@ from tests.helpers.sidecars import write_sidecar
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 320
 OUTPUTS = ("losses.parquet", "metrics.json", "details.json", "provenance.json")
+OTHERS = {"evaluate": ("pieces.json",), "ttt_eval": ()}
 STEPS = {"evaluate": WITHOUT_ADAPTATION, "ttt_eval": (TTT,)}
 
 
@@ -112,7 +113,7 @@ def results(place: Path) -> Results:
             done = run_step(place, processes, step)
             assert done.returncode == 0, done.stderr
             output = place / f"artifacts/{step}/seed0"
-            assert sorted(file.name for file in output.iterdir()) == sorted(OUTPUTS)
+            assert sorted(file.name for file in output.iterdir()) == sorted(OUTPUTS + OTHERS[step])
             metrics = json.loads((output / "details.json").read_text())
             found[step, processes] = pd.read_parquet(output / "losses.parquet"), metrics
     return found
@@ -121,6 +122,15 @@ def results(place: Path) -> Results:
 def test_the_log_tells_how_long_the_start_took(place: Path, results: Results) -> None:
     (warm,) = read_log(place / "logs/ttt_eval/seed0.jsonl", "warm")
     assert 0 < warm["startup_seconds"] < 600
+
+
+def test_pieces_spell_the_documents(place: Path, results: Results) -> None:
+    pieces = json.loads((place / "artifacts/evaluate/seed0/pieces.json").read_text())
+    manifest = Manifest.load(place / "artifacts/tokenize/tokens")
+    tokenizer = Tokenizer(manifest.tokenizer)
+    for document in validation_documents(manifest, 4):
+        spelled = b"".join(bytes.fromhex(pieces[token]) for token in document)
+        assert spelled.decode() == tokenizer.decode(document.tolist())
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from model.artifact.format import load_artifact, read_artifact, restore
 from model.artifact.quantizer import Quantized, round_uniform
 from model.data.shards import BOS, SPLITS, Manifest, Shard, ShardWriter, Split
 from model.network.checkpoint import load_checkpoint, save_checkpoint
+from model.quantization.quantize_model import rounded_weights
 from model.runtime.files import sha256, write_json
 from model.runtime.run_log import read_log
 from pocketlm.params.presets import compose, render
@@ -129,11 +131,37 @@ def test_the_benchmark_measures_what_the_step_left(workspace, monkeypatch, capsy
     assert 0.9 < recorded["coded_over_entropy"] < 1.3
 
 
+def test_the_table_of_tensors_adds_up_to_the_artifact(workspace, monkeypatch):
+    metrics = quantize(monkeypatch)
+    table = pd.read_csv(Path(OUTPUT, "tensors.csv"))
+    _, tensors = read_artifact(Path(OUTPUT, "model.pocket"))
+    assert table["tensor"].tolist() == list(tensors)
+    assert table["parameters"].tolist() == [restore(one).numel() for one in tensors.values()]
+    whole = metrics["artifact_bytes"] - metrics["bytes"]["header"]
+    assert table["bytes"].sum() == pytest.approx(whole, abs=0.001 * len(table))
+    bits = 8 * table["bytes"] / table["parameters"]
+    np.testing.assert_allclose(table["bits_per_weight"], bits, rtol=1e-3)
+    rounded = [isinstance(stored, Quantized) for stored in tensors.values()]
+    assert table["relative_error"].notna().tolist() == rounded
+    assert table["step_size"].notna().tolist() == rounded
+    inside = table["tensor"].str.startswith("blocks.")
+    assert table["layer"].notna().tolist() == inside.tolist()
+
+
+def test_the_sample_is_the_same_text_each_time(workspace, monkeypatch):
+    texts = []
+    for _ in range(2):
+        quantize(monkeypatch)
+        texts.append(Path(OUTPUT, "sample.txt").read_text())
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 20
+
+
 def test_gptq_beats_rounding_on_the_models_own_text(workspace, monkeypatch):
     quantize(monkeypatch)
     (line,) = read_log(next((workspace / "logs/quantize").iterdir()), "gptq")
-    matrices = load_checkpoint("artifacts/train/seed0/model.safetensors").matrices()
-    assert line["relative_errors"].keys() == {*matrices, "embedding"}
+    model = load_checkpoint("artifacts/train/seed0/model.safetensors")
+    assert line["relative_errors"].keys() == rounded_weights(model).keys()
     # 11 bits of Gaussian weights: rounding alone has a relative error of about 1e-6.
     assert all(0 < error < 2e-6 for error in line["relative_errors"].values())
 
