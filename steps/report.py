@@ -26,7 +26,7 @@ def main(stage: StageRun) -> None:
     results = [read_seed(root, seed) for seed in seeds]
     summary = summarize(results, stage.params, *code_bytes(stage.params))
     output = stage.output
-    drawings, blocks = draw(results, summary), report(summary)
+    drawings, blocks = draw(results, summary), report(summary, results[0].excerpts)
     texts = {
         **drawings,
         **plot_tables(results, summary),

@@ -2,26 +2,26 @@
 
 Text may contain `code` between backticks and nothing else: whatever else has a meaning in Markdown
 or HTML is escaped here, because names, devices and parameters come from files that may be anyone's.
+The form in HTML is the template `page.html.j2`: one page that asks for nothing else.
 """
 
-import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-  max-width: 54rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child { text-align: left }
-th { border-bottom-color: #888 }
-figure { margin: 1.5rem 0 } figure svg { max-width: 100%; height: auto }
-figcaption { color: #555 } code { background: #f3f3f3; padding: .1rem .3rem }
-"""
+from pocketlm.report.excerpts import Excerpt
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from markupsafe import Markup
 
+TEMPLATE = "page.html.j2"
+BEGIN = 12  # tokens of a document that a table shows
+MOST_NATS = 9  # losses from here on have the deepest color
 # Control characters, which terminals and XML do not stand, marks that reverse the direction of
 # writing, and halves of surrogate pairs.
 UNPRINTABLE = re.compile(
@@ -75,7 +75,48 @@ class Figure:
     caption: str
 
 
-Block = Heading | Paragraph | Table | Figure
+@dataclass(frozen=True)
+class Bar:
+    """How much is used of what is allowed; share: 1 is all of it, more is too much."""
+
+    label: str
+    text: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Budgets, a bar for each."""
+
+    rows: Sequence[Bar]
+
+
+@dataclass(frozen=True)
+class Quote:
+    """Text that is shown letter by letter, backticks included."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks that a page shows on request; title: what is clicked on."""
+
+    title: str
+    blocks: "Sequence[Block]"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents to browse, each token colored by its loss before and after TTT.
+
+    Markdown has a table of them; a page without JavaScript shows the first.
+    """
+
+    excerpts: Sequence[Excerpt]
+
+
+Block = Heading | Paragraph | Table | Figure | Bars | Quote | Fold | Documents
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
@@ -85,12 +126,32 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 def to_html(blocks: Sequence[Block], title: str, figures: Mapping[str, str]) -> str:
     """Render blocks as one HTML page that contains its figures: SVG text by file name."""
-    body = "\n".join(_html(block, figures) for block in blocks)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        f"<title>{html.escape(clean(title))}</title><style>{STYLE}</style></head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
+    return _template().render(blocks=blocks, title=clean(title), figures=figures)
+
+
+@cache
+def _template() -> "Template":
+    """The page, with what it needs of this module; whatever it shows is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        lstrip_blocks=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
     )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    environment.filters |= {
+        "clean": clean,
+        "inline": _inline_html,
+        "kind": lambda block: type(block).__name__,
+        "parts": _parts,
+        "quote": quote,
+        "level": lambda loss: min(MOST_NATS, max(0, int(loss))),
+        "hundredths": lambda losses: [round(100 * loss) for loss in losses],
+    }
+    return environment.get_template(TEMPLATE)
 
 
 def clean(text: str) -> str:
@@ -114,7 +175,7 @@ def _markdown(block: Block) -> str:
                 else _inline_markdown(part)
                 for part in _parts(text)
             )
-            return FIRST.sub(lambda found: _entities(found[0]), whole)
+            return _not_first(whole)
         case Figure(file, title, caption):
             return f"![{_inline_markdown(title)}]({quote(file)})\n\n{_inline_markdown(caption)}"
         case Table(header, rows):
@@ -122,6 +183,24 @@ def _markdown(block: Block) -> str:
             names = [_inline_markdown(cell, in_table=True) for cell in header]
             rule = ["---", *["---:"] * (len(header) - 1)]
             return "\n".join(f"| {' | '.join(row)} |" for row in [names, rule, *cells])
+        case Bars(rows):
+            used = [[bar.label, bar.text, f"{100 * bar.share:.1f} %"] for bar in rows]
+            return _markdown(Table(["budget", "used", "share"], used))
+        case Quote(text):
+            return f"> {_not_first(MARKS.sub(_as_entities, clean(text)))}"
+        case Fold(title, blocks):
+            return "\n\n".join(_markdown(block) for block in [Paragraph(title), *blocks])
+        case Documents(excerpts):
+            header = ["document", "tokens", "nats/token, sliding", "with TTT", "begins"]
+            return _markdown(Table(header, [_row_of(excerpt) for excerpt in excerpts]))
+
+
+def _row_of(excerpt: Excerpt) -> list[str]:
+    """A document in a table, its backticks as apostrophes."""
+    means = (excerpt.mean(losses) for losses in (excerpt.before, excerpt.after))
+    begin = "".join(excerpt.marks[:BEGIN]).replace("`", "'")
+    losses = [f"{mean:.3f}" for mean in means]
+    return [str(excerpt.number), f"{excerpt.length:,}", *losses, f"{begin}…"]
 
 
 def _parts(text: str | Sequence[str | Link]) -> Sequence[str | Link]:
@@ -141,40 +220,23 @@ def _inline_markdown(text: str, in_table: bool = False) -> str:
         if code and not (in_table and ("|" in piece or "\\" in piece)):
             pieces[place] = f"`{piece}`"
         else:
-            pieces[place] = MARKS.sub(lambda found: _entities(found[0]), piece)
+            pieces[place] = MARKS.sub(_as_entities, piece)
     return "".join(pieces)
 
 
-def _entities(text: str) -> str:
+def _as_entities(found: re.Match[str]) -> str:
     """Characters that are shown and mean nothing."""
-    return "".join(f"&#{ord(character)};" for character in text)
+    return "".join(f"&#{ord(character)};" for character in found[0])
 
 
-def _html(block: Block, figures: Mapping[str, str]) -> str:
-    match block:
-        case Heading(level, text):
-            return f"<h{level}>{_inline_html(text)}</h{level}>"
-        case Paragraph(text):
-            whole = "".join(
-                f'<a href="{quote(part.address)}">{_inline_html(part.text)}</a>'
-                if isinstance(part, Link)
-                else _inline_html(part)
-                for part in _parts(text)
-            )
-            return f"<p>{whole}</p>"
-        case Figure(file, _, caption):
-            drawing = figures[file][figures[file].index("<svg") :]  # without the XML prologue
-            return f"<figure>{drawing}<figcaption>{_inline_html(caption)}</figcaption></figure>"
-        case Table(header, rows):
-            lines = [_row("th", header), *(_row("td", row) for row in rows)]
-            return "<table>\n" + "\n".join(lines) + "\n</table>"
+def _not_first(text: str) -> str:
+    """Text of a paragraph, which does not begin something else."""
+    return FIRST.sub(_as_entities, text)
 
 
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{_inline_html(cell)}</{tag}>" for cell in cells) + "</tr>"
+def _inline_html(text: str) -> "Markup":
+    from markupsafe import Markup, escape
 
-
-def _inline_html(text: str) -> str:
-    pieces = [html.escape(piece) for piece in _code_and_text(text)]
-    pieces[1::2] = [f"<code>{piece}</code>" for piece in pieces[1::2]]
-    return "".join(pieces)
+    pieces = [escape(piece) for piece in _code_and_text(text)]
+    pieces[1::2] = [Markup("<code>{}</code>").format(piece) for piece in pieces[1::2]]
+    return Markup("").join(pieces)

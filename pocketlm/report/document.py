@@ -1,9 +1,23 @@
 """The report, its headline and the README's table, rendered from one summary."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from pocketlm.report.blocks import Block, Figure, Heading, Paragraph, Table, clean
+from pocketlm.report.blocks import (
+    Bar,
+    Bars,
+    Block,
+    Documents,
+    Figure,
+    Fold,
+    Heading,
+    Paragraph,
+    Quote,
+    Table,
+    clean,
+)
+from pocketlm.report.excerpts import END, TOKENS, Excerpt
 from pocketlm.report.power import MOST, WANTED
 from pocketlm.report.significance import Sample
 from pocketlm.report.summary import welch_result
@@ -15,13 +29,16 @@ SCORE_NAMES = {
     "ttt": "quantized, with TTT",
 }
 TITLE = "Results"
+BUDGETS = {"train": "training clock", "ttt_eval": "evaluation with TTT"}  # of time, by step
 
 
-def report(summary: dict[str, Any]) -> list[Block]:
-    """The whole report."""
+def report(summary: dict[str, Any], excerpts: Sequence[Excerpt]) -> list[Block]:
+    """The whole report; excerpts: documents of the first seed to browse."""
     return [
         Heading(1, TITLE),
         *_opening(summary),
+        Heading(2, "Pipeline"),
+        *_pipeline(summary),
         Heading(2, "Scores by seed"),
         *_scores(summary),
         Heading(2, "Significance"),
@@ -30,10 +47,16 @@ def report(summary: dict[str, Any]) -> list[Block]:
         _loss_figure(),
         Heading(2, "What test-time training gains, and where"),
         *_gain(summary),
+        Heading(2, "Quantization"),
+        *_quantization(summary),
         Heading(2, "Bytes"),
         *_bytes(summary),
-        Heading(2, "Time"),
-        *_time(summary),
+        Heading(2, "Documents, token by token"),
+        *_documents(summary, excerpts),
+        Heading(2, "Text by the model"),
+        *_sample(summary),
+        Heading(2, "Parameters"),
+        *_parameters(summary),
         Heading(2, "Provenance"),
         *_provenance(summary),
     ]
@@ -77,21 +100,113 @@ def result_table(summary: dict[str, Any]) -> list[Block]:
 
 
 def _opening(summary: dict[str, Any]) -> list[Block]:
-    scored, runs = summary["scored"], summary["runs"]
-    ttt = summary["ttt"]
+    """The first screen: what was run, the result, whether the budgets are kept."""
     over = _overruns(summary)
     return [
-        Paragraph(
-            f"{len(runs)} model{'s' * (len(runs) > 1)}, one per seed, scored on "
-            f"{_count(scored['documents'])} held-out documents: {_count(scored['tokens'])} tokens, "
-            f"{_count(scored['bytes'])} bytes of text. With test-time training (TTT) they reach "
-            f"{_mean_std(ttt, 'bpb')} bits per byte ({_mean_std(ttt, 'loss')} nats per token)."
-            f"{_dropped(runs)}"
-        ),
-        Paragraph(f"{_gain_sentence(summary)} {_verdict(summary)}"),
+        Paragraph(_what_was_run(summary)),
+        Paragraph(_result(summary)),
+        _result_of_seeds(summary),
+        _budgets(summary),
         Paragraph(" ".join(over) if over else "Every budget of bytes and time is kept."),
+        Paragraph(f"{_verdict(summary)}{_dropped(summary['runs'])}"),
         *(Paragraph(sentence) for sentence in _too_few(summary)),
     ]
+
+
+def _what_was_run(summary: dict[str, Any]) -> str:
+    preset, origins = summary["preset"], summary["origins"]
+    devices = dict.fromkeys(f"{o['device']}, {_number(o['processes'], 'process')}" for o in origins)
+    commits = dict.fromkeys(f"`{_commit(origin['commit'])}`" for origin in origins)
+    finished = summary["finished"].replace("T", " ")[:16]
+    return (
+        f"{_preset_name(preset)}; {_number(len(summary['runs']), 'seed')}; finished {finished} UTC "
+        f"on {'; '.join(devices)}; commit {', '.join(commits)}."
+    )
+
+
+def _preset_name(preset: dict[str, Any] | None) -> str:
+    if preset is None:
+        return "No preset"
+    changes = len(preset["changes"])
+    return f"Preset `{preset['name']}`" + (
+        f" with {_number(changes, 'parameter')} changed" if changes else ""
+    )
+
+
+def _result(summary: dict[str, Any]) -> str:
+    scored, gain = summary["scored"], summary["gain"]["over_sliding_loss"]
+    models = _number(len(summary["runs"]), "model")
+    return (
+        f"With test-time training (TTT) the {models}, one per seed, reach "
+        f"{_mean_std(summary['ttt'], 'bpb')} bits per byte on "
+        f"{_number(scored['documents'], 'held-out document')} "
+        f"({_count(scored['tokens'])} tokens, {_count(scored['bytes'])} bytes of text), "
+        f"{abs(gain):.4f} nats per token {'better' if gain >= 0 else 'WORSE'} than without."
+    )
+
+
+def _result_of_seeds(summary: dict[str, Any]) -> Table:
+    """The result, the mean first; p and interval, if a test was made on this text."""
+    runs, test = summary["runs"], summary["test"]
+    measures = [
+        ("with TTT, bits per byte", "ttt", "bpb"),
+        ("with TTT, nats per token", "ttt", "loss"),
+        ("sliding window, nats per token", "sliding", "loss"),
+    ]
+    rows = [
+        [name, _mean_std(summary[score], unit), *(f"{run[score][unit]:.4f}" for run in runs)]
+        for name, score, unit in measures
+    ]
+    gains = [f"{run['sliding']['loss'] - run['ttt']['loss']:+.4f}" for run in runs]
+    rows.append(
+        ["TTT gain, nats per token", f"{summary['gain']['over_sliding_loss']:+.4f}", *gains]
+    )
+    if test is not None and _same_text(summary):
+        of = "gain" if test["baseline"] == "no_ttt" else f"gain over `{test['baseline']}`"
+        interval = f"[{test['low']:+.4f}, {test['high']:+.4f}]"
+        empty = [""] * len(runs)
+        rows.append([f"{100 * test['level']:g} % interval of the {of}", interval, *empty])
+        rows.append(["p, one-sided Welch test", _probability(test["p"]), *empty])
+    return Table(["", "mean ± std", *_seed_names(runs)], rows)
+
+
+def _budgets(summary: dict[str, Any]) -> Bars:
+    """Bytes, and the seconds of the slowest seed, against what is allowed."""
+    size = summary["size"]
+    used, allowed = size["total_bytes"], size["budget_bytes"]
+    bars = [Bar("model and code", f"{_count(used)} of {_count(allowed)} bytes", used / allowed)]
+    for stage in summary["stages"]:
+        if (budget := stage["budget"]) is not None:
+            took = max(stage["seconds"])
+            text = f"{took:,.1f} of {budget:,g} s"
+            bars.append(Bar(BUDGETS[stage["step"]], text, took / budget))
+    return Bars(bars)
+
+
+def _pipeline(summary: dict[str, Any]) -> list[Block]:
+    """What each step costs, then its parts."""
+    rows = [
+        [
+            step["step"],
+            f"{step['seconds']:,.1f}",
+            str(step["processes"]),
+            _cost(step["device_seconds"], step["on_gpu"]),
+            _memory(step["peak_memory_mib"]),
+            _count(step["bytes"]),
+        ]
+        for step in summary["pipeline"]
+    ]
+    header = ["step", "seconds", "processes", "cost of all seeds", "peak MiB", "bytes written"]
+    note = Paragraph(
+        "Seconds and bytes are means over the seeds, memory is the most of any process. The cost "
+        "is processes times seconds, one GPU or CPU process each, without `tokenize`, which all "
+        "seeds share."
+    )
+    return [Table(header, rows), note, *_time(summary)]
+
+
+def _cost(device_seconds: float, on_gpu: bool) -> str:
+    return f"{device_seconds / 3600:,.3f} {'GPU' if on_gpu else 'CPU'}-hours"
 
 
 def _dropped(runs: Sequence[dict[str, Any]]) -> str:
@@ -269,8 +384,8 @@ def _loss_figure() -> Figure:
     return Figure(
         "loss_curves.svg",
         "Training loss of all seeds",
-        "Training loss of each seed (running mean; faint: each logged batch) and, at the right "
-        "end, the held-out loss of its averaged weights.",
+        "Training loss of each seed (smoothed; dots: each logged batch) and, at the right end, "
+        "the held-out loss of its averaged weights.",
     )
 
 
@@ -293,7 +408,86 @@ def _gain(summary: dict[str, Any]) -> list[Block]:
             "Bottom: mean gain per token by position; the band spans the seeds, and neighboring "
             "positions share a point where tokens are few.",
         ),
+        Figure(
+            "ttt_gain_by_length.svg",
+            "TTT gain by length of the document",
+            "Mean gain per token of each document (dots, mean over the seeds) and of all documents "
+            "of similar length (line).",
+        ),
     ]
+
+
+def _quantization(summary: dict[str, Any]) -> list[Block]:
+    rows = [
+        [
+            f"`{tensor['tensor']}`",
+            tensor["storage"],
+            _count(tensor["parameters"]),
+            f"{tensor['bits_per_weight']:.2f}",
+            "" if tensor["relative_error"] is None else f"{tensor['relative_error']:.1e}",
+            _count(tensor["bytes"]),
+        ]
+        for tensor in summary["tensors"]
+    ]
+    header = ["tensor", "storage", "weights", "bits/weight", "relative error", "bytes"]
+    return [
+        Paragraph(
+            "The budget is spent where a bit lowers the loss most. The relative error is the mean "
+            "squared error of a matrix's output over its mean square where GPTQ rounds (`gptq`), "
+            "and that of the weights elsewhere. Tensors that share a compressed stream share its "
+            "bytes by the entropy of their codes. Means over the seeds."
+        ),
+        Figure(
+            "tensors.svg",
+            "Bits per weight and relative error of each tensor and layer",
+            "Bits per weight and relative error of each rounded tensor, by layer; the column to "
+            "the left of the layers is of tensors that belong to none.",
+        ),
+        Fold("All tensors", [Table(header, rows)]),
+    ]
+
+
+def _documents(summary: dict[str, Any], excerpts: Sequence[Excerpt]) -> list[Block]:
+    return [
+        Paragraph(
+            f"{_number(len(excerpts), 'document')} of {_count(summary['scored']['documents'])}, "
+            f"drawn by a seeded rule, one from each group of similar length, shortest first; of "
+            f"long ones the first {_count(TOKENS)} tokens. Colors are the loss of each token, of "
+            f"seed {summary['runs'][0]['seed']}. Characters of several byte tokens have the sum "
+            f"of their losses; {END} is the end of the document."
+        ),
+        Documents(excerpts),
+    ]
+
+
+def _sample(summary: dict[str, Any]) -> list[Block]:
+    return [
+        Paragraph(
+            f"A document that the quantized model of seed {summary['sample']['seed']} wrote by "
+            "itself, sampled from the beginning on with a fixed seed."
+        ),
+        Quote(summary["sample"]["text"]),
+    ]
+
+
+def _parameters(summary: dict[str, Any]) -> list[Block]:
+    preset = summary["preset"]
+    if preset is None:
+        return [Paragraph("There is no preset in `conf/` to compare with.")]
+    if not preset["changes"]:
+        return [Paragraph(f"All are those of the preset `{preset['name']}`.")]
+    rows = [
+        [f"`{change['key']}`", *(_value(change[side]) for side in ("preset", "used"))]
+        for change in preset["changes"]
+    ]
+    return [
+        Paragraph(f"These differ from the preset `{preset['name']}`, the nearest one."),
+        Table(["parameter", "preset", "used"], rows),
+    ]
+
+
+def _value(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _bytes(summary: dict[str, Any]) -> list[Block]:
@@ -342,8 +536,6 @@ def _time(summary: dict[str, Any]) -> list[Block]:
         [
             ["training, tokens/s", *(f"{r['train_tokens_per_second']:,.0f}" for r in runs)],
             ["TTT, tokens/s", *(f"{r['ttt_tokens_per_second']:,.0f}" for r in runs)],
-            ["training, peak MiB", *(_memory(r["train_peak_memory_mib"]) for r in runs)],
-            ["TTT, peak MiB", *(_memory(r["ttt_peak_memory_mib"]) for r in runs)],
         ],
     )
     note = Paragraph(
@@ -427,6 +619,12 @@ def _probability(p: float) -> str:
 
 def _count(number: float) -> str:
     return f"{number:,.0f}"
+
+
+def _number(count: int, thing: str) -> str:
+    """`1 seed`, `3 seeds`, `2 processes`."""
+    plural = "es" if thing.endswith("s") else "s"
+    return f"{_count(count)} {thing}{plural * (count != 1)}"
 
 
 def _percent(part: float, whole: float) -> str:

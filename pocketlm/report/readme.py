@@ -20,7 +20,8 @@ from pocketlm.report.blocks import Block, to_markdown
 from pocketlm.report.document import result_table
 
 README = Path("README.md")
-RECORDED = (SUMMARY.name, "report.md", "loss_curves.svg", "ttt_gain.svg", "artifact_bytes.svg")
+FIGURES = ("loss_curves", "ttt_gain", "ttt_gain_by_length", "tensors", "artifact_bytes")
+RECORDED = (SUMMARY.name, "report.md", *(f"{figure}.svg" for figure in FIGURES))
 
 
 def record(directory: Path) -> None:

@@ -1,10 +1,11 @@
 """What the steps of one seed left behind, checked, with the token losses summed by position."""
 
+import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from model.runtime.provenance import (
 )
 from model.runtime.run_log import read_log
 from pocketlm.params.paths import DETAILS, STEPS
+from pocketlm.report.excerpts import Excerpt, read_excerpts
 from pocketlm.report.records import LARGEST, Count, Model, check
 
 # The steps that score every token, with the columns of their losses.parquet, and what is in both.
@@ -63,6 +65,7 @@ class TrainMetrics(ScoreMetrics):
 class QuantizeMetrics(ScoreMetrics):
     """Quantization; the score is that of the artifact."""
 
+    peak_memory_mib: Amount
     artifact_bytes: Count
     code_reserve_bytes: Bytes
     budget_bytes: Count
@@ -82,6 +85,7 @@ class EvaluateSeconds(Metrics):
 class EvaluateMetrics(Metrics):
     """Evaluation of the artifact without adaptation."""
 
+    peak_memory_mib: Amount
     tokens: Count
     bytes: Count
     plain: ScoreMetrics
@@ -114,8 +118,29 @@ class Provenance(Metrics):
     world_size: Count
     python: str
     versions: dict[str, str | None]
+    params: dict[str, Any]
     inputs: dict[str, str]
     outputs: dict[str, str]
+
+
+class Tensor(BaseModel):
+    """A row of tensors.csv; relative_error: of the output if GPTQ made it, else of the weights."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+    tensor: Annotated[str, Field(max_length=200)]
+    layer: Annotated[int, Field(ge=0, le=1000)] | None
+    storage: Annotated[str, Field(max_length=20)]
+    parameters: Count
+    bits_per_weight: Amount
+    relative_error: Amount | None
+    bytes: Amount
+
+
+class TensorTable(BaseModel):
+    """tensors.csv."""
+
+    rows: Annotated[list[Tensor], Field(min_length=1)]
 
 
 class LogLine(Metrics):
@@ -128,24 +153,33 @@ class LogLine(Metrics):
 class TokenLosses:
     """Losses of every scored token, summed.
 
-    sums: nats of each way of scoring; tokens, bytes: what was scored; documents: how many.
+    sums: nats of each way of scoring; tokens, bytes: what was scored.
     count: int64 (P,), tokens at each position inside their document; index 0 is unused.
     gain: float64 (P,), nats saved there by TTT: sliding minus ttt.
+    lengths: int64 (documents,), tokens of each document.
+    document_gain: float64 (documents,), nats saved in each.
     """
 
     sums: dict[str, float]
     tokens: int
     bytes: int
-    documents: int
     count: np.ndarray
     gain: np.ndarray
+    lengths: np.ndarray
+    document_gain: np.ndarray
+
+    @property
+    def documents(self) -> int:
+        """How many were scored."""
+        return len(self.lengths)
 
 
 @dataclass(frozen=True)
 class SeedResult:
     """Everything the report says about one seed.
 
-    curve: columns step, seconds, tokens, loss, lr. step_seconds, provenance: by step.
+    curve: columns step, seconds, tokens, loss, lr. step_seconds, output_bytes, provenance: by step.
+    sample: text that the model wrote. excerpts: some of the documents.
     """
 
     seed: int
@@ -155,7 +189,11 @@ class SeedResult:
     ttt: TTTMetrics
     curve: pd.DataFrame
     losses: TokenLosses
+    tensors: list[Tensor]
+    sample: str
+    excerpts: list[Excerpt]
     step_seconds: dict[str, float]
+    output_bytes: dict[str, int]
     provenance: dict[str, Provenance]
 
 
@@ -167,6 +205,8 @@ def result_files(root: Path, seed: int) -> list[Path]:
         *(root / "logs" / step / f"seed{seed}.jsonl" for step in STEPS),
         places["train"] / "curve.csv",
         *(places[step] / "losses.parquet" for step in SCORED_BY),
+        *(places["quantize"] / name for name in ("tensors.csv", "sample.txt")),
+        places["evaluate"] / "pieces.json",
     ]
 
 
@@ -188,7 +228,8 @@ def _read(root: Path, seed: int, provenance: dict[str, Provenance]) -> SeedResul
     place = {step: root / "artifacts" / step / f"seed{seed}" for step in STEPS}
     evaluate = _metrics(EvaluateMetrics, place["evaluate"])
     ttt = _metrics(TTTMetrics, place["ttt_eval"])
-    losses = read_losses(*(place[step] / "losses.parquet" for step in SCORED_BY))
+    tables = [place[step] / "losses.parquet" for step in SCORED_BY]
+    losses = read_losses(*tables)
     stated = {name: getattr(evaluate, name).loss for name in WITHOUT_ADAPTATION}
     _check_sums(losses, evaluate, stated, place["evaluate"])
     _check_sums(losses, ttt, {TTT: ttt.loss}, place["ttt_eval"])
@@ -200,8 +241,17 @@ def _read(root: Path, seed: int, provenance: dict[str, Provenance]) -> SeedResul
         ttt=ttt,
         curve=read_curve(place["train"] / "curve.csv"),
         losses=losses,
+        tensors=read_tensors(place["quantize"] / "tensors.csv"),
+        sample=read_sample(place["quantize"] / "sample.txt"),
+        excerpts=read_excerpts(*tables, place["evaluate"] / "pieces.json", losses.lengths),
         step_seconds={
             step: _duration(root / "logs" / step / f"seed{seed}.jsonl", step) for step in STEPS
+        },
+        output_bytes={
+            step: sum(
+                (root / file).stat().st_size for file in made.outputs if (root / file).exists()
+            )
+            for step, made in provenance.items()
         },
         provenance=provenance,
     )
@@ -235,14 +285,27 @@ def read_curve(path: Path) -> pd.DataFrame:
     return curve
 
 
+def read_tensors(path: Path) -> list[Tensor]:
+    """Read what quantize says of each tensor; raises InputError if it is malformed."""
+    with reading(path, "run quantize again"), path.open(encoding="utf-8", newline="") as file:
+        rows = [{key: value or None for key, value in row.items()} for row in csv.DictReader(file)]
+    return check(TensorTable, {"rows": rows}, path, "run quantize again").rows
+
+
+def read_sample(path: Path) -> str:
+    """Read text that the model wrote; raises InputError."""
+    with reading(path, "run quantize again"):
+        return path.read_text(encoding="utf-8")
+
+
 def read_losses(without: Path, adapted: Path) -> TokenLosses:
-    """Join the tables of losses of `evaluate` and `ttt_eval` and sum them by position.
+    """Join the tables of losses of `evaluate` and `ttt_eval`; sum them by position and document.
 
     Read batch by batch. Raises InputError if they did not score the same tokens.
     """
     sums = dict.fromkeys((*WITHOUT_ADAPTATION, TTT), 0.0)
     tokens = text_bytes = 0
-    count, gain = np.zeros(1, dtype=np.int64), np.zeros(1)
+    sums_at = {name: (np.zeros(1, np.int64), np.zeros(1)) for name in ("position", "document")}
     tables = batches(without, WITHOUT_ADAPTATION), batches(adapted, (TTT,))
     for left, right in zip_longest(*tables):
         if not left or not right or any(_differ(left[name], right[name]) for name in ROW):
@@ -257,11 +320,16 @@ def read_losses(without: Path, adapted: Path) -> TokenLosses:
         tokens += rows["position"].size
         text_bytes += int(rows["bytes"].sum(dtype=np.int64))
         saved = rows["sliding"].astype(np.float64) - rows[TTT]
-        count = _add(count, np.bincount(rows["position"]))
-        gain = _add(gain, np.bincount(rows["position"], weights=saved))
+        for name, (count, gain) in sums_at.items():
+            sums_at[name] = (
+                _add(count, np.bincount(rows[name])),
+                _add(gain, np.bincount(rows[name], weights=saved)),
+            )
     if tokens == 0:
         raise InputError(f"{adapted}: has no rows", "check the validation documents")
-    return TokenLosses(sums, tokens, text_bytes, int(count[1]), count, gain)
+    if not sums_at["document"][0].all():
+        raise InputError(f"{adapted}: document: one has no rows", "run evaluate and ttt_eval again")
+    return TokenLosses(sums, tokens, text_bytes, *sums_at["position"], *sums_at["document"])
 
 
 def batches(path: Path, scores: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -282,9 +350,11 @@ def batches(path: Path, scores: Sequence[str]) -> Iterator[dict[str, np.ndarray]
                 raise InputError(f"{path}: a row is incomplete", again)
             rows = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in columns}
             seen += len(batch)
-            # A document's positions are counted from 1, so none is beyond the rows so far.
-            if rows["position"].min() < 1 or rows["position"].max() > seen:
-                raise InputError(f"{path}: position: none in a document", again)
+            # Positions in a document are counted from 1 and documents from 0, so none is beyond
+            # the rows so far.
+            for name, first in (("position", 1), ("document", 0)):
+                if rows[name].min() < first or rows[name].max() >= seen + first:
+                    raise InputError(f"{path}: {name}: none that can be", again)
             yield rows
 
 

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,15 @@ from model.runtime.errors import InputError
 from pocketlm.params.params import Params
 from pocketlm.report.config import ReportConfig
 from pocketlm.report.power import power_of
+from pocketlm.report.preset import nearest_preset
 from pocketlm.report.records import load_record
 from pocketlm.report.results import SeedResult, TokenLosses
 from pocketlm.report.significance import Sample, WelchTest, paired_test, welch_test
 
 # Evaluations in the order of the system; the key in the summary of each.
 EVALUATIONS = ("pre_quant", "quantized", *WITHOUT_ADAPTATION, TTT)
+SAMPLE = 4000  # characters of a text by the model that are shown
+PROCESSORS = ("x86_64", "amd64", "aarch64", "arm64")  # names of devices that are no GPUs
 
 
 def summarize(
@@ -52,6 +56,10 @@ def summarize(
         "runs": runs,
         "stages": _stages(results, params.report),
         "parts": _parts(results, code_bytes),
+        "preset": nearest_preset(_params(results, params)),
+        "pipeline": _pipeline(results),
+        "tensors": _tensors(results),
+        "sample": {"seed": first.seed, "text": first.sample[:SAMPLE]},
         "tail": _tail(pool([result.losses for result in results])),
         "origins": _origins(results),
     }
@@ -230,6 +238,69 @@ def _tail(pooled: tuple[np.ndarray, np.ndarray]) -> list[dict[str, float]]:
         {"position": place, "tokens": float(tokens[place]), "gain": float(gains[place])}
         for place in places
     ]
+
+
+def _params(results: Sequence[SeedResult], params: Params) -> dict[str, Any]:
+    """The parameters that made the results, as their stages recorded them, by section."""
+    used: dict[str, Any] = {}
+    for made in results[0].provenance.values():
+        for section, values in made.params.items():
+            if isinstance(values, dict) and section != "execution":  # on which no result depends
+                used.setdefault(section, {}).update(values)
+    return {**used, "seeds": list(params.seeds), "report": asdict(params.report)}
+
+
+def _pipeline(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
+    """What each step took: seconds and bytes are means over the seeds, memory is the largest.
+
+    device_seconds: of all seeds together, processes times seconds.
+    """
+    memory = {
+        "train": [result.train.peak_memory_mib for result in results],
+        "quantize": [result.quantize.peak_memory_mib for result in results],
+        "evaluate": [result.evaluate.peak_memory_mib for result in results],
+        "ttt_eval": [result.ttt.peak_memory_mib for result in results],
+    }
+    steps = []
+    for step, peaks in memory.items():
+        seconds = [result.step_seconds[step] for result in results]
+        made = [result.provenance[step] for result in results]
+        spent = [one.world_size * took for one, took in zip(made, seconds, strict=True)]
+        steps.append(
+            {
+                "step": step,
+                "seconds": statistics.fmean(seconds),
+                "processes": max(one.world_size for one in made),
+                "on_gpu": not all(one.device.lower() in PROCESSORS for one in made),
+                "device_seconds": sum(spent),
+                "peak_memory_mib": max((peak for peak in peaks if peak is not None), default=None),
+                "bytes": statistics.fmean(result.output_bytes[step] for result in results),
+            }
+        )
+    return steps
+
+
+def _tensors(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
+    """Tensors of the artifact, means over the seeds; raises InputError if the seeds differ."""
+    rows = []
+    for alike in zip_longest(*(result.tensors for result in results)):
+        first = alike[0]
+        known = ("tensor", "layer", "storage", "parameters")
+        if not all(
+            one and all(getattr(one, k) == getattr(first, k) for k in known) for one in alike
+        ):
+            raise InputError(
+                "tensors.csv: the artifacts of the seeds hold different tensors",
+                "run quantize of all seeds with the same parameters",
+            )
+        means = {
+            name: statistics.fmean(getattr(one, name) or 0.0 for one in alike)
+            for name in ("bits_per_weight", "relative_error", "bytes")
+        }
+        if first.relative_error is None:
+            means["relative_error"] = None
+        rows.append({**{name: getattr(first, name) for name in known}, **means})
+    return rows
 
 
 def _origins(results: Sequence[SeedResult]) -> list[dict[str, Any]]:

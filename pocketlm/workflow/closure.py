@@ -1,9 +1,10 @@
 """The code that a stage depends on, written into dvc.yaml by `python -m pocketlm.workflow.closure`.
 
 It is what the stage's program imports, directly or not: at the top of a file or inside a function,
-with the `__init__` of each package on the way, without what only type checkers see. Two things that
-are no imports count besides: a module whose full name stands in the source as a text, and the
-kernels of `model.kernels.dispatch` that a key of `ops` in the stage's `params` can choose.
+with the `__init__` of each package on the way, without what only type checkers see. Three things
+that are no imports count besides: a module whose full name stands in the source as a text, a
+template (`.j2`) beside the source that it names, and the kernels of `model.kernels.dispatch` that a
+key of `ops` in the stage's `params` can choose.
 
 Left out is the short list below, and files that hold nothing but a docstring; but the report, which
 counts the bytes of the shipped code, depends on all of that. A folder is named in
@@ -47,6 +48,7 @@ SHIPPED_PROGRAMS = (
 )
 COUNTING = ("report", "audit")  # stages that count the bytes of what is shipped
 
+TEMPLATE = ".j2"
 NEVER_FOLDED = {Path("."), Path("steps")}  # programs are named one by one
 
 
@@ -80,7 +82,9 @@ def _reached(begin: set[Path], following: Callable[[Path], Iterable[Path]]) -> s
 
 def imports(file: Path, ops: Collection[str]) -> set[Path]:
     """The files of the project that one file imports; ops: keys that choose kernels, or `ops`."""
-    names: set[str] = set()
+    if file.suffix == TEMPLATE:
+        return set()
+    names, templates = set[str](), set[Path]()
     for node in _running(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -88,9 +92,11 @@ def imports(file: Path, ops: Collection[str]) -> set[Path]:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Constant) and re.fullmatch(r"\w+(\.\w+)+", str(node.value)):
             names.add(str(node.value))
+            templates.add(file.with_name(str(node.value)))
         elif isinstance(node, ast.Call) and len(row := _texts(node)) == 3:
             names |= _chosen_kernel(node, row, ops)
-    return {file for name in names for file in _files(name)}
+    found = {template for template in templates if template.suffix == TEMPLATE}
+    return {file for name in names for file in _files(name)} | set(filter(Path.is_file, found))
 
 
 def code_deps(stage: str) -> list[str]:
@@ -171,7 +177,7 @@ def _counts(file: Path) -> bool:
 
 def _is_docstring(file: Path) -> bool:
     """Whether a file holds nothing but a docstring."""
-    return all(
+    return file.suffix != TEMPLATE and all(
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         for node in ast.parse(file.read_text(encoding="utf-8")).body
     )

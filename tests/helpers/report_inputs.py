@@ -24,6 +24,11 @@ PARTS = {
 }
 
 
+# What the tokens spell: control tokens, bytes, words.
+PIECES = [b"", b"", b"", b"", *(bytes([byte]) for byte in range(256))]
+PIECES += [b" w%d" % token for token in range(len(PIECES), 1024)]
+
+
 def token_losses(seed: int, documents: int = 200, longest: int = 12_000) -> pd.DataFrame:
     """A plausible table of token losses; the documents are the same for every seed.
 
@@ -58,6 +63,9 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
     (train / "model.safetensors").write_bytes(b"weights %d" % seed)
     (quantize / "model.pocket").write_bytes(b"codes %d" % seed)
     _curve(seed).to_csv(train / "curve.csv", index=False)
+    _tensors().to_csv(quantize / "tensors.csv", index=False)
+    (quantize / "sample.txt").write_text("The sea keeps its `colors` when <b>evening</b> falls. é")
+    (evaluate / "pieces.json").write_text(json.dumps([piece.hex() for piece in PIECES]))
     for place, names in ((evaluate, WITHOUT_ADAPTATION), (ttt, (TTT,))):
         table[[*ROW, *names]].to_parquet(place / "losses.parquet", index=False)
     scored = {"tokens": len(table), "bytes": int(table["bytes"].sum())}
@@ -81,6 +89,7 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
             "budget_bytes": 16_000_000,
             "bits_per_weight": 4.5,
             "compressor": "lzma",
+            "peak_memory_mib": 9_000.0,
             "seconds": {
                 "calibration": 12.5,
                 "hessians": 6.7,
@@ -94,6 +103,7 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
             **scored,
             **{name: scores[name] for name in WITHOUT_ADAPTATION},
             "seconds": {"plain": 9.0, "sliding": 61.0},
+            "peak_memory_mib": 8_000.0,
         },
         ttt: {
             **scores[TTT],
@@ -117,7 +127,9 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
         log.start(step, {})
         log.event("end", metrics=values)
         log.close()
-        write_provenance(place / SIDECAR, step, {}, inputs[place], [*_made(place), log_of(place)])
+        params = {step: {"chunk": 16}, "execution": {"processes": 8}}
+        made = [*_made(place), log_of(place)]
+        write_provenance(place / SIDECAR, step, params, inputs[place], made)
     return table
 
 
@@ -157,6 +169,26 @@ def change_weights(root: Path, seed: int) -> None:
 def _score(table: pd.DataFrame, name: str) -> dict[str, float]:
     nats = float(table[name].astype("float64").sum())
     return {"loss": nats / len(table), "bpb": nats / np.log(2) / float(table["bytes"].sum())}
+
+
+def _tensors() -> pd.DataFrame:
+    names = ["embedding", "bigram.scale"]
+    names += [
+        f"blocks.{i}.{name}.weight" for i in range(3) for name in ("attention.query", "mlp.up")
+    ]
+    coded = [name != "bigram.scale" for name in names]
+    return pd.DataFrame(
+        {
+            "tensor": names,
+            "layer": pd.array([None, None, 0, 0, 1, 1, 2, 2], "Int64"),
+            "storage": ["gptq" if one else "fp16" for one in coded],
+            "parameters": 1000,
+            "step_size": [0.0123 if one else None for one in coded],
+            "bits_per_weight": np.linspace(4, 5, len(names)),
+            "relative_error": [1e-4 if one else None for one in coded],
+            "bytes": 512.3,
+        }
+    )
 
 
 def _curve(seed: int) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Text of anyone in the pages: shown as it is, and nothing else."""
 
 import io
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,16 +12,22 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from pocketlm.report.blocks import (
+    Bar,
+    Bars,
+    Documents,
     Figure,
+    Fold,
     Heading,
     Link,
     Paragraph,
+    Quote,
     Table,
     clean,
     to_html,
     to_markdown,
 )
-from pocketlm.report.figures import artifact_bytes
+from pocketlm.report.excerpts import Excerpt
+from pocketlm.report.figures import artifact_bytes, tensors
 from pocketlm.report.sweep_page import Point, write_page
 
 HOSTILE = [
@@ -74,11 +81,18 @@ def as_shown(text: str) -> str:
 @given(TEXTS, TEXTS)
 def test_markdown_shows_any_text_as_it_is(first, second):
     markdown = to_markdown(
-        [Heading(2, first), Paragraph(second), Table([first, second], [[second, first]])]
+        [
+            Heading(2, first),
+            Paragraph(second),
+            Table([first, second], [[second, first]]),
+            Quote(first),
+            Fold(second, [Paragraph(first)]),
+        ]
     )
     one, two = (as_shown(text) for text in (first, second))
+    expected = [one, two, one, two, two, one, one, two, one]
     found = [as_shown(text) for text in shown(markdown)]
-    assert [text for text in found if text] == [t for t in (one, two, one, two, two, one) if t]
+    assert [text for text in found if text] == [text for text in expected if text]
     assert "://" not in re.sub(r"`[^`]+`", "", markdown)
 
 
@@ -93,11 +107,35 @@ def test_a_value_in_code_leaves_it_only_as_text(value):
         assert len(texts) in (1, 6)
 
 
+def excerpt(*texts: str) -> Excerpt:
+    """A document of these marks."""
+    count = len(texts)
+    losses = [[0.5 * index for index in range(count)], [2.0] * count]
+    return Excerpt(3, 1000, list(texts), [1] * count, *losses)
+
+
+@settings(max_examples=50)
+@given(TEXTS)
+def test_markdown_of_bars_and_documents_is_a_table(value):
+    page = to_markdown([Bars([Bar(value, value, 1.5)]), Documents([excerpt(value, " a", value)])])
+    texts = shown(page)
+    assert len(texts) == 6 + 10
+    assert as_shown(texts[3]) == as_shown(texts[4]) == as_shown(value)
+    assert texts[5] == "150.0 %"
+    begin = as_shown(f"{value} a{value}…".replace("`", "'"))
+    assert [as_shown(text) for text in texts[11:]] == ["3", "1,000", "0.500", "2.000", begin]
+
+
 @settings(max_examples=100)
 @given(TEXTS)
 def test_html_shows_any_text_as_it_is(value):
+    marks = [value, " word", "</script><script>"]
     page = to_html(
         [
+            Bars([Bar(value, value, 0.5)]),
+            Quote(value),
+            Fold(value, [Paragraph(value)]),
+            Documents([excerpt(*marks), excerpt("other")]),
             Heading(1, value),
             Paragraph([value, Link(value, "a/b.md")]),
             Table([value], [[f"`{value}`"]]),
@@ -121,8 +159,17 @@ def test_html_shows_any_text_as_it_is(value):
         "figure",
         "svg",
         "figcaption",
+        *("blockquote", "details", "div", "form", "h3", "input", "label", "option", "output"),
+        *("script", "section", "select", "span", "summary"),
     }
     assert {element.tag for element in tree.iter()} <= tags
+    data, program = tree.iter("script")
+    assert json.loads(data.text or "")[0]["marks"] == [clean(mark) for mark in marks]
+    assert "addEventListener" in (program.text or "")
+    panes = [one for one in tree.iter("div") if one.get("class") == "pane"]
+    assert ["".join(pane.itertext()) for pane in panes] == ["".join(map(clean, marks))] * 2
+    (quoted,) = tree.iter("blockquote")
+    assert "".join(quoted.itertext()) == clean(value)
     title = "".join(next(tree.iter("h1")).itertext())
     assert title.replace("`", "") == clean(value).replace("`", "")
     page.encode()
@@ -142,13 +189,13 @@ def test_figures_of_any_names_are_well_formed(name):
         "runs": [{"total_bytes": 10}],
         "size": {"budget_bytes": 100},
     }
-    text = io.StringIO()
-    artifact_bytes(summary).savefig(text, format="svg")
-    allowed = {"script", "a", "image", "foreignObject"}
-    tags = {
-        element.tag.split("}")[-1] for element in ElementTree.fromstring(text.getvalue()).iter()
-    }
-    assert not tags & allowed
+    tensor = {"tensor": name, "layer": None, "bits_per_weight": 4.0, "relative_error": 1e-3}
+    for figure in (artifact_bytes(summary), tensors({"tensors": [tensor]})):
+        text = io.StringIO()
+        figure.savefig(text, format="svg")
+        tree = ElementTree.fromstring(text.getvalue())
+        tags = {element.tag.split("}")[-1] for element in tree.iter()}
+        assert not tags & {"script", "a", "image", "foreignObject"}
 
 
 def test_the_page_of_a_sweep_holds_any_names(tmp_path: Path):

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -18,8 +19,17 @@ from model.runtime.run_log import read_log
 from pocketlm.report import readme
 from pocketlm.report.benchmark_goals import benchmark_table
 from pocketlm.report.blocks import to_markdown
+from pocketlm.report.excerpts import read_excerpts
 from pocketlm.report.records import load_record
-from pocketlm.report.results import STEPS, read_curve, read_losses, read_seed, result_files
+from pocketlm.report.results import (
+    STEPS,
+    read_curve,
+    read_losses,
+    read_sample,
+    read_seed,
+    read_tensors,
+    result_files,
+)
 from tests.helpers.report_inputs import seal, token_losses, write_seed
 
 REPOSITORY = Path(__file__).parents[2]
@@ -166,9 +176,21 @@ def fuzz(seed: int) -> None:
         path.write_bytes(content)
 
 
+TABLES = [Path("artifacts", step, "seed1/losses.parquet") for step in ("evaluate", "ttt_eval")]
+PIECES = Path("artifacts/evaluate/seed1/pieces.json")
 READERS: dict[str, tuple[Path, Callable[[Path], Any]]] = {
     "log": (Path("logs/train/seed1.jsonl"), lambda path: read_log(path, "end")),
     "curve": (Path("artifacts/train/seed1/curve.csv"), read_curve),
+    "tensors": (Path("artifacts/quantize/seed1/tensors.csv"), read_tensors),
+    "sample": (Path("artifacts/quantize/seed1/sample.txt"), read_sample),
+    "pieces": (
+        Path("artifacts/evaluate/seed1/pieces.json"),
+        lambda path: read_excerpts(*TABLES, path, np.array([3, 2, 5])),
+    ),
+    "excerpts": (
+        Path("artifacts/ttt_eval/seed1/losses.parquet"),
+        lambda path: read_excerpts(TABLES[0], path, PIECES, np.array([3, 2, 5])),
+    ),
     "losses": (
         Path("artifacts/ttt_eval/seed1/losses.parquet"),
         lambda path: read_losses(Path("artifacts/evaluate/seed1/losses.parquet"), path),

@@ -27,6 +27,7 @@ from pocketlm.params.presets import compose, render
 from pocketlm.report import readme
 from pocketlm.report.benchmark_goals import BARS
 from pocketlm.report.blocks import Block, Heading, Paragraph, Table, to_html, to_markdown
+from pocketlm.report.figures import WIDTH
 from pocketlm.report.records import load_record
 from pocketlm.report.results import STEPS, read_losses
 from pocketlm.report.summary import beyond
@@ -54,6 +55,8 @@ OUTPUTS = {
     "provenance.json",
     "loss_curves.svg",
     "ttt_gain.svg",
+    "ttt_gain_by_length.svg",
+    "tensors.svg",
     "artifact_bytes.svg",
 }
 
@@ -255,10 +258,10 @@ def test_the_same_inputs_give_the_same_bytes(run):
 def test_figures_and_html_are_well_formed(run):
     make(parameters())
     for figure in Path("artifacts/report").glob("*.svg"):
-        assert float(ElementTree.parse(figure).getroot().attrib["viewBox"].split()[2]) == 576
+        assert float(ElementTree.parse(figure).getroot().attrib["viewBox"].split()[2]) == 72 * WIDTH
         assert f"]({figure.name})" in Path("artifacts/report/report.md").read_text()
     html = Path("artifacts/report/report.html").read_text()
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 5
     assert "src=" not in html
 
 
