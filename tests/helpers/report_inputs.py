@@ -63,8 +63,8 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
     (train / "model.safetensors").write_bytes(b"weights %d" % seed)
     (quantize / "model.pocket").write_bytes(b"codes %d" % seed)
     _curve(seed).to_csv(train / "curve.csv", index=False)
-    _tensors().to_csv(quantize / "tensors.csv", index=False)
-    (quantize / "sample.txt").write_text("The sea keeps its `colors` when <b>evening</b> falls. é")
+    _tensors(seed).to_csv(quantize / "tensors.csv", index=False)
+    (quantize / "sample.txt").write_text(f"The sea keeps its `colors` when <b>evening</b> {seed} falls. é")
     (evaluate / "pieces.json").write_text(json.dumps([piece.hex() for piece in PIECES]))
     for place, names in ((evaluate, WITHOUT_ADAPTATION), (ttt, (TTT,))):
         table[[*ROW, *names]].to_parquet(place / "losses.parquet", index=False)
@@ -171,7 +171,7 @@ def _score(table: pd.DataFrame, name: str) -> dict[str, float]:
     return {"loss": nats / len(table), "bpb": nats / np.log(2) / float(table["bytes"].sum())}
 
 
-def _tensors() -> pd.DataFrame:
+def _tensors(seed: int) -> pd.DataFrame:
     names = ["embedding", "bigram.scale"]
     names += [
         f"blocks.{i}.{name}.weight" for i in range(3) for name in ("attention.query", "mlp.up")
@@ -184,7 +184,7 @@ def _tensors() -> pd.DataFrame:
             "storage": ["gptq" if one else "fp16" for one in coded],
             "parameters": 1000,
             "step_size": [0.0123 if one else None for one in coded],
-            "bits_per_weight": np.linspace(4, 5, len(names)),
+            "bits_per_weight": np.linspace(4, 5, len(names)) + 0.01 * seed,
             "relative_error": [1e-4 if one else None for one in coded],
             "bytes": 512.3,
         }
