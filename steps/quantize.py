@@ -63,8 +63,10 @@ class Made(NamedTuple):
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_SEED = 400, 0.8, 0
 OPS = ("ops.attention", "ops.cached_attention", "ops.residual_norm", "ops.mlp")
 KEYS = ("model", "quantize", *OPS)
-TENSORS = ("tensor", "layer", "storage", "parameters", "step_size", "bits_per_weight")
-TENSORS += ("relative_error", "bytes")
+TENSORS = (
+    *("tensor", "layer", "storage", "parameters"),
+    *("step_size", "bits_per_weight", "relative_error", "bytes"),
+)
 
 
 class Quantization:

@@ -76,7 +76,8 @@ class Evaluation:
     ) -> None:
         """Write losses, metrics and details; `metrics` derives the stage's own from the scores.
 
-        The last way of scoring is the stage's result. others: content of the stage's further outputs by name of the file.
+        The last way of scoring is the stage's result. others: content of the stage's further
+        outputs by name of the file.
         """
         stage = self.stage
         memory = stage.group.gather_objects(peak_memory_mib(stage.group.device))

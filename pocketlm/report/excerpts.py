@@ -60,7 +60,7 @@ def read_excerpts(without: Path, adapted: Path, pieces: Path, lengths: np.ndarra
     numbers = chosen(lengths)
     with reading(pieces, "run evaluate again"):
         spelled = [bytes.fromhex(piece) for piece in read_json(pieces)]
-    columns = {}
+    columns: dict[str, np.ndarray] = {}
     for path, names in ((without, ("document", "position", "token", "sliding")), (adapted, (TTT,))):
         kept = [("document", "in", numbers), ("position", "<=", TOKENS)]
         with reading(path, f"run {path.parent.parent.name} again"):

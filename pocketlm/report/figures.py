@@ -86,7 +86,7 @@ def loss_curves(results: Sequence[SeedResult]) -> Figure:
         axis.plot(tokens.iloc[-1], held_out, "o", color=color, fillstyle="none")
         # The first steps would squeeze everything after them into the lower edge.
         highest = max(highest, float(smooth[len(smooth) // 25]))
-        lowest = min(lowest, float(loss.min()), held_out)
+        lowest = min(lowest, float(loss.quantile(0.05)), held_out)
     margin = 0.05 * (highest - lowest) or 1
     axis.set_ylim(lowest - margin, highest + margin)
     axis.set_xlim(left=0)
@@ -201,8 +201,9 @@ def tensors(summary: dict[str, Any]) -> Figure:
             for row, column in np.argwhere(np.isfinite(values)):
                 value = values[row, column]
                 color = "white" if mesh.norm(value) > 0.6 else "black"
-                place = {"ha": "center", "va": "center", "color": color, "fontsize": 7}
-                axis.text(column + 0.5, row + 0.5, f"{value:.1f}", **place)
+                center = (column + 0.5, row + 0.5)
+                style = {"ha": "center", "va": "center", "color": color, "fontsize": 7}
+                axis.text(*center, f"{value:.1f}", **style)
     axes[-1].set_xlabel("layer")
     return figure
 
@@ -225,7 +226,7 @@ def artifact_bytes(summary: dict[str, Any]) -> Figure:
     axis.bar_label(bars, labels, padding=4, color=GREY)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    axis.margins(x=0.4)
+    axis.margins(x=0.7)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.set_xlabel("size (kB = 1,000 bytes)")
     axis.set_title(f"{total:,.1f} kB of {budget:,.0f} kB allowed ({100 * total / budget:.1f} %)")

@@ -228,8 +228,8 @@ def _read(root: Path, seed: int, provenance: dict[str, Provenance]) -> SeedResul
     place = {step: root / "artifacts" / step / f"seed{seed}" for step in STEPS}
     evaluate = _metrics(EvaluateMetrics, place["evaluate"])
     ttt = _metrics(TTTMetrics, place["ttt_eval"])
-    tables = [place[step] / "losses.parquet" for step in SCORED_BY]
-    losses = read_losses(*tables)
+    without, adapted = (place[step] / "losses.parquet" for step in SCORED_BY)
+    losses = read_losses(without, adapted)
     stated = {name: getattr(evaluate, name).loss for name in WITHOUT_ADAPTATION}
     _check_sums(losses, evaluate, stated, place["evaluate"])
     _check_sums(losses, ttt, {TTT: ttt.loss}, place["ttt_eval"])
@@ -243,7 +243,7 @@ def _read(root: Path, seed: int, provenance: dict[str, Provenance]) -> SeedResul
         losses=losses,
         tensors=read_tensors(place["quantize"] / "tensors.csv"),
         sample=read_sample(place["quantize"] / "sample.txt"),
-        excerpts=read_excerpts(*tables, place["evaluate"] / "pieces.json", losses.lengths),
+        excerpts=read_excerpts(without, adapted, place["evaluate"] / "pieces.json", losses.lengths),
         step_seconds={
             step: _duration(root / "logs" / step / f"seed{seed}.jsonl", step) for step in STEPS
         },

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from itertools import zip_longest
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -255,7 +255,7 @@ def _pipeline(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
 
     device_seconds: of all seeds together, processes times seconds.
     """
-    memory = {
+    memory: dict[str, list[float | None]] = {
         "train": [result.train.peak_memory_mib for result in results],
         "quantize": [result.quantize.peak_memory_mib for result in results],
         "evaluate": [result.evaluate.peak_memory_mib for result in results],
@@ -282,24 +282,24 @@ def _pipeline(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
 
 def _tensors(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
     """Tensors of the artifact, means over the seeds; raises InputError if the seeds differ."""
+    identity = attrgetter("tensor", "layer", "storage", "parameters")
+    kinds = [list(map(identity, result.tensors)) for result in results]
+    if any(others != kinds[0] for others in kinds):
+        raise InputError(
+            "tensors.csv: the artifacts of the seeds hold different tensors",
+            "run quantize of all seeds with the same parameters",
+        )
     rows = []
-    for alike in zip_longest(*(result.tensors for result in results)):
-        first = alike[0]
-        known = ("tensor", "layer", "storage", "parameters")
-        if not all(
-            one and all(getattr(one, k) == getattr(first, k) for k in known) for one in alike
-        ):
-            raise InputError(
-                "tensors.csv: the artifacts of the seeds hold different tensors",
-                "run quantize of all seeds with the same parameters",
-            )
-        means = {
-            name: statistics.fmean(getattr(one, name) or 0.0 for one in alike)
-            for name in ("bits_per_weight", "relative_error", "bytes")
-        }
-        if first.relative_error is None:
-            means["relative_error"] = None
-        rows.append({**{name: getattr(first, name) for name in known}, **means})
+    for alike in zip(*(result.tensors for result in results), strict=True):
+        errors = [one.relative_error for one in alike if one.relative_error is not None]
+        rows.append(
+            {
+                **alike[0].model_dump(),
+                "bits_per_weight": statistics.fmean(one.bits_per_weight for one in alike),
+                "relative_error": statistics.fmean(errors) if errors else None,
+                "bytes": statistics.fmean(one.bytes for one in alike),
+            }
+        )
     return rows
 
 

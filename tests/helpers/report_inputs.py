@@ -64,7 +64,9 @@ def write_seed(root: Path, seed: int, table: pd.DataFrame | None = None) -> pd.D
     (quantize / "model.pocket").write_bytes(b"codes %d" % seed)
     _curve(seed).to_csv(train / "curve.csv", index=False)
     _tensors(seed).to_csv(quantize / "tensors.csv", index=False)
-    (quantize / "sample.txt").write_text(f"The sea keeps its `colors` when <b>evening</b> {seed} falls. é")
+    (quantize / "sample.txt").write_text(
+        f"The sea keeps its `colors` when <b>evening</b> {seed} falls. é"
+    )
     (evaluate / "pieces.json").write_text(json.dumps([piece.hex() for piece in PIECES]))
     for place, names in ((evaluate, WITHOUT_ADAPTATION), (ttt, (TTT,))):
         table[[*ROW, *names]].to_parquet(place / "losses.parquet", index=False)

@@ -186,7 +186,7 @@ READERS: dict[str, tuple[Path, Callable[[Path], Any]]] = {
     "sample": (Path("artifacts/quantize/seed1/sample.txt"), read_sample),
     "pieces": (
         Path("artifacts/evaluate/seed1/pieces.json"),
-        lambda path: read_excerpts(*TABLES, path, np.array([3, 2, 5])),
+        lambda path: read_excerpts(TABLES[0], TABLES[1], path, np.array([3, 2, 5])),
     ),
     "excerpts": (
         Path("artifacts/ttt_eval/seed1/losses.parquet"),

@@ -44,9 +44,10 @@ def test_excerpts_are_the_losses_of_the_tables(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(excerpts, "TOKENS", 300)
     table = write_seed(Path("."), 0, token_losses(0, documents=20))
-    tables = [Path("artifacts", step, "seed0/losses.parquet") for step in ("evaluate", "ttt_eval")]
+    evaluate, ttt = Path("artifacts/evaluate/seed0"), Path("artifacts/ttt_eval/seed0")
     lengths = table.groupby("document").size().to_numpy()
-    found = read_excerpts(*tables, Path("artifacts/evaluate/seed0/pieces.json"), lengths)
+    tables = evaluate / "losses.parquet", ttt / "losses.parquet"
+    found = read_excerpts(*tables, evaluate / "pieces.json", lengths)
     assert [excerpt.number for excerpt in found] == chosen(lengths)
     assert max(excerpt.length for excerpt in found) > 300
     for excerpt in found:
