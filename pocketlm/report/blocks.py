@@ -136,6 +136,7 @@ def _template() -> "Template":
 
     environment = Environment(
         autoescape=True,
+        keep_trailing_newline=True,
         loader=FileSystemLoader(Path(__file__).parent),
         lstrip_blocks=True,
         trim_blocks=True,
