@@ -141,3 +141,14 @@ def test_updating_keeps_all_but_the_code(project: Path) -> None:
     assert "      - model/rooms\n      - texts # given\n    params:\n" in text
     assert "- model #" not in text
     assert update() == []
+
+
+def test_a_template_counts_where_its_name_stands(project: Path) -> None:
+    (project / "model/plain.py").write_text('TEMPLATE, OTHER = "page.html.j2", "absent.j2"\n')
+    (project / "model/page.html.j2").write_text("{# no Python #}")
+    (project / "model/unnamed.html.j2").write_text("")
+    templates = [file.name for file in closure("stage") if file.suffix == ".j2"]
+    assert templates == ["page.html.j2"]
+    assert "model/page.html.j2" in code_deps("stage")
+    update()
+    assert "- model/page.html.j2\n" in (project / "dvc.yaml").read_text()
