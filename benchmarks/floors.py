@@ -1,13 +1,7 @@
 """Lower bounds of a training step: floating-point operations, and bytes of memory traffic.
 
-Model FLOPs of a microbatch, the numerator of the model FLOPs utilization (MFU):
-
-    6 · (values in matrices that tokens are multiplied by) · tokens
-    + 12 · executed layers · heads · d · Σ_documents n(n + 1)/2
-
-The 6 is 2 for the forward product plus 4 for the gradients of input and weight; the 12 is the same
-for the two products of attention, over the (query, key) pairs that the causal mask leaves in
-documents of the actual lengths. Recomputation does not count as model FLOPs.
+Model FLOPs of a microbatch (`pocketlm.workflow.flops`), with the (query, key) pairs of documents of
+the actual lengths, are the numerator of the model FLOPs utilization (MFU).
 
 Bytes: every tensor between two matrix products must be written by one kernel and read by the next;
 `chain_bytes` counts them for perfectly fused elementwise chains.
@@ -18,25 +12,6 @@ from model.network.gpt import GPT
 from model.training.config import TrainConfig
 
 BF16, FP32 = 2, 4
-
-
-def product_values(model: GPT) -> int:
-    """Values of all matrices that every token is multiplied by, the tied head included."""
-    projections = [module for module in (model.bigram, model.value_embedding) if module is not None]
-    tables = sum(module.projection.weight.numel() for module in projections)
-    config = model.config
-    executed = config.matrix_values // config.layers * len(config.executed_layers)
-    return executed + model.embedding.numel() + tables
-
-
-def attention_flops(params: ModelConfig, pairs: float) -> float:
-    """Forward and backward of all layers' attention, for so many (query, key) pairs."""
-    return 12.0 * len(params.executed_layers) * params.heads * params.head_width * pairs
-
-
-def product_flops(model: GPT, tokens: int) -> float:
-    """Forward and backward of all products of activations with matrices."""
-    return 6.0 * product_values(model) * tokens
 
 
 def chain_bytes(params: ModelConfig, tokens: int) -> float:

@@ -24,6 +24,7 @@ from model.runtime.distributed import process_group
 from model.runtime.errors import InputError
 from model.training.muon import orthogonalize
 from pocketlm.params.params import Params
+from pocketlm.workflow.flops import attention_flops
 
 COLUMNS = ("implementation", "forward ms", "both ms", "floor ms", "error", "unavailable")
 FUSED = ("reference", "triton")
@@ -115,7 +116,7 @@ def attention(bench: Bench) -> None:
         return [bench.random(total, count, model.head_width) for count in heads]
 
     pairs = common.causal_pairs(documents)
-    flops = floors.attention_flops(model, pairs) / len(model.executed_layers)
+    flops = attention_flops(model, pairs) / len(model.executed_layers)
     widths = model.heads + model.kv_heads
     moved = 6.0 * floors.BF16 * bench.tokens * widths * model.head_width
     large, small = inputs(bench.tokens), inputs(few.total)

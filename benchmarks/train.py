@@ -4,7 +4,7 @@
 benchmarks.train` for two, which with the same --json adds the speed-up over one GPU.
 The batches are those of artifacts/tokenize if its vocabulary fits, else synthetic documents.
 
-MFU = model FLOPs (`benchmarks.floors`) / seconds of the whole step / peak rate of the device.
+MFU = model FLOPs (`pocketlm.workflow.flops`) / seconds of the whole step / peak rate of the device.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ from model.runtime.run_log import environment
 from model.training.trainer import Batches, Trainer
 from pocketlm.params.params import Params
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
+from pocketlm.workflow.flops import attention_flops, product_flops
 
 PARTS = ("part", "measured", "floor")
 # The category of a kernel is the first with one of these in its name, in lower case.
@@ -142,8 +143,8 @@ def measure_steps(run: Run, steps: int) -> None:
     run.found["tokens_per_s_per_gpu"] = rate
     run.found["peak_memory_mib"] = peak_memory_mib(device)
     _, _, documents = next(run.batches)
-    flops = floors.product_flops(trainer.model, documents.total)
-    flops += floors.attention_flops(run.params.model, common.causal_pairs(documents))
+    flops = product_flops(trainer.model.config, documents.total)
+    flops += attention_flops(run.params.model, common.causal_pairs(documents))
     peak = common.peak_rate(device)
     run.found["mfu"] = flops / documents.total * rate / peak if peak else None
 
@@ -199,8 +200,8 @@ def show(run: Run, repeats: int) -> None:
     chains = floors.chain_bytes(params, tokens) + floors.head_bytes(params, tokens)
     state, schulz = floors.optimizer_work(model, run.params.train)
     floor = {
-        "attention": floors.attention_flops(params, pairs) / rate,
-        "products": floors.product_flops(model, tokens) / rate,
+        "attention": attention_flops(params, pairs) / rate,
+        "products": product_flops(model.config, tokens) / rate,
         OTHER: chains / bandwidth,
         "optimizer": state / bandwidth + schulz / rate / run.group.size,
         "moving average": floors.average_bytes(model) / bandwidth,

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import common, floors
+from benchmarks import common
 from benchmarks.common import say, table
 from benchmarks.queue import simulate
 from model.artifact.format import load_artifact
@@ -65,6 +65,7 @@ from model.ttt.warmup import excerpts, warm_up_kernels
 from pocketlm.params.load import checked
 from pocketlm.params.params import Params
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
+from pocketlm.workflow.flops import attention_flops
 
 QUEUE_SIZES = (1, 2, 8)
 # The published settings, as far as they are known.
@@ -328,7 +329,7 @@ def floor_work(model: GPT, ttt: TTTConfig, lengths: Sequence[int]) -> tuple[floa
             window = seen * (seen + 1) // 2
             past = seen - (end - start)
             pairs += window if ttt.mode == "window" else window - past * (past + 1) // 2
-    flops = read_tokens(lengths, ttt) * per_token + floors.attention_flops(model.config, pairs)
+    flops = read_tokens(lengths, ttt) * per_token + attention_flops(model.config, pairs)
     return flops * ttt.steps, adapted * trained_chunks * (
         16.0 + 5 * model.dtype.itemsize
     ) * ttt.steps

@@ -17,6 +17,7 @@ from benchmarks.train import category, with_speedup
 from model.data.packing import Documents
 from model.runtime.files import read_json
 from pocketlm.params.presets import compose
+from pocketlm.workflow.flops import attention_flops, product_values
 from tests.helpers.models import SMALL, small_model, train_params
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,7 @@ def test_product_values_are_the_matrices_that_tokens_pass_through():
         looked_up = name in ("bigram.table", "value_embedding.table")
         vector = parameter.dim() < 2 or name.endswith(("mix", "skip_weights"))
         passed += 0 if looked_up or vector else parameter.numel()
-    assert floors.product_values(model) == passed
+    assert product_values(model.config) == passed
 
 
 def test_attention_flops_are_those_torch_counts():
@@ -128,7 +129,7 @@ def test_attention_flops_are_those_torch_counts():
         weights = (q @ k.transpose(2, 3)).softmax(-1)
         (weights @ v).sum().backward()
     expected = counter.get_total_flops() * params.layers
-    assert floors.attention_flops(params, length**2) == expected
+    assert attention_flops(params, length**2) == expected
 
 
 def test_pairs_and_lengths():
