@@ -11,7 +11,9 @@ from model.runtime.errors import user_errors
 from pocketlm.cli import (
     accept,
     audit,
+    compare,
     doctor,
+    estimate,
     export,
     generate,
     preset,
@@ -26,7 +28,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-COMMANDS = (generate, score, export, audit, doctor, preset, sweep, accept, readme, submission)
+COMMANDS = (
+    *(generate, score, export, compare, estimate, audit, doctor),
+    *(preset, sweep, accept, readme, submission),
+)
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2]
     app.command(name)(user_errors(status=1)(command.main))

@@ -1,0 +1,84 @@
+"""How much less one run loses than another on the same documents, with an interval and p.
+
+Document d has the weight w_d, its tokens or its bytes, and x_d, the nats or bits that the second
+run saves there, means over its seeds. The gain per token or byte is a ratio of sums,
+
+    G = Σ x_d / Σ w_d.
+
+The losses of neighboring tokens depend on each other, those of different documents hardly do: the
+documents are the clusters. With h_d = w_d / Σ w and the residuals e_d = x_d − G·w_d, the variance
+
+    Var G = Σ e_d² / (1 − h_d) / (Σ w)²
+
+is the linearized one of a ratio estimator; the factor makes up for the residuals being the smaller
+the more a document weighs, and for equal weights is m / (m − 1). Few long documents say less than
+many of one length, so t has the degrees of freedom (Σ w)² / Σ w² − 1, for equal weights m − 1.
+
+So the interval says what other documents of the same kind would do to these same models. What other
+seeds would do to them is another question, which `seeds_apart` answers where there are some.
+
+Sources: W. G. Cochran, "Sampling Techniques", 3rd ed. (1977), chapter 6; J. G. MacKinnon and H.
+White, "Some heteroskedasticity-consistent covariance matrix estimators", J. Econometrics 29 (1985);
+the effective number is L. Kish's, "Survey Sampling" (1965).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A difference of losses, the first run's less the second's; positive: the second is better.
+
+    p: two-sided, of no difference; low, high: confidence interval; both None if nothing can be said
+    of them, as from one document or seed.
+    """
+
+    value: float
+    p: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def gain_by_documents(saved: np.ndarray, weights: np.ndarray, level: float) -> Gain | None:
+    """What is saved per unit of weight; None if nothing has a weight.
+
+    saved: float64 (D,), nats or bits; weights: (D,), tokens or bytes, those of 0 are left out;
+    level: confidence of the interval, in (0, 1).
+    """
+    some = weights > 0
+    saved, weights = saved[some], weights[some].astype(np.float64)
+    if not weights.size:
+        return None
+    total = weights.sum()
+    gain = float(saved.sum() / total)
+    if weights.size == 1:
+        return Gain(gain)
+    residuals = saved - gain * weights
+    variance = float((residuals**2 / (1 - weights / total)).sum() / total**2)
+    freedom = float(total**2 / (weights**2).sum()) - 1
+    return _tested(gain, variance**0.5, freedom, level)
+
+
+def seeds_apart(first: Sequence[float], second: Sequence[float], level: float) -> Gain:
+    """The difference of the mean losses of two sets of seeds, by Welch's test, two-sided."""
+    from scipy.stats import ttest_ind
+
+    gain = float(np.mean(first) - np.mean(second))
+    if min(len(first), len(second)) < 2 or not np.ptp(first) + np.ptp(second):
+        return Gain(gain)
+    test = ttest_ind(first, second, equal_var=False)
+    interval = test.confidence_interval(level)
+    return Gain(gain, float(test.pvalue), float(interval.low), float(interval.high))
+
+
+def _tested(gain: float, error: float, freedom: float, level: float) -> Gain:
+    """A gain with its standard error, by Student's t."""
+    from scipy.stats import t
+
+    if not error:  # the same difference in every document: none, if the runs are the same
+        return Gain(gain, float(gain == 0), gain, gain)
+    margin = float(t.ppf((1 + level) / 2, freedom)) * error
+    return Gain(gain, float(2 * t.sf(abs(gain) / error, freedom)), gain - margin, gain + margin)
