@@ -452,7 +452,7 @@ def _documents(summary: dict[str, Any], excerpts: Sequence[Excerpt]) -> list[Blo
         Paragraph(
             f"{_number(len(excerpts), 'document')} of {_count(summary['scored']['documents'])}, "
             f"drawn by a seeded rule, one from each group of similar length, shortest first; of "
-            f"long ones the first {_count(TOKENS)} tokens. Colors are the loss of each token, of "
+            f"long ones the last {_count(TOKENS)} tokens. Colors are the loss of each token, of "
             f"seed {summary['runs'][0]['seed']}. Characters of several byte tokens have the sum "
             f"of their losses; {END} is the end of the document."
         ),

@@ -2,7 +2,7 @@
 
 Which ones is decided by a seeded rule, not by hand: the documents stand in the order of their
 lengths, are cut into `DOCUMENTS` groups of equally many, and from each group one is drawn. Of a
-long one the first `TOKENS` tokens are shown.
+long one the last `TOKENS` tokens are shown, where TTT has learned most.
 
 A character may be spelled by several tokens, each a byte of its UTF-8: these are one *mark*, as
 half a character cannot be shown. All other tokens are marks of their own.
@@ -25,14 +25,15 @@ END = "\u220e"  # shown for the target that ends a document
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The beginning of a document in marks.
+    """A document, or the end of it, in marks.
 
-    number: of the document; length: its tokens; tokens: of each mark; before, after: its nats,
-    sliding and with TTT.
+    number: of the document; length: its tokens; first: position of the first token shown; tokens:
+    of each mark; before, after: its nats, sliding and with TTT.
     """
 
     number: int
     length: int
+    first: int
     marks: list[str]
     tokens: list[int]
     before: list[float]
@@ -58,11 +59,12 @@ def read_excerpts(without: Path, adapted: Path, pieces: Path, lengths: np.ndarra
     from pyarrow import parquet
 
     numbers = chosen(lengths)
+    first = {number: max(1, int(lengths[number]) - TOKENS + 1) for number in numbers}
+    kept = [[("document", "==", n), ("position", ">=", start)] for n, start in first.items()]
     with reading(pieces, "run evaluate again"):
         spelled = [bytes.fromhex(piece) for piece in read_json(pieces)]
     columns: dict[str, np.ndarray] = {}
     for path, names in ((without, ("document", "position", "token", "sliding")), (adapted, (TTT,))):
-        kept = [("document", "in", numbers), ("position", "<=", TOKENS)]
         with reading(path, f"run {path.parent.parent.name} again"):
             table = parquet.read_table(path, columns=list(names), filters=kept)
             columns |= {name: table.column(name).to_numpy() for name in names}
@@ -78,7 +80,9 @@ def read_excerpts(without: Path, adapted: Path, pieces: Path, lengths: np.ndarra
             for name in ("sliding", TTT)
         )
         length = int(lengths[number])
-        found.append(Excerpt(number, length, list(marks), list(tokens), before, after))
+        found.append(
+            Excerpt(number, length, first[number], list(marks), list(tokens), before, after)
+        )
     return found
 
 

@@ -111,7 +111,7 @@ def excerpt(*texts: str) -> Excerpt:
     """A document of these marks."""
     count = len(texts)
     losses = [[0.5 * index for index in range(count)], [2.0] * count]
-    return Excerpt(3, 1000, list(texts), [1] * count, *losses)
+    return Excerpt(3, 1000, 1, list(texts), [1] * count, *losses)
 
 
 @settings(max_examples=50)

@@ -53,7 +53,8 @@ def test_excerpts_are_the_losses_of_the_tables(tmp_path: Path, monkeypatch: pyte
     for excerpt in found:
         rows: pd.DataFrame = table[table["document"] == excerpt.number]
         assert excerpt.length == len(rows)
-        rows = rows[:300]
+        rows = rows[-300:]
+        assert excerpt.first == rows["position"].iloc[0]
         assert sum(excerpt.tokens) == len(rows)
         for losses, name in ((excerpt.before, "sliding"), (excerpt.after, "ttt")):
             mean = rows[name].astype("float64").mean()

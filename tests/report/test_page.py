@@ -24,16 +24,18 @@ from tests.report.test_blocks import HOSTILE
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 WIDTHS = (390, 1280)
+FIRST = 5001  # position at which the second document begins
 LONG = "W" * 300
 LONGEST = [LONG, "word " * 60, "x_" * 200, f"`{LONG}`"]
 CLICK = "document.querySelectorAll('.pane')[1].children[3].click()"
 
 
-def excerpt(number: int, marks: list[str]) -> Excerpt:
+def excerpt(number: int, marks: list[str], first: int = 1) -> Excerpt:
     count = len(marks)
     return Excerpt(
         number,
-        2 * count,
+        2 * count + first - 1,
+        first,
         marks,
         [2] * count,
         [0.1 * index for index in range(count)],
@@ -53,7 +55,7 @@ def blocks() -> list[Block]:
         Figure("x.svg", LONG, LONG),
         *(Quote(text) for text in texts),
         Fold(LONG, [Table([LONG] * 4, [[LONG] * 4])]),
-        Documents([excerpt(7, [*texts, END]), excerpt(8, many)]),
+        Documents([excerpt(7, [*texts, END]), excerpt(8, many, FIRST)]),
     ]
 
 
@@ -91,7 +93,8 @@ def test_documents_are_browsed_and_searched(page: Path, tab: Page) -> None:
         "choice.dispatchEvent(new Event('change')) })()"
     )
     assert tab.evaluate(shown).startswith(" word0 word1")
-    for position, mark in ((1, 0), (2, 0), (3, 1), (700, 349), (10**6, 399)):
+    wanted = ((1, 0), (FIRST, 0), (FIRST + 1, 0), (FIRST + 2, 1), (FIRST + 699, 349), (10**6, 399))
+    for position, mark in wanted:
         tab.evaluate(
             f"(() => {{ const place = document.querySelector('input'); place.value = {position};"
             "place.dispatchEvent(new Event('input')) })()"
@@ -105,9 +108,9 @@ def test_documents_are_browsed_and_searched(page: Path, tab: Page) -> None:
         assert tab.evaluate(inside), position
         said = tab.evaluate("document.querySelector('output').textContent")
         losses = f"{0.1 * mark:.2f} nats before, {0.05 * mark:.2f} with TTT"
-        assert said == f"tokens {2 * mark + 1} to {2 * mark + 2}: {losses}"
+        assert said == f"tokens {FIRST + 2 * mark} to {FIRST + 2 * mark + 1}: {losses}"
     tab.evaluate(CLICK)
-    assert tab.evaluate("document.querySelector('input').value") == "7"
+    assert tab.evaluate("document.querySelector('input').value") == str(FIRST + 6)
     assert tab.complaints() == []
 
 
