@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option
 
-Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="e.g. ttt.lr=3e-4")]
+Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="e.g. ttt.lr=3e-3")]
 
 
 def names(incomplete: str = "") -> list[str]:
