@@ -126,13 +126,13 @@ def measure_steps(run: Run, steps: int) -> None:
     waiting = Timed(partial(next, run.batches), torch.device("cpu"))
     batches = iter(waiting, None)
     step = Timed(trainer.step, device)
-    step(batches, 1.0)
+    step(batches, 0.5)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for timer in (*timers.values(), waiting, step):
         timer.forget()
     for _ in range(steps):
-        step(batches, 1.0)
+        step(batches, 0.5)
     for owner, attribute in watched.values():
         delattr(owner, attribute)
     train = run.params.train
