@@ -32,9 +32,8 @@ class Average:
         progress: the share of the run that was over before the last of them.
         """
         if self.window:
-            if progress:
-                decay = max(0.0, 1 - progress / (self.window * (steps - 1)))
-                share = (1 - decay) / (1 - decay**steps)
-            else:  # the first step
-                share = 1.0
+            before = steps - 1
+            known = before and progress  # not at the first step, nor while everything warms up
+            decay = max(0.0, 1 - progress / (self.window * before)) if known else 0.0
+            share = (1 - decay) / (1 - decay**steps)
             torch._foreach_lerp_(list(self.tensors.values()), self._weights, share)

@@ -169,6 +169,7 @@ def test_kernel_reads_the_ring_as_dense_attention_does(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.campaign
 def test_compiled_blocks_call_the_kernel_and_serve_every_length(kernel: None) -> None:
     names: set[str] = set()
     model = two_layers()

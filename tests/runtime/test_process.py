@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from model.runtime.process import (
@@ -39,6 +40,7 @@ def test_age_grows_with_the_clock():
     assert 0.03 < seconds_since_start(device) - first < 5
 
 
+@pytest.mark.campaign
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     program = (
         "import pathlib, sys, torch\n"

@@ -103,7 +103,7 @@ def test_clone_without_pull_fetches_what_is_asked_for(finished: Checkout, tmp_pa
     assert not (path / "artifacts/train/seed0/model.safetensors").exists()
 
 
-@second_engine_in_campaign
+@pytest.mark.campaign
 def test_row_6_clone_and_a_ttt_value(clone: Checkout, engine: list[str]) -> None:
     clone.set("ttt.lr", "5e-4")
     assert clone.steps_run_by(*engine) == sorted([*TTT, *REPORT])
@@ -233,6 +233,7 @@ def test_every_stage_can_be_accepted(checkout: Checkout) -> None:
     assert changed == {str(checkout.path / "dvc.lock")}
 
 
+@pytest.mark.campaign
 def test_what_changes_results_is_not_accepted(checkout: Checkout) -> None:
     before = checkout.results()
     checkout.append("model/training/schedule.py", HALF_THE_RATE)
