@@ -223,7 +223,6 @@ def test_steps_end_with_a_killed_engine(checkout: Checkout, name: str) -> None:
 @pytest.mark.campaign
 def test_an_interrupted_experiment_says_what_it_leaves(checkout: Checkout) -> None:
     checkout.record.write_text("")
-    checkout.commit()
     interrupted = checkout.start("dvc", "exp", "run", "-S", "train.matrix_lr=0.02", "report")
     wait_for("train@0", checkout)
     for process in psutil.Process(interrupted.pid).children(recursive=True):
