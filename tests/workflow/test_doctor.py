@@ -14,7 +14,7 @@ CONFLICT = "<<<<<<< HEAD\n=======\n>>>>>>> other\n"
 
 
 def hessians_of_terabytes(checkout: Checkout) -> None:
-    for key, value in {"mlp_width": 2**16, "layers": 64}.items():
+    for key, value in {"mlp_width": 2**16, "layers": 16}.items():
         checkout.set(f"model.{key}", value)
     checkout.set("quantize.budget_bytes", 10**9)
 
