@@ -71,18 +71,19 @@ def read_excerpts(without: Path, adapted: Path, pieces: Path, lengths: np.ndarra
     with reading(pieces, "run evaluate again: it is not of the tokens of losses.parquet"):
         texts = [spelled[token] for token in columns["token"].tolist()]
     found = []
-    for number in numbers:
-        rows = np.flatnonzero(columns["document"] == number)
-        marks, tokens = zip(*in_marks([texts[row] for row in rows]), strict=True)
-        starts = np.cumsum([0, *tokens[:-1]])
-        before, after = (
-            np.add.reduceat(columns[name][rows].astype(np.float64), starts).tolist()
-            for name in ("sliding", TTT)
-        )
-        length = int(lengths[number])
-        found.append(
-            Excerpt(number, length, first[number], list(marks), list(tokens), before, after)
-        )
+    with reading(adapted, f"run ttt_eval again: its rows are not those of {without}"):
+        for number in numbers:
+            rows = np.flatnonzero(columns["document"] == number)
+            marks, tokens = zip(*in_marks([texts[row] for row in rows]), strict=True)
+            starts = np.cumsum([0, *tokens[:-1]])
+            before, after = (
+                np.add.reduceat(columns[name][rows].astype(np.float64), starts).tolist()
+                for name in ("sliding", TTT)
+            )
+            length = int(lengths[number])
+            found.append(
+                Excerpt(number, length, first[number], list(marks), list(tokens), before, after)
+            )
     return found
 
 
