@@ -11,11 +11,6 @@ Each also writes metrics.json, details.json and provenance.json below artifacts/
 logs/.
 """
 
-import os
+from model.runtime.threads import limit_spinning
 
-# Threads that wait for each other spin for some microseconds, then sleep. libgomp spins for some
-# milliseconds, which on cores that other programs use as well made an evaluation up to fifty times
-# as long; sleeping at once makes two threads no faster than one (docs/lab-notes.md). OpenMP reads
-# this once, when torch is imported, which is later than this line.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+limit_spinning()  # here, as the stages' programs import torch

@@ -150,8 +150,7 @@ def main(stage: StageRun) -> None:
     stage.publish(metrics, details, KEYS, job.inputs(), outputs)
     for check in checks:
         if not check.passed:
-            where = "" if check.seed is None else f", seed {check.seed}"
-            print(f"audit: {check.name}{where}: {check.problems[0]}", file=sys.stderr)
+            print(f"audit: {check.title}: {check.problems[0]}", file=sys.stderr)
     verdict = f"FAILED: {', '.join(names)}" if names else "all checks passed"
     print(f"audit: {verdict}; {output / 'audit.md'}", file=sys.stderr, flush=True)
 

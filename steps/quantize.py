@@ -5,8 +5,6 @@ compresses. The artifact is read back, compared with what was packed, and scored
 publishes it.
 """
 
-import csv
-import io
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +41,7 @@ from model.quantization.quantize_model import (
 )
 from model.quantization.sensitivity import sensitivities
 from model.runtime.cuda_graphs import graph_runner
-from model.runtime.files import read_json, write_bytes
+from model.runtime.files import csv_text, read_json, write_bytes
 from model.runtime.process import peak_memory_mib, use_compile_cache
 from model.runtime.progress import ReportProgress, progress
 from pocketlm.params.paths import COMPILE_CACHE, METRICS, TOKENS
@@ -270,17 +268,16 @@ def publish(
 
 def tensor_table(model: GPT, made: Made) -> str:
     """CSV: a row of `TENSORS` for each tensor; empty where a tensor has no layer, step or error."""
-    text, sizes = io.StringIO(), tensor_bytes(made.packed, made.tensors)
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(TENSORS)
+    rows: list[tuple[object, ...]] = [TENSORS]
+    sizes = tensor_bytes(made.packed, made.tensors)
     for name, stored in made.tensors.items():
         count, size = restore(stored).numel(), sizes[name]
         step = stored.scales[0].item() if isinstance(stored, Quantized) else ""
         error = f"{made.errors[name]:.6g}" if name in made.errors else ""
         layer = next(filter(str.isdecimal, name.split(".")), "")  # blocks.3.mlp.up.weight
         described = [name, layer, model.roles[name].storage, count, step]
-        table.writerow([*described, f"{8 * size / count:.4f}", error, f"{size:.3f}"])
-    return text.getvalue()
+        rows.append((*described, f"{8 * size / count:.4f}", error, f"{size:.3f}"))
+    return csv_text(rows)
 
 
 if __name__ == "__main__":

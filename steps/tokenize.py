@@ -29,11 +29,10 @@ from model.runtime.errors import InputError, reading
 from model.runtime.files import link_file, sha256, write_bytes, writing
 from model.runtime.progress import progress
 from pocketlm.params.params import Params
-from pocketlm.params.paths import TOKENS
+from pocketlm.params.paths import TOKENIZER, TOKENS
 from steps.common import StageRun, run
 
 KEYS = ("data", "tokenizer")
-TOKENIZER = "tokenizer.model"
 CONSTRAINTS = Path("constraints.txt")
 BATCH = 1 << 22  # characters encoded at once
 

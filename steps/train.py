@@ -4,9 +4,7 @@ Only optimizer steps count against the time budget: compilation, saving the stat
 validation are outside the clock. An interrupted run resumes from its last state.
 """
 
-import csv
 import hashlib
-import io
 import math
 import sys
 from collections.abc import Generator, Iterator
@@ -25,7 +23,7 @@ from model.network.checkpoint import build, save_checkpoint
 from model.network.fused_regions import fused_regions
 from model.network.gpt import GPT
 from model.runtime.errors import InputError
-from model.runtime.files import sha256, write_bytes, writing
+from model.runtime.files import csv_text, sha256, write_bytes, writing
 from model.runtime.process import (
     compile_statistics,
     peak_memory_mib,
@@ -249,7 +247,7 @@ class LossLog:
         if training.stage.group.is_main:
             path = training.running_curve
             with writing(path), path.open("a", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerow(row(line))
+                file.write(csv_text([row(line)]))
         self._advance(seconds, f"loss {loss:.3f}")
 
     def _advance(self, seconds: float, note: str) -> None:
@@ -295,12 +293,7 @@ def publish(stage: StageRun, training: Training, score: Score | None, dropped: i
 
 def write_curve(path: Path, lines: list[dict[str, Any]]) -> None:
     """Write the loss curve as CSV from the lines of the log."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(CURVE)
-    for line in lines:
-        table.writerow(row(line))
-    write_bytes(path, text.getvalue().encode())
+    write_bytes(path, csv_text([CURVE, *map(row, lines)]).encode())
 
 
 def row(line: dict[str, Any]) -> list[Any]:

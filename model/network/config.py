@@ -102,12 +102,16 @@ class ModelConfig(Settings):
             values += self.value_width * (self.vocabulary + self.kv_heads * self.head_width)
         return values
 
+    @property
+    def weights(self) -> int:
+        """Values in matrices and tables; those in vectors, some thousand, are left out."""
+        return self.matrix_values + self.table_values
+
     def __post_init__(self) -> None:
-        weights = self.matrix_values + self.table_values
         require(
-            weights <= LARGEST_WEIGHTS,
+            self.weights <= LARGEST_WEIGHTS,
             "width",
-            f"the model has {weights:,} weights; at most {LARGEST_WEIGHTS:,} are allowed",
+            f"the model has {self.weights:,} weights; at most {LARGEST_WEIGHTS:,} are allowed",
             "make it smaller: width, layers, mlp_width, vocabulary, bigram_buckets",
         )
         require(

@@ -4,13 +4,15 @@ A file is written under a temporary name in the same directory, flushed to disk,
 its final name; a crash or a full disk leaves the old file, or none.
 """
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -118,6 +120,13 @@ def read_json(path: str | Path) -> Any:
             raise InputError(f"{path}: no such file", "run the stage that makes it") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not valid JSON ({error})", repair) from error
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Rows, the header first, as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def git_root() -> Path | None:

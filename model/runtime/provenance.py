@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.runtime.errors import InputError, reading
-from model.runtime.files import read_json, sha256, write_json
+from model.runtime.files import SIDECAR, read_json, sha256, write_json
 from model.runtime.run_log import environment
 
 SEAL = "sha256"  # key of the sidecar's own hash
@@ -145,6 +145,15 @@ def require_recorded(files: Mapping[Path, Recorded]) -> None:
     """Raise InputError, which names the file, if one is not what was recorded of it."""
     with comparing(files):
         pass
+
+
+def read_recorded(file: Path, target: str) -> Any:
+    """Read a JSON file beside the sidecar of `target`.
+
+    Raises InputError unless it is what is recorded there.
+    """
+    require_recorded(recorded(file.parent / SIDECAR, target, [file]))
+    return read_json(file)
 
 
 def how_to_restore(file: str | Path, target: str) -> str:

@@ -23,6 +23,7 @@ import torch
 from model.runtime.errors import reading
 from model.runtime.files import git_root, writing
 
+CPUS = ("x86_64", "amd64", "aarch64", "arm64")  # as `platform.machine` names them
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "snakemake", "dvc")
 
 
@@ -86,6 +87,11 @@ def read_log(path: str | Path, event: str) -> list[dict[str, Any]]:
             parsed = json.loads(line)
             values.append({"event": parsed["event"], **parsed})  # an object with an event
     return [line for line in values if line["event"] == event]
+
+
+def is_cpu(device: str) -> bool:
+    """Whether a device as `environment` names it is no GPU."""
+    return device.lower() in CPUS
 
 
 def environment() -> dict[str, Any]:

@@ -43,6 +43,11 @@ class Check:
     seed: int | None = None
 
     @property
+    def title(self) -> str:
+        """Its name, and of which seed."""
+        return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
+
+    @property
     def passed(self) -> bool:
         """Whether no problem was found."""
         return not self.problems

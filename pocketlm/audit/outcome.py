@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from model.runtime.errors import InputError
-from model.runtime.files import SIDECAR, read_json
-from model.runtime.provenance import recorded, require_recorded
+from model.runtime.provenance import read_recorded
 from pocketlm.audit.checks import CHECKS, Check
 from pocketlm.audit.page import cell
 from pocketlm.params.params import Params
@@ -39,12 +38,10 @@ def require_audited(params: Params) -> None:
 
 def outcome() -> list[Check]:
     """The checks of audit.json; raises InputError if it is absent or not what the audit wrote."""
-    place = ARTIFACTS / STAGE
-    file = place / "audit.json"
-    require_recorded(recorded(place / SIDECAR, STAGE, [file]))
+    found = read_recorded(ARTIFACTS / STAGE / "audit.json", STAGE)
     return [
         Check(one["name"], one["evidence"], tuple(one["problems"]), one["seed"])
-        for one in read_json(file)["checks"]
+        for one in found["checks"]
     ]
 
 

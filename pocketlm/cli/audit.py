@@ -21,8 +21,7 @@ def main() -> None:
     console.print(table(checks, params.seeds))
     for check in checks:
         for problem in check.problems:
-            where = "" if check.seed is None else f", seed {check.seed}"
-            console.print(f"{check.name}{where}: {problem}", style="red")
+            console.print(f"{check.title}: {problem}", style="red")
     if names := failed(checks, params.seeds):
         print(f"FAILED: {', '.join(names)}; artifacts/audit/audit.md says more")
         raise Exit(1)

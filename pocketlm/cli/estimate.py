@@ -14,10 +14,11 @@ def main(
     ] = None,
 ) -> None:
     """Say what a run will cost: bytes, memory, seconds, device hours."""
-    from importlib import import_module
     from pathlib import Path
 
-    import_module("steps")  # says how threads wait, as for every stage, before torch is imported
+    from model.runtime.threads import limit_spinning
+
+    limit_spinning()  # as for every stage, whose speed is measured
 
     from rich.console import Console
 

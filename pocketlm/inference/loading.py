@@ -18,12 +18,11 @@ from model.runtime.errors import InputError
 from model.runtime.settings import Settings
 from model.ttt.config import TTTConfig
 from pocketlm.params.load import checked, read_yaml
-from pocketlm.params.paths import ARTIFACTS, TOKENS
+from pocketlm.params.paths import ARTIFACTS, TOKENIZER, TOKENS
 from pocketlm.submission.standalone import load
 
 OWN = Path("params.yaml")
 PRESET = Path(__file__).parents[2] / "conf/record.yaml"
-TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,15 @@ import numpy as np
 
 from model.data.sources.files import READERS, read_text
 from model.data.tokenizer import Tokenizer
-from model.evaluation.losses import sliding_losses, targets_of
-from model.evaluation.score import Score
+from model.evaluation.losses import targets_of
+from model.evaluation.score import TTT, Score
 from model.kernels import dispatch
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError, reading
 from model.runtime.progress import progress
-from model.ttt.loop import ttt_losses
 from pocketlm.inference.loading import ScoringSettings
-from pocketlm.submission.standalone import as_document
+from pocketlm.submission.standalone import as_document, losses_of
 
 Span = tuple[str, float]  # some characters, and the nats of their tokens
 
@@ -91,19 +90,16 @@ def score_texts(
     if not pairs:
         raise InputError("there is no text to score", "give a file that is not empty")
     documents = [document for _, document in pairs]
-    execution, stride = settings.execution, settings.evaluate.sliding_stride
+    stride = settings.evaluate.sliding_stride
     if not ttt and stride > (longest := model.config.sequence_length):
         raise InputError(
             f"evaluate.sliding_stride: {stride} exceeds the artifact's sequence_length, {longest}",
             "use the params.yaml of this artifact, or lower evaluate.sliding_stride",
         )
-    dispatch.configure(device=group.device, **dataclasses.asdict(settings.ops))
+    values, mode = dataclasses.asdict(settings), TTT if ttt else "sliding"
+    dispatch.configure(device=group.device, **values["ops"])
     with progress("score: tokens", sum(map(len, documents)), group.is_main) as bar:
         report = bar.advance if bar else None
-        if ttt:
-            losses = ttt_losses(model, documents, settings.ttt, execution, group, report)
-        else:
-            tokens = execution.evaluation_tokens
-            losses = sliding_losses(model, documents, stride, tokens, group, report)
+        losses = losses_of(mode, model, documents, values, settings.execution, group, report)
     sizes = [tokenizer.sizes(targets_of(document)) for document in documents]
     return ScoredText([text for text, _ in pairs], sizes, losses)

@@ -6,7 +6,7 @@ that reads it, and checks itself; here are the checks across sections.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -123,3 +123,12 @@ class Params(Settings):
             f"({self.model.sequence_length}): the model never saw such positions",
             "make it at most sequence_length",
         )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by the path of their keys (`train.steps`)."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found

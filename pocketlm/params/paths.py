@@ -6,6 +6,7 @@ ARTIFACTS = Path("artifacts")  # outputs of steps
 LOGS = Path("logs")
 WORK = Path(".work")  # scratch: state for resuming, running logs
 TOKENS = ARTIFACTS / "tokenize/tokens"  # what `tokenize` makes of the text
+ARTIFACT, TOKENIZER = "model.pocket", "tokenizer.model"  # names of the files
 REPORT = ARTIFACTS / "report"
 SUMMARY = REPORT / "summary.json"  # every number of the report
 SWEEP = ARTIFACTS / "sweep"

@@ -1,6 +1,5 @@
 """The figures of a comparison: loss curves over each other, gain by length and by position."""
 
-import io
 from collections.abc import Sequence
 
 from matplotlib import rc_context
@@ -9,7 +8,7 @@ from matplotlib.figure import Figure
 from pocketlm.report.blocks import label
 from pocketlm.report.compare import CURVES, PLACES, Part, Unit, by_length, by_position
 from pocketlm.report.compare_runs import Run
-from pocketlm.report.figures import COLOURS, GREY, LINES, STYLE
+from pocketlm.report.figures import COLOURS, GREY, LINES, STYLE, svg
 
 SMOOTHED = 40  # a running mean of one in so many lines of a curve
 
@@ -27,12 +26,6 @@ def draw(runs: Sequence[Run], same_tokens: bool) -> dict[str, str]:
             }
             drawings[PLACES.format(number)] = _places(parts, unit.name)
     return drawings
-
-
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
 
 
 def _curves(runs: Sequence[Run]) -> str:
@@ -55,7 +48,7 @@ def _curves(runs: Sequence[Run]) -> str:
         for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             formatted(lambda value, _: f"{value:g}")
         axis.legend()
-        return _svg(figure)
+        return svg(figure)
 
 
 def _places(parts: dict[str, list[Part]], unit: str) -> str:
@@ -79,4 +72,4 @@ def _places(parts: dict[str, list[Part]], unit: str) -> str:
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axis.set_xlabel(name)
             axis.set_ylabel(f"gain ({unit})")
-        return _svg(figure)
+        return svg(figure)

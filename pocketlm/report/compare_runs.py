@@ -19,10 +19,9 @@ from model.evaluation.score import TTT, WITHOUT_ADAPTATION
 from model.runtime.errors import InputError, reading
 from model.runtime.files import SIDECAR, read_json
 from model.runtime.provenance import recorded, require_recorded
-from pocketlm.params.paths import TOKENS
+from pocketlm.params.paths import TOKENIZER, TOKENS
 from pocketlm.report.results import SCORED_BY, SeedResult, batches, read_seed, result_files
 
-TOKENIZER = TOKENS / "tokenizer.model"
 SCORES = (*WITHOUT_ADAPTATION, TTT)
 OCTAVES = 32  # of positions, which are int32: octave b holds those from 2^b on
 
@@ -71,7 +70,7 @@ class Run:
     @property
     def tokenizer(self) -> Path:
         """The tokenizer, whose content was compared."""
-        return self.place / TOKENIZER
+        return self.place / TOKENS / TOKENIZER
 
     @cached_property
     def spelled(self) -> list[str]:
@@ -97,9 +96,8 @@ def read_run(name: str, root: Path, params: Mapping[str, Any], seeds: Sequence[i
                 "run evaluate and ttt_eval of all seeds with the same validation documents",
             )
     _check_tokens(root, results[0])
-    by_seed = [_losses(result) for result in results]
     losses = {
-        score: {unit: [one[score][unit] for one in by_seed] for unit in ("loss", "bpb")}
+        score: {unit: [getattr(r.scores[score], unit) for r in results] for unit in ("loss", "bpb")}
         for score in SCORES
     }
     text = results[0].losses
@@ -130,20 +128,15 @@ def read_record(name: str, path: Path) -> Run:
 
 def run_files(root: Path, seeds: Sequence[int]) -> list[Path]:
     """What `read_run` reads."""
-    tokens = [root / TOKENS / MANIFEST, root / TOKENIZER, root / TOKENS.parent / SIDECAR]
+    tokens = [root / TOKENS / MANIFEST, root / TOKENS / TOKENIZER, root / TOKENS.parent / SIDECAR]
     return [*tokens, *(file for seed in seeds for file in result_files(root, seed))]
-
-
-def _losses(result: SeedResult) -> dict[str, dict[str, float]]:
-    scores = {name: getattr(result.evaluate, name) for name in WITHOUT_ADAPTATION}
-    return {n: {"loss": s.loss, "bpb": s.bpb} for n, s in {**scores, TTT: result.ttt}.items()}
 
 
 def _check_tokens(root: Path, result: SeedResult) -> None:
     """Raise InputError unless the tokenizer is that of the tokens that were scored."""
     manifest = root / TOKENS / MANIFEST
     sidecar = root / TOKENS.parent / SIDECAR
-    made = recorded(sidecar, "tokenize", [manifest, root / TOKENIZER], root)
+    made = recorded(sidecar, "tokenize", [manifest, root / TOKENS / TOKENIZER], root)
     require_recorded(made)
     read = result.provenance["evaluate"].inputs.get(str(TOKENS / MANIFEST))
     if read != made[manifest].sha256:

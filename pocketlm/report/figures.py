@@ -50,15 +50,16 @@ def draw(results: Sequence[SeedResult], summary: dict[str, Any]) -> dict[str, st
     """All figures: SVG text by file name."""
     with rc_context(STYLE):
         return {
-            "loss_curves.svg": _svg(loss_curves(results)),
-            "ttt_gain.svg": _svg(ttt_gain(results)),
-            "ttt_gain_by_length.svg": _svg(gain_by_length(results)),
-            "tensors.svg": _svg(tensors(summary)),
-            "artifact_bytes.svg": _svg(artifact_bytes(summary)),
+            "loss_curves.svg": svg(loss_curves(results)),
+            "ttt_gain.svg": svg(ttt_gain(results)),
+            "ttt_gain_by_length.svg": svg(gain_by_length(results)),
+            "tensors.svg": svg(tensors(summary)),
+            "artifact_bytes.svg": svg(artifact_bytes(summary)),
         }
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The text of a figure, without the date."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

@@ -1,12 +1,11 @@
 """The report's tables for `dvc plots`: mean losses by way of scoring, TTT's gain by position."""
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from model.runtime.files import csv_text
 from pocketlm.report.binning import binned, edges_of
 from pocketlm.report.results import SeedResult
 from pocketlm.report.summary import EVALUATIONS, pool
@@ -18,17 +17,8 @@ def plot_tables(results: Sequence[SeedResult], summary: dict[str, Any]) -> dict[
     count, gain = pool([result.losses for result in results])
     edges = edges_of(count)
     centers = np.sqrt(edges[:-1] * (edges[1:] - 1.0)).round(1)
+    gains = zip(centers, binned(count, gain, edges), strict=True)
     return {
-        "losses.csv": _csv(("score", "loss", "bpb"), scores),
-        "gain.csv": _csv(
-            ("position", "gain"), zip(centers, binned(count, gain, edges), strict=True)
-        ),
+        "losses.csv": csv_text([("score", "loss", "bpb"), *scores]),
+        "gain.csv": csv_text([("position", "gain"), *gains]),
     }
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()

@@ -196,6 +196,12 @@ class SeedResult:
     output_bytes: dict[str, int]
     provenance: dict[str, Provenance]
 
+    @property
+    def scores(self) -> dict[str, ScoreMetrics]:
+        """The evaluations of the artifact by their names."""
+        without = {name: getattr(self.evaluate, name) for name in WITHOUT_ADAPTATION}
+        return {**without, TTT: self.ttt}
+
 
 def result_files(root: Path, seed: int) -> list[Path]:
     """The files `read_seed` reads."""

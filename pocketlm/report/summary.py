@@ -10,6 +10,7 @@ import numpy as np
 
 from model.evaluation.score import TTT, WITHOUT_ADAPTATION
 from model.runtime.errors import InputError
+from model.runtime.run_log import is_cpu
 from pocketlm.params.params import Params
 from pocketlm.report.config import ReportConfig
 from pocketlm.report.power import power_of
@@ -21,7 +22,6 @@ from pocketlm.report.significance import Sample, WelchTest, paired_test, welch_t
 # Evaluations in the order of the system; the key in the summary of each.
 EVALUATIONS = ("pre_quant", "quantized", *WITHOUT_ADAPTATION, TTT)
 SAMPLE = 4000  # characters of a text by the model that are shown
-PROCESSORS = ("x86_64", "amd64", "aarch64", "arm64")  # names of devices that are no GPUs
 
 
 def summarize(
@@ -93,13 +93,8 @@ def beyond(values: np.ndarray) -> np.ndarray:
 
 def _run(result: SeedResult, code_bytes: int) -> dict[str, Any]:
     """What the tables show of one seed."""
-    train, quantize, evaluate, ttt = result.train, result.quantize, result.evaluate, result.ttt
-    scores = {
-        "pre_quant": train,
-        "quantized": quantize,
-        **{name: getattr(evaluate, name) for name in WITHOUT_ADAPTATION},
-        TTT: ttt,
-    }
+    train, quantize, ttt = result.train, result.quantize, result.ttt
+    scores = {"pre_quant": train, "quantized": quantize, **result.scores}
     return {
         "seed": result.seed,
         **{name: {"loss": score.loss, "bpb": score.bpb} for name, score in scores.items()},
@@ -271,7 +266,7 @@ def _pipeline(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
                 "step": step,
                 "seconds": statistics.fmean(seconds),
                 "processes": max(one.world_size for one in made),
-                "on_gpu": not all(one.device.lower() in PROCESSORS for one in made),
+                "on_gpu": not all(is_cpu(one.device) for one in made),
                 "device_seconds": sum(spent),
                 "peak_memory_mib": max((peak for peak in peaks if peak is not None), default=None),
                 "bytes": statistics.fmean(result.output_bytes[step] for result in results),

@@ -1,13 +1,11 @@
 """The page of a sweep: all combinations in a table, loss against cost with the Pareto front."""
 
-import csv
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.runtime.files import atomic_file, write_bytes
+from model.runtime.files import atomic_file, csv_text, write_bytes
 from pocketlm.report.blocks import Table, clean, label, to_markdown
 
 Combination = dict[str, Any]  # values by `section.key` of params.yaml
@@ -42,9 +40,8 @@ def write_page(directory: Path, points: list[Point], title: str) -> None:
         values = [_text(point.combination.get(key)) for key in keys]
         star = "*" if point.name in front else ""
         rows.append([point.name, *values, f"{point.loss:.4f}", f"{point.cost:.1f}", star])
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([map(clean, row) for row in [header, *rows]])
-    write_bytes(directory / "sweep.csv", text.getvalue().encode())
+    table = csv_text(map(clean, row) for row in [header, *rows])
+    write_bytes(directory / "sweep.csv", table.encode())
     write_bytes(directory / "sweep.md", to_markdown([Table(header, rows)]).encode())
     plot(directory / "sweep.svg", points, title)
 

@@ -16,12 +16,11 @@ from model.runtime.errors import InputError
 from model.runtime.files import SIDECAR, write_bytes
 from model.runtime.provenance import recorded, require_recorded
 from pocketlm.params.params import Params
-from pocketlm.params.paths import ARTIFACTS, TOKENS
+from pocketlm.params.paths import ARTIFACT, ARTIFACTS, TOKENIZER, TOKENS
 from pocketlm.submission.bundle import NAME, bundle, settings_of
 from pocketlm.submission.folder import scoring_requirements
 from pocketlm.workflow.closure import STANDALONE
 
-ARTIFACT, TOKENIZER = "model.pocket", "tokenizer.model"
 README = """# A language model of {bytes:,} bytes
 
 It needs Python 3.11 or later and what `pip install -r requirements.txt` installs. In this folder:

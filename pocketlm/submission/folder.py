@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from model.runtime.errors import InputError, reading
-from model.runtime.files import SIDECAR, read_json, write_bytes
-from model.runtime.provenance import recorded, require_recorded
+from model.runtime.files import write_bytes
+from model.runtime.provenance import read_recorded
 from pocketlm.params.params import Params
 from pocketlm.params.paths import ARTIFACTS, LOGS, STEPS, SUMMARY
 from pocketlm.report.blocks import Block, Heading, Paragraph, Table, to_markdown
@@ -171,7 +171,7 @@ def write_folder(params: Params) -> Path:
     An older folder of the same name is replaced as a whole. Raises InputError if report or audit
     are absent or damaged, or are not of the code here, or if a check has failed.
     """
-    summary, audit = _checked(SUMMARY), _checked(AUDIT / "audit.json")
+    summary, audit = read_recorded(SUMMARY, "report"), read_recorded(AUDIT / "audit.json", "audit")
     require_passed(audit, params.submission.despite_audit)
     code = bundle(settings_of(params))
     if len(code) != summary["size"]["code_bytes"]:
@@ -194,13 +194,6 @@ def write_folder(params: Params) -> Path:
     folder = RECORDS / folder_name(params, summary)
     _replace(folder, contents)
     return folder
-
-
-def _checked(file: Path) -> Any:
-    """A JSON file of a stage, if it is what the stage wrote."""
-    stage = file.parent.name
-    require_recorded(recorded(file.parent / SIDECAR, stage, [file]))
-    return read_json(file)
 
 
 def _replace(folder: Path, contents: Mapping[str, bytes]) -> None:

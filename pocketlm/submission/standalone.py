@@ -36,6 +36,7 @@ from model.network.gpt import GPT
 from model.runtime.config import ExecutionConfig
 from model.runtime.distributed import Group, process_group
 from model.runtime.errors import InputError, user_errors
+from model.runtime.progress import ReportProgress
 from model.ttt.config import TTTConfig
 from model.ttt.loop import ttt_losses
 
@@ -139,14 +140,16 @@ def losses_of(
     settings: Settings,
     execution: ExecutionConfig,
     group: Group,
+    report: ReportProgress | None = None,
 ) -> list[np.ndarray]:
     """Losses in nats, fp32 (n,) per document of n tokens (BOS first), in one way of scoring."""
     if mode == TTT:
-        return ttt_losses(model, documents, TTTConfig(**settings["ttt"]), execution, group)
+        return ttt_losses(model, documents, TTTConfig(**settings["ttt"]), execution, group, report)
+    tokens = execution.evaluation_tokens
     if mode == "plain":
-        return plain_losses(model, documents, execution.evaluation_tokens, group)
+        return plain_losses(model, documents, tokens, group, report)
     stride = settings["evaluate"]["sliding_stride"]
-    return sliding_losses(model, documents, stride, execution.evaluation_tokens, group)
+    return sliding_losses(model, documents, stride, tokens, group, report)
 
 
 def execution_of(batch_tokens: int) -> ExecutionConfig:

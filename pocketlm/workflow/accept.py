@@ -33,7 +33,7 @@ from model.runtime.files import SIDECAR, read_json
 from model.runtime.run_log import read_log
 from model.runtime.settings import NO_OFF
 from pocketlm.params.load import load_params, read_yaml
-from pocketlm.params.params import Params
+from pocketlm.params.params import Params, flat
 from pocketlm.params.paths import ARTIFACTS, COMPILE_CACHE, DETAILS, LOGS, METRICS, WORK
 from pocketlm.params.presets import render
 from pocketlm.params.renamed import RENAMED
@@ -149,10 +149,10 @@ def changed_values(stage: str, recorded: dict[str, Any]) -> list[str]:
 
     Renamed keys count under their new name; new ones that are off have not changed anything.
     """
-    before = {RENAMED.get(key, key): value for key, value in dvc_repo.flat(recorded).items()}
+    before = {RENAMED.get(key, key): value for key, value in flat(recorded).items()}
     params = load_params()
     found = []
-    for key, value in dvc_repo.flat(dataclasses.asdict(params)).items():
+    for key, value in flat(dataclasses.asdict(params)).items():
         section, _, name = key.partition(".")
         if not {key, section} & set(stages()[stage]["params"]):
             continue

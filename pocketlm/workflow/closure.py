@@ -38,6 +38,7 @@ NO_RESULT = {
     "model/runtime/progress.py": "shows progress",
     "model/runtime/process.py": "measures memory and age, chooses caches",
     "model/runtime/lock.py": "lets runs of a stage take turns",
+    "model/runtime/threads.py": "says how threads wait",
 }
 # Shipped beside an artifact (`pocketlm.submission.bundle`): the program that evaluates alone, and
 # those of the stages from text to scores. Paths, as a dotted name would count as an import.

@@ -28,6 +28,7 @@ import yaml
 from model.runtime.errors import InputError
 from model.runtime.files import write_bytes, write_json, writing
 from model.runtime.lock import is_held
+from pocketlm.params.params import flat
 from pocketlm.workflow.preconditions import dvc_option
 from pocketlm.workflow.stages import RUN_LOCK, covers, node
 
@@ -218,15 +219,6 @@ def _changes(dep: Any, values: Mapping[str, Any]) -> dict[str, str]:
     if not dep.exists:
         return {path: f"{path} is missing"}
     return {path: f"{path} changed"} if dep.changed_checksum() else {}
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by the path of their keys (`train.steps`)."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = isinstance(value, dict)
-        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
 
 
 def _within(key: str, section: str) -> bool:

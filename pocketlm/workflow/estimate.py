@@ -26,7 +26,8 @@ import numpy as np
 
 from model.runtime.errors import InputError, reading
 from model.runtime.files import SIDECAR, read_json
-from model.runtime.provenance import read_provenance, recorded, require_recorded
+from model.runtime.provenance import read_provenance, read_recorded
+from model.runtime.run_log import is_cpu
 from model.ttt.chunking import chunks
 from pocketlm.params.params import Params
 from pocketlm.params.paths import ARTIFACTS, DETAILS, STEPS, TOKENS
@@ -84,7 +85,7 @@ def benchmark_rates(mode: str) -> Rates:
             trained,
             trained,
             ttt[name] * 3 * forward,
-            quantize["quantize_s"] / parameters_of(record),
+            quantize["quantize_s"] / record.model.weights,
             train["two_gpu_speedup"],
         )
 
@@ -145,11 +146,6 @@ def _seconds(work: Callable[[], object]) -> float:
     return min(taken)
 
 
-def parameters_of(params: Params) -> int:
-    """Weights of the model's matrices and tables; vectors, some thousand values, are left out."""
-    return params.model.matrix_values + params.model.table_values
-
-
 def read_by_windows(lengths: Sequence[int], window: int, stride: int) -> int:
     """Tokens that the model reads of documents by windows (`model.evaluation.losses`)."""
     tokens = 0
@@ -181,7 +177,7 @@ def seconds_of(
     found: dict[str, float | None] = dict.fromkeys(STEPS)
     found["train"] = min(steps, train.budget_seconds or steps)
     if rates.quantize is not None:
-        found["quantize"] = rates.quantize * parameters_of(params)
+        found["quantize"] = rates.quantize * params.model.weights
     if lengths is not None:
         window, stride = model.sequence_length, params.evaluate.sliding_stride
         read = read_by_windows(lengths, window, window) + read_by_windows(lengths, window, stride)
@@ -217,8 +213,7 @@ def last_run(seeds: Sequence[int]) -> LastRun | None:
             file = ARTIFACTS / stage / f"seed{seed}" / DETAILS
             if not file.exists():
                 return None
-            require_recorded(recorded(file.parent / SIDECAR, f"{stage}@{seed}", [file]))
-            stated.setdefault(stage, []).append(read_json(file))
+            stated.setdefault(stage, []).append(read_recorded(file, f"{stage}@{seed}"))
     place = ARTIFACTS / "train" / f"seed{seeds[0]}"
     facts = read_provenance(place / SIDECAR, f"train@{seeds[0]}")
     seconds: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -247,9 +242,9 @@ def estimate(params: Params, gpus: int, in_force: Params | None) -> list[Block]:
     past = last_run(in_force.seeds) if in_force else None
     lengths = scored_lengths(params)
     rates = benchmark_rates(params.ttt.mode) if gpus else measured_rates(params, lengths)
-    if past and in_force and not gpus and past.device.startswith(CPUS):
+    if past and in_force and not gpus and is_cpu(past.device):
         rates = dataclasses.replace(
-            rates, quantize=past.seconds["quantize"] / parameters_of(in_force)
+            rates, quantize=past.seconds["quantize"] / in_force.model.weights
         )
     seconds = seconds_of(params, rates, gpus or 1, lengths)
     blocks = [
@@ -263,11 +258,8 @@ def estimate(params: Params, gpus: int, in_force: Params | None) -> list[Block]:
     return blocks
 
 
-CPUS = ("x86_64", "aarch64", "arm64", "AMD64")  # as the log names a device that is no GPU
-
-
 def _model(params: Params) -> Block:
-    weights, quantize = parameters_of(params), params.quantize
+    weights, quantize = params.model.weights, params.quantize
     room = quantize.budget_bytes - quantize.code_reserve_bytes
     tokens = params.train.steps * params.train.tokens_per_step
     rows = [
@@ -316,7 +308,7 @@ def _total(
 def _check(past: LastRun, in_force: Params, params: Params, rates: Rates, gpus: int) -> list[Block]:
     """The estimate of the last run beside what it took."""
     lengths = scored_lengths(in_force)
-    on_gpu = not past.device.startswith(CPUS)
+    on_gpu = not is_cpu(past.device)
     if on_gpu != bool(gpus) or in_force != params:
         mode = in_force.ttt.mode
         rates = benchmark_rates(mode) if on_gpu else measured_rates(in_force, lengths)

@@ -27,13 +27,12 @@ class Part:
 def parts(params: Params, stage: str) -> list[Part]:
     """What each process of a stage holds at one time, at least."""
     model, train, ttt = params.model, params.train, params.ttt
-    weights = model.matrix_values + model.table_values
     size = "model.layers, model.width, model.mlp_width or model.bigram_buckets"
     if stage == "train":
         copies = 3 if train.ema_window else 2  # of the weights: they, their gradients, the average
         outputs = len(model.executed_layers) * model.width * train.tokens_per_microbatch
         return [
-            Part("weights, gradients and average", copies * FP32 * weights, size),
+            Part("weights, gradients and average", copies * FP32 * model.weights, size),
             Part("activations of a microbatch", BF16 * outputs, "train.tokens_per_microbatch"),
         ]
     if stage == "quantize":
@@ -41,7 +40,7 @@ def parts(params: Params, stage: str) -> list[Part]:
         sequences = params.quantize.calibration_sequences // params.execution.processes
         numbers = sequences * params.quantize.calibration_tokens
         return [
-            Part("weights", FP32 * weights, size),
+            Part("weights", FP32 * model.weights, size),
             Part("Hessians", FP64 * hessians, "model.layers, model.width or model.mlp_width"),
             Part("random numbers", FP64 * numbers, "quantize.calibration_sequences"),
         ]
@@ -51,10 +50,10 @@ def parts(params: Params, stage: str) -> list[Part]:
         adapted = ttt.rank * (inner + head) + ttt.hash_buckets * model.width
         copies = 3  # the values of one document, their gradients and second moments
         return [
-            Part("weights", FP32 * weights, size),
+            Part("weights", FP32 * model.weights, size),
             Part("adapters of a document", copies * BF16 * adapted, "ttt.rank or ttt.hash_buckets"),
         ]
-    return [Part("weights", FP32 * weights, size)] if stage == "evaluate" else []
+    return [Part("weights", FP32 * model.weights, size)] if stage == "evaluate" else []
 
 
 def require_memory(params: Params, stages: Collection[str]) -> None:

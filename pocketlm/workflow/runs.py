@@ -12,9 +12,9 @@ from typing import Any
 
 from model.runtime.errors import InputError, reading
 from pocketlm.params.load import read_yaml
+from pocketlm.params.params import flat
 from pocketlm.params.paths import ARTIFACTS, SUMMARY
 from pocketlm.report.compare_runs import Run, read_record, read_run, run_files
-from pocketlm.workflow.dvc_repo import flat
 
 WORKSPACE = "workspace"  # as DVC names what lies in the checkout
 PARAMS = "params.yaml"

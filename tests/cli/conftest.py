@@ -38,3 +38,12 @@ def call() -> Call:
         return CliRunner().invoke(app, list(map(str, words)), **options)  # type: ignore[arg-type]
 
     return run
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with presets and records, as the current one."""
+    for folder in ("conf", "records"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -21,13 +21,7 @@ def call(*words: str, **options: Any) -> Result:
     return CliRunner().invoke(app, list(words), **options)
 
 
-@pytest.fixture(autouse=True)
-def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory with the presets, as the current one."""
-    for folder in ("conf", "records"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("experiment")
 
 
 WORDS = (["demo"], ["ttt.lr=3e-3"], ["seeds=[5, 6]"], ["--force"], ["--output", "other.yaml"])

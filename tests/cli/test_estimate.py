@@ -28,13 +28,7 @@ ROOT = Path(__file__).parents[2]
 FIXED = Rates("fixed", 1e9, 1e9, 1e9, 1e-6)
 
 
-@pytest.fixture(autouse=True)
-def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with presets and records, as the current one."""
-    for folder in ("conf", "records"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("experiment")
 
 
 def test_the_record_is_estimated_from_its_benchmarks() -> None:
