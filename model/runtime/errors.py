@@ -40,7 +40,8 @@ def reading(
 ) -> Iterator[None]:
     """Turn whatever goes wrong while `path` is read in the block into an InputError that names it.
 
-    repair: what to do if the content is at fault or the file is absent.
+    repair: what to do if the content is at fault or the file is absent ("delete it and …" is then
+    left out).
     where: asked after a failure for the place in the file, e.g. `line 3`.
     An InputError of the block passes through. Damaged content makes parsers raise errors of any
     type, so none is left out: put only the reading into the block, and not what uses it.
@@ -51,8 +52,18 @@ def reading(
         raise
     except Exception as error:
         place = f"{path}: {where()}" if where else str(path)
-        number = error.errno if isinstance(error, OSError) else None
-        raise InputError(f"{place}: {_said(error)}", REPAIRS.get(number or 0, repair)) from error
+        raise InputError(f"{place}: {_said(error)}", _repair_of(error, repair)) from error
+
+
+def _repair_of(error: Exception, repair: str) -> str:
+    """The reader's own repair, unless the cause is not the file's content."""
+    if isinstance(error, ImportError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"install the package it needs: pip install {package}"
+    if isinstance(error, FileNotFoundError):
+        return repair.removeprefix("delete it and ")
+    number = error.errno if isinstance(error, OSError) else None
+    return REPAIRS.get(number or 0, repair)
 
 
 def _said(error: Exception) -> str:

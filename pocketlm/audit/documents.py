@@ -12,23 +12,22 @@ def documents(subject: Subject, runs: Runs, noise: Noise) -> Check:
     """Score the sample together, in another order, without others, beside other text."""
     sample, tolerance = subject.sample, subject.rounding
     texts = [subject.cut(number) for number in sample]
-    problems, worst = list[str](), 0.0
+    problems, differences = list[str](), []
     for way in WAYS:
         alone = [runs[way, number].losses for number in sample]
         together = subject.losses(way, texts)
         backwards = subject.losses(way, texts[::-1])[::-1]
         for what, found in (("others", together), ("others, in another order", backwards)):
             for number, left, right in zip(sample, alone, found, strict=True):
-                largest, mean = apart(left, right)
-                worst = max(worst, largest)
-                if excess := tolerance.excess(largest, mean):
+                differences.append(apart(left, right))
+                if excess := tolerance.excess(*differences[-1]):
                     problems.append(f"{way}: beside {what}, document {number} differs by {excess}")
         problems += [
             f"{way}: {problem}" for problem in beside_other_text(subject, way, together, noise)
         ]
     evidence = (
-        f"{len(sample)} documents, {len(WAYS)} ways: alone, together and in reverse order at most "
-        f"{worst:.1e} nats apart ({tolerance}); with the text of all others replaced, equal "
+        f"{len(sample)} documents, {len(WAYS)} ways: alone, together and in reverse order: "
+        f"{tolerance.seen(differences)} apart; with the text of all others replaced, equal "
         f"{how_equal(noise)}"
     )
     return Check("documents", evidence, tuple(problems))

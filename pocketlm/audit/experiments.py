@@ -50,18 +50,17 @@ class Experiments:
 
         A document of the sample may be cut; its last target is another then and is left out.
         """
-        problems, worst, compared = list[str](), 0.0, 0
+        problems, differences, compared = list[str](), [], 0
         tolerance = self.subject.rounding
         for (way, number), run in self.runs.items():
             rows = tables[way]["document"] == number
             size = min(int(rows.sum()), run.losses.size - 1)
-            largest, mean = apart(tables[way][way][rows][:size], run.losses[:size])
+            differences.append(apart(tables[way][way][rows][:size], run.losses[:size]))
             compared += size
-            worst = max(worst, largest)
-            if excess := tolerance.excess(largest, mean):
+            if excess := tolerance.excess(*differences[-1]):
                 problems.append(f"{way}, document {number}: stored losses differ by up to {excess}")
         evidence = (
-            f"{compared:,} stored losses of {len(self.runs)} evaluations: at most {worst:.1e} nats "
-            f"from those of the audit ({tolerance})"
+            f"{compared:,} stored losses of {len(self.runs)} evaluations against those of the "
+            f"audit: {tolerance.seen(differences)} apart"
         )
         return Check("stored scores", evidence, tuple(problems))

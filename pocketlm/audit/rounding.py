@@ -1,5 +1,10 @@
-"""How far losses of one document may differ by the order in which sums are taken."""
+"""How far losses of one document may differ by the order in which sums are taken.
 
+Sums in bf16 of a GPU depend on the shapes of a batch. Seen on one H100, 27 M parameters trained for
+130 s, TTT: at most 0.18 nats in one loss of 15,000.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,14 +17,19 @@ class Rounding:
     one: float
     mean: float
 
+    def seen(self, differences: Iterable[tuple[float, float]]) -> str:
+        """The largest differences of several comparisons by `apart`, for the evidence."""
+        largest, mean = map(max, zip(*differences, strict=True))
+        return (
+            f"at most {largest:.1e} nats in one loss and {mean:.1e} in a document's mean "
+            f"(tolerance {self.one:g} and {self.mean:g})"
+        )
+
     def excess(self, largest: float, mean: float) -> str:
         """Differences in words, of which at least one is not tolerated; else empty."""
         if largest <= self.one and mean <= self.mean:
             return ""
         return f"{largest:.2e} nats, {mean:.1e} on average"
-
-    def __str__(self) -> str:
-        return f"tolerance {self.one:g} for one loss, {self.mean:g} for a document's mean"
 
 
 # By device.

@@ -56,6 +56,18 @@ def test_an_honest_bundle_passes(tmp_path: Path, tokens: Path) -> None:
     assert "model.pocket, tokenizer.model" in checks[1].evidence
 
 
+def test_temporary_files_of_compilers_are_no_extra_files(tmp_path: Path, tokens: Path) -> None:
+    code = (
+        "import subprocess, tempfile\n"
+        "made = tempfile.mkdtemp() + '/a.o'\n"
+        "subprocess.run(['ld', '--version'], stdout=open(made + '.log', 'w'))\n"
+        "import os, shutil\n"
+        "os.link(made + '.log', made)\n"  # written under a name that the trace has not seen
+        "open(made).read()\n"
+    )
+    assert not failed(checks_of(tmp_path, tokens, code))
+
+
 PLANTS = {
     "network call": (
         "import socket\ntry: socket.create_connection(('127.0.0.1', 9), 0.1)\n"

@@ -45,6 +45,11 @@ def test_a_reader_s_own_message_and_an_interruption_pass_through():
 def test_the_repair_is_that_of_the_cause(tmp_path):
     assert fails(ValueError("bad")).repair == "fetch it again"
     assert fails(FileNotFoundError(errno.ENOENT, "x")).problem == "data/a.bin: no such file"
+    with pytest.raises(InputError) as absent, reading("a.json", "delete it and run train again"):
+        raise FileNotFoundError(errno.ENOENT, "x")
+    assert absent.value.repair == "run train again"
+    needed = ModuleNotFoundError("No module named 'constriction'", name="constriction.stream")
+    assert fails(needed).repair.endswith("pip install constriction")
     for number in (errno.EACCES, errno.EISDIR, errno.EIO, errno.EMFILE):
         assert fails(OSError(number, "x")).repair != "fetch it again"
     with pytest.raises(InputError, match="Is a directory"), reading(tmp_path, "-"):
