@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.artifact.compression import compressor
 from model.artifact.format import Packed, Stored, load_artifact, pack, restore, save_artifact
-from model.artifact.quantizer import CODE_BITS, Quantized
+from model.artifact.quantizer import CODE_BITS, LARGEST_CODE, largest_code
 from model.artifact.tensor_bytes import tensor_bytes
 from model.data.loader import validation_documents
 from model.data.shards import BOS, MANIFEST
@@ -29,17 +29,20 @@ from model.network.gpt import GPT
 from model.quantization.bit_allocation import Allocation, StepSizes, rate_distortion
 from model.quantization.byte_budget import Attempt, fit_budget
 from model.quantization.calibration_text import generate, sampling_noise
+from model.quantization.gptq import damped
 from model.quantization.hessian import collect_hessians
 from model.quantization.quantize_model import (
+    Calibration,
     probe_step_sizes,
     quantize_weights,
     relative_errors,
     rounded_weights,
     rounding_errors,
+    rounding_of,
     solved_modules,
     store_model,
 )
-from model.quantization.sensitivity import sensitivities
+from model.quantization.sensitivity import blended, fisher_factors, row_factors, sensitivities
 from model.runtime.cuda_graphs import graph_runner
 from model.runtime.files import csv_text, read_json, write_bytes
 from model.runtime.process import peak_memory_mib, use_compile_cache
@@ -50,16 +53,20 @@ from steps.validation import validate
 
 
 class Made(NamedTuple):
-    """An artifact, what it holds, and the relative error of each tensor that was rounded."""
+    """An artifact, what it holds; relative error and step size of each tensor that was rounded."""
 
     packed: Packed
     tensors: Mapping[str, Stored]
     errors: Mapping[str, float]
+    step_sizes: StepSizes
 
 
 # A sample of text: tokens at most, and not more than the model saw at once in training.
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_SEED = 400, 0.8, 0
-OPS = ("ops.attention", "ops.cached_attention", "ops.residual_norm", "ops.mlp")
+OPS = (
+    *("ops.attention", "ops.cached_attention", "ops.residual_norm", "ops.mlp"),
+    "ops.trellis",
+)
 KEYS = ("model", "quantize", *OPS)
 TENSORS = (
     *("tensor", "layer", "storage", "parameters"),
@@ -127,40 +134,53 @@ class Quantization:
         noise = sampling_noise(SAMPLE_SEED, [0], length)
         return self.tokenizer.decode(self.text(model, noise, SAMPLE_TEMPERATURE)[0].tolist())
 
-    def hessians(self, text: Tensor) -> dict[str, Tensor]:
-        """Hessians of all matrices that GPTQ quantizes, over the text of all processes."""
-        tokens = self.stage.params.execution.evaluation_tokens
-        return collect_hessians(
-            self.model, solved_modules(self.model), text, tokens, self.stage.group
-        )
+    def calibration(self, text: Tensor) -> Calibration:
+        """Hessians and row factors of the matrices that GPTQ quantizes, over the text of all."""
+        tokens, params = self.stage.params.execution.evaluation_tokens, self.params
+        modules, group = solved_modules(self.model), self.stage.group
+        with self.timed("hessians"):
+            hessians = collect_hessians(self.model, modules, text, tokens, group)
+        if not (params.fisher or params.row_rates):
+            return Calibration(hessians)
+        with self.timed("fisher"):
+            noise = self.noise(3 * text.shape[1])[:, 2 * text.shape[1] :]
+            solvable = {name: damped(h, params.damping) for name, h in hessians.items()}
+            found = fisher_factors(self.model, solvable, text, noise, group)
+        rows = {name: row_factors(f.rows, params.row_rates) for name, f in found.items()}
+        if params.fisher:
+            hessians = {n: blended(hessians[n], f.inputs, params.fisher) for n, f in found.items()}
+        return Calibration(hessians, rows if params.row_rates else {})
 
-    def allocation(self, text: Tensor, hessians: Mapping[str, Tensor]) -> Allocation:
+    def allocation(self, text: Tensor, calibration: Calibration) -> Allocation:
         """Rate and distortion of each tensor, measured at the probe step sizes."""
         group, weights = self.stage.group, rounded_weights(self.model)
         step_sizes = probe_step_sizes(weights)
-        rounded = quantize_weights(self.model, step_sizes, hessians, self.params, group)
+        rounded = quantize_weights(self.model, step_sizes, calibration, self.params, group)
         errors = rounding_errors(self.model, rounded, group)
         # Other random numbers than those that sampled the text.
         noise = self.noise(2 * text.shape[1])[:, text.shape[1] :]
         losses = sensitivities(self.model, errors, text, noise, group)
         self.stage.log.event("sensitivities", nats={k: round(v, 9) for k, v in losses.items()})
+        solved = largest_code(rounding_of(self.params).bits)
         return Allocation(
             {
-                name: rate_distortion(w, losses[name] / step_sizes[name] ** 2)
+                name: rate_distortion(
+                    w,
+                    losses[name] / step_sizes[name] ** 2,
+                    solved if name in calibration.hessians else LARGEST_CODE,
+                )
                 for name, w in weights.items()
             }
         )
 
-    def attempt(
-        self, step_sizes: StepSizes, hessians: Mapping[str, Tensor]
-    ) -> tuple[int, Made | None]:
+    def attempt(self, step_sizes: StepSizes, calibration: Calibration) -> tuple[int, Made | None]:
         """Quantize and pack; bytes in every process, the artifact in the main process."""
         group = self.stage.group
         with progress("gptq: tensors", len(step_sizes), group.is_main) as bar:
             advance = bar.advance if bar else None
             with self.timed("gptq"):
                 rounded = quantize_weights(
-                    self.model, step_sizes, hessians, self.params, group, advance
+                    self.model, step_sizes, calibration, self.params, group, advance
                 )
         made: Made | None = None
         with self.timed("compress"):
@@ -168,7 +188,8 @@ class Quantization:
                 tensors = store_model(self.model, rounded)
                 architecture = self.model.architecture()
                 packed = pack(architecture, tensors, self.params.compressors)
-                made = Made(packed, tensors, relative_errors(self.model, hessians, rounded))
+                errors = relative_errors(self.model, calibration.hessians, rounded)
+                made = Made(packed, tensors, errors, step_sizes)
         size = group.broadcast_object(len(made.packed.content) if made else 0)
         self.stage.log.event("attempt", artifact_bytes=size, steps=step_sizes)
         if made:
@@ -176,13 +197,13 @@ class Quantization:
             self.stage.log.event("gptq", relative_errors=errors)
         return size, made
 
-    def fit(self, allocation: Allocation, hessians: Mapping[str, Tensor]) -> Attempt[Made | None]:
+    def fit(self, allocation: Allocation, calibration: Calibration) -> Attempt[Made | None]:
         """The finest rounding that fits the budget."""
         finest = allocation.step_sizes(0.0)
         guess = sum(t.values for t in allocation.tensors.values()) * CODE_BITS / 8
         return fit_budget(
             allocation,
-            lambda step_sizes: self.attempt(step_sizes, hessians),
+            lambda step_sizes: self.attempt(step_sizes, calibration),
             (finest, guess),
             self.params.budget_bytes - self.params.code_reserve_bytes,
         )
@@ -199,11 +220,10 @@ def main(stage: StageRun) -> None:
     started = time.perf_counter()
     with job.timed("calibration"):
         text = job.calibration_text()
-    with job.timed("hessians"):
-        hessians = job.hessians(text)
+    calibration = job.calibration(text)
     with job.timed("sensitivity"):
-        allocation = job.allocation(text, hessians)
-    fit = job.fit(allocation, hessians)
+        allocation = job.allocation(text, calibration)
+    fit = job.fit(allocation, calibration)
 
     draft = stage.work / "model.pocket"
     with job.timed("verify"):
@@ -272,7 +292,7 @@ def tensor_table(model: GPT, made: Made) -> str:
     sizes = tensor_bytes(made.packed, made.tensors)
     for name, stored in made.tensors.items():
         count, size = restore(stored).numel(), sizes[name]
-        step = stored.scales[0].item() if isinstance(stored, Quantized) else ""
+        step = made.step_sizes.get(name, "")
         error = f"{made.errors[name]:.6g}" if name in made.errors else ""
         layer = next(filter(str.isdecimal, name.split(".")), "")  # blocks.3.mlp.up.weight
         described = [name, layer, model.roles[name].storage, count, step]

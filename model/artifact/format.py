@@ -29,14 +29,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.artifact.compression import COMPRESSORS, RANGE, Compressed, Stream, compress_all
-from model.artifact.quantizer import CODE_BITS, Quantized, largest_code
+from model.artifact.quantizer import CODE_BITS, TRELLIS_BITS, Quantized, largest_code
 from model.network.checkpoint import require_shapes, skeleton, with_weights
 from model.network.config import ModelConfig
 from model.runtime.errors import InputError, reading
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from model.network.gpt import GPT
 
 MAGIC = b"pocketlm"
-VERSION, OLDEST = 2, 1
+VERSION, OLDEST = 3, 1
 PREAMBLE = struct.Struct("<8sII32s")
 START = struct.Struct("<8sII")  # the preamble without the checksum
 HEADER_BYTES = 2**20  # of the JSON; 256 layers take 0.3 million
@@ -57,8 +57,27 @@ AGAIN = "delete it and fetch it again (dvc pull) or run the quantize stage again
 SCALES = "scales"
 DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SCALE = np.dtype("<f2")
+COLUMNS = "columns"
+COLUMN = np.dtype("i1")
+FLOATS: dict[str, np.dtype] = {**DTYPES, SCALES: SCALE, COLUMNS: COLUMN}  # of all other streams
+
+
+class Integers(NamedTuple):
+    """An encoding by codes: their bits and dtype, whether columns have factors, trellis codes."""
+
+    bits: int
+    dtype: np.dtype
+    columns: bool
+    trellis: bool
+
+
 INTEGERS = {
-    f"int{bits}": (bits, np.dtype("i1" if bits <= 8 else "<i2")) for bits in range(2, CODE_BITS + 1)
+    f"{'trellis' if trellis else 'int'}{bits}{'c' if columns else ''}": Integers(
+        bits, np.dtype("i1" if bits <= 8 else "<i2"), columns, trellis
+    )
+    for bits in range(2, CODE_BITS + 1)
+    for columns in (False, True)
+    for trellis in ((False, True) if bits <= TRELLIS_BITS else (False,))
 }
 
 Stored = Quantized | Tensor  # a tensor is stored as it is and must be fp16 or fp32
@@ -101,15 +120,22 @@ def pack(
     }
     packed_header = zlib.compress(_json(header), 9)
     body = packed_header + b"".join(chosen.data for chosen in best.values())
-    digest = checksum(VERSION, len(packed_header), body)
+    version = _version(tensors)
+    digest = checksum(version, len(packed_header), body)
     return Packed(
-        PREAMBLE.pack(MAGIC, VERSION, len(packed_header), digest) + body,
+        PREAMBLE.pack(MAGIC, version, len(packed_header), digest) + body,
         {
             "header": PREAMBLE.size + len(packed_header),
             **{name: len(chosen.data) for name, chosen in best.items()},
         },
         {name: chosen.compressor for name, chosen in best.items()},
     )
+
+
+def _version(tensors: Mapping[str, Stored]) -> int:
+    """The earliest version that knows the encodings, so that equal contents are equal files."""
+    codes = [stored for stored in tensors.values() if isinstance(stored, Quantized)]
+    return VERSION if any(q.trellis or q.columns is not None for q in codes) else 2
 
 
 def save_artifact(path: str | Path, packed: Packed) -> None:
@@ -166,7 +192,8 @@ class _Entry:
     @property
     def dtype(self) -> np.dtype:
         """Of the stored values."""
-        return INTEGERS[self.encoding][1] if self.encoding in INTEGERS else DTYPES[self.encoding]
+        codes = INTEGERS.get(self.encoding)
+        return codes.dtype if codes else DTYPES[self.encoding]
 
 
 @dataclass(frozen=True)
@@ -195,6 +222,9 @@ def _layouts(entries: Sequence[_Entry]) -> dict[str, _Layout]:
         layouts[stream] = _Layout(parts[0].dtype.itemsize, items, shape)
     if scales := sum(entry.shape[0] for entry in entries if entry.encoding in INTEGERS):
         layouts[SCALES] = _Layout(SCALE.itemsize, scales)
+    scaled = (e for e in entries if e.encoding in INTEGERS and INTEGERS[e.encoding].columns)
+    if columns := sum(entry.shape[1] for entry in scaled):
+        layouts[COLUMNS] = _Layout(COLUMN.itemsize, columns)
     return layouts
 
 
@@ -307,7 +337,8 @@ def _shape(stored: Stored) -> list[int]:
 def _encoding(stored: Stored) -> str:
     """The name of the encoding, such as int6, float16, float32."""
     if isinstance(stored, Quantized):
-        return f"int{stored.bits}"
+        kind = "trellis" if stored.trellis else "int"
+        return f"{kind}{stored.bits}{'' if stored.columns is None else 'c'}"
     return str(stored.dtype).removeprefix("torch.")
 
 
@@ -319,6 +350,8 @@ def streams_of(tensors: Mapping[str, Stored]) -> dict[str, Stream]:
         if isinstance(stored, Quantized):
             codes.setdefault(stream_of(name, stored), []).append(stored.codes)
             floats.setdefault(SCALES, []).append(stored.scales)
+            if stored.columns is not None:
+                floats.setdefault(COLUMNS, []).append(stored.columns)
         else:
             floats.setdefault(stream_of(name, stored), []).append(stored)
     streams = {}
@@ -327,7 +360,7 @@ def streams_of(tensors: Mapping[str, Stored]) -> dict[str, Stream]:
         data = stack.astype(stack.dtype.newbyteorder("<")).tobytes()
         streams[stream] = Stream(data, stack.itemsize, stack.shape)
     for stream, parts in floats.items():
-        dtype = SCALE if stream == SCALES else DTYPES[stream]
+        dtype = FLOATS[stream]
         values = torch.cat([part.detach().flatten() for part in parts]).cpu().numpy()
         streams[stream] = Stream(values.astype(dtype).tobytes(), dtype.itemsize)
     return streams
@@ -353,10 +386,12 @@ def _read(entry: _Entry, readers: Mapping[str, _Reader]) -> Stored:
         if not torch.isfinite(values).all():
             raise ValueError(f"{entry.name}: a value is not finite")
         return values
-    bits, scales = INTEGERS[entry.encoding][0], readers[SCALES].take(entry.shape[:1], SCALE)
+    bits, _, by_column, trellis = INTEGERS[entry.encoding]
+    scales = readers[SCALES].take(entry.shape[:1], SCALE)
+    columns = readers[COLUMNS].take(entry.shape[1:], COLUMN) if by_column else None
     lowest, highest = torch.aminmax(values)
     if max(-int(lowest), int(highest)) > largest_code(bits):
         raise ValueError(f"{entry.name}: a code has more than {bits} bits")
     if not (torch.isfinite(scales) & (scales > 0)).all():
         raise ValueError(f"{entry.name}: a scale is not a positive number")
-    return Quantized(values, scales, bits)
+    return Quantized(values, scales, bits, columns, trellis)

@@ -4,8 +4,9 @@ A stream's bytes are shared out in proportion to the entropy of each tensor's co
 
     N·H = −Σ_c n_c · log2(n_c / N) bits,   n_c of the N codes being c,
 
-and where it holds no codes, in proportion to the number of values. The scales, a stream of all
-rows, belong to their tensors. So the bytes of all tensors and of the header add up to the file.
+and where it holds no codes, in proportion to the number of values. The scales of all
+rows and the factors of all columns belong to their tensors. So the bytes of all tensors and of the
+header add up to the file.
 """
 
 import math
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
-from model.artifact.format import SCALES, Packed, Stored, stream_of
+from model.artifact.format import COLUMNS, SCALES, Packed, Stored, stream_of
 from model.artifact.quantizer import Quantized
 
 
@@ -25,6 +26,8 @@ def tensor_bytes(packed: Packed, tensors: Mapping[str, Stored]) -> dict[str, flo
         weights[stream_of(name, stored)][name] = _information(stored)
         if isinstance(stored, Quantized):
             weights[SCALES][name] = len(stored.scales)
+            if stored.columns is not None:
+                weights[COLUMNS][name] = len(stored.columns)
     found = dict.fromkeys(tensors, 0.0)
     for stream, shares in weights.items():
         whole = sum(shares.values())

@@ -32,3 +32,6 @@ class OpsConfig(Settings):
     adapters: Literal["auto", "reference", "triton"] = setting(
         "second products of the adapters in TTT; triton: those of one input in one kernel (Hopper)"
     )
+    trellis: Literal["auto", "reference", "triton"] = setting(
+        "choice of trellis codes in quantization; triton: a segment per lane, in registers (Hopper)"
+    )

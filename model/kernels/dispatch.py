@@ -47,10 +47,11 @@ KERNELS = {
     "mlp": Kernel("mlp", "fused_mlp", "fused_mlp"),
     "low_rank_sum": Kernel("adapters", "low_rank", "low_rank_sum"),
     "rmsprop_step": Kernel("adapters", "rmsprop", "rmsprop_step"),
+    "trellis_codes": Kernel("trellis", "trellis_codes", "trellis_codes"),
 }
 # Keys of `ops` whose kernels run or not, which is tried first; attention has more implementations.
 SWITCH_ORDER = ("triton", "reference")
-SWITCHED = ("cached_attention", "residual_norm", "mlp", "adapters")
+SWITCHED = ("cached_attention", "residual_norm", "mlp", "adapters", "trellis")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Choice:
     residual_norm: str
     mlp: str
     adapters: str
+    trellis: str
     reasons: Mapping[str, str]
     untested: str | None = None  # versions with which no kernel was run on a GPU
 
@@ -88,13 +90,15 @@ def configure(
     residual_norm: str = "auto",
     mlp: str = "auto",
     adapters: str = "auto",
+    trellis: str = "auto",
 ) -> Choice:
     """Choose the implementations for `device` and return them with the reasons.
 
     attention: "auto" for the fastest that works here, or a name of `varlen.IMPLEMENTATIONS`; the
     others: "auto", "triton" or "reference". Raises InputError if a named one cannot be had.
     """
-    asked = dict(zip(SWITCHED, (cached_attention, residual_norm, mlp, adapters), strict=True))
+    switches = (cached_attention, residual_norm, mlp, adapters, trellis)
+    asked = dict(zip(SWITCHED, switches, strict=True))
     implementations = {"attention": varlen.AUTO_ORDER, **dict.fromkeys(SWITCHED, SWITCH_ORDER)}
     found = {
         key: _choose(key, wanted, implementations[key], device)
@@ -359,3 +363,13 @@ def mlp(r: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """
     fused = kernel("mlp", r.device) if fuses_mlp(r) else None
     return reference.mlp(r, up, down) if fused is None else fused(r, up, down)
+
+
+def trellis_codes(targets: Tensor, limit: int) -> Tensor:
+    """Trellis codes (`model.artifact.quantizer`) of segments (length, …), fp32, in steps.
+
+    Those with the least sum of squared errors, as floats within about ±limit. Where a target is
+    NaN, nothing is to be coded, and the code means nothing.
+    """
+    codes = kernel("trellis_codes", targets.device) or reference.trellis_codes
+    return codes(targets, limit)

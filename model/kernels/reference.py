@@ -195,3 +195,33 @@ def rmsprop_step(
     values.mul_(shrink).sub_(torch.div(gradients, root, out=root).mul_(rate))
     if copies is not values:
         copies.copy_(values)
+
+
+# The states before each state of the trellis, by parity of the code between them.
+TRELLIS_BEFORE = ((0, 2, 1, 3), (1, 3, 0, 2))
+
+
+def trellis_codes(targets: Tensor, limit: int) -> Tensor:
+    """See `model.kernels.dispatch.trellis_codes`."""
+    limited = targets.clamp(-limit, limit)
+    options = [(grid / 2, parity) for grid in (0, 1) for parity in (0, 1)]
+    codes = torch.stack([2 * ((limited + g - p) / 2 + 0.5).floor() + p for g, p in options])
+    errors = torch.stack([targets - c + g for c, (g, _) in zip(codes, options, strict=True)])
+    errors = torch.where(targets.isnan(), 0.0, errors.square())
+    cost = torch.full_like(errors[:, 0], torch.inf)
+    cost[0] = 0
+    parities = torch.empty_like(errors, dtype=torch.int64)  # that lead to each state
+    before = torch.tensor(TRELLIS_BEFORE, device=targets.device)
+    grid = torch.tensor([0, 1, 0, 1], device=targets.device)  # of the row before, by state
+    for row, step in enumerate(errors.unbind(1)):
+        even = cost[before[0]] + step[2 * grid]
+        odd = cost[before[1]] + step[2 * grid + 1]
+        parities[:, row] = odd < even
+        cost = torch.minimum(even, odd)
+    state = cost.argmin(0, keepdim=True)
+    chosen = torch.empty_like(targets)
+    for row in reversed(range(len(targets))):
+        parity, moved = parities[:, row].gather(0, state), state & 1
+        chosen[row] = codes[:, row].gather(0, 2 * moved + parity)[0]
+        state = 2 * moved + ((state >> 1) ^ parity)
+    return chosen

@@ -34,9 +34,12 @@ class RateDistortion:
     coarsest: float
 
 
-def rate_distortion(weight: Tensor, loss: float) -> RateDistortion:
-    """Describe a tensor whose rounding with step size s costs loss·s² nats per token."""
-    finest = representable(weight.abs().max().item() / LARGEST_CODE)
+def rate_distortion(weight: Tensor, loss: float, largest: int = LARGEST_CODE) -> RateDistortion:
+    """Describe a tensor whose rounding with step size s costs loss·s² nats per token.
+
+    largest: of its codes.
+    """
+    finest = representable(weight.abs().max().item() / largest)
     coarsest = representable(weight.square().mean().sqrt().item())
     return RateDistortion(weight.numel(), loss, finest, max(finest, coarsest))
 

@@ -29,6 +29,26 @@ class QuantizeConfig(Settings):
     )
     damping: float = setting("added to the Hessian's diagonal", "share of its mean", gt=0, le=1e6)
     block_columns: int = setting("columns GPTQ solves at once", "columns", ge=1, le=2**16)
+    column_rates: float = setting(
+        "power of the conditional deviation in step sizes by column; 1: water-filling; 0 = off",
+        ge=0,
+        le=2,
+    )
+    row_rates: float = setting(
+        "power of 1/√Fisher information in step sizes by row; 1: water-filling; 0 = off", ge=0, le=2
+    )
+    fisher: float = setting(
+        "of the loss's Hessian in GPTQ's, the rest being that of the inputs; 0 = off",
+        "share",
+        ge=0,
+        le=1,
+    )
+    rate_penalty: float = setting(
+        "code length in the choice of codes, 1: at the price of a finer step size; 0 = off",
+        ge=0,
+        le=100,
+    )
+    trellis: bool = setting("trellis codes: chosen together down the columns, on two grids")
     compressors: list[Literal["lzma", "zstd", "brotli"]] = setting(
         "tried on what is not codes, which are range-coded; the smallest result wins"
     )

@@ -10,17 +10,24 @@ with the Hessian of the final norm's output; its role as the input enters throug
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from model.artifact.format import Stored, restore
-from model.artifact.quantizer import Quantized, representable, round_uniform
+from model.artifact.quantizer import (
+    SMALLEST_SCALE,
+    Quantized,
+    largest_code,
+    representable,
+    round_uniform,
+)
 from model.network.gpt import GPT
 from model.quantization.bit_allocation import StepSizes
 from model.quantization.config import QuantizeConfig
-from model.quantization.gptq import gptq, weighted_error
+from model.quantization.gptq import FINEST_SHARE, Rounding, gptq, weighted_error
 from model.runtime.distributed import Group
 from model.runtime.progress import ReportProgress
 
@@ -53,22 +60,49 @@ def probe_step_sizes(weights: Mapping[str, Tensor]) -> dict[str, float]:
     }
 
 
+def rounding_of(params: QuantizeConfig) -> Rounding:
+    """What the settings say of GPTQ."""
+    return Rounding(
+        params.damping,
+        params.block_columns,
+        params.column_rates,
+        params.rate_penalty,
+        params.trellis,
+    )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the text says of the matrices that GPTQ quantizes, by name, the same in every process.
+
+    hessians: (n, n), fp64. row_factors: of the rows' step sizes, fp32 (rows,); absent: all 1.
+    """
+
+    hessians: Mapping[str, Tensor]
+    row_factors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 @torch.no_grad()
 def quantize_weights(
     model: GPT,
     step_sizes: StepSizes,
-    hessians: Mapping[str, Tensor],
+    calibration: Calibration,
     params: QuantizeConfig,
     group: Group,
     progress: ReportProgress | None = None,
 ) -> dict[str, Quantized]:
     """Quantize `rounded_weights`, those with a Hessian by GPTQ, distributed over the processes.
 
-    step_sizes, hessians: by name, the same in every process. progress: called with the
-    approximate number of tensors newly finished by all processes. Returns the tensors on the CPU in
-    the main process, an empty dictionary elsewhere.
+    step_sizes: by name, the same in every process. progress: called with the approximate number of
+    tensors newly finished by all processes. Returns the tensors on the CPU in the main process, an
+    empty dictionary elsewhere.
     """
-    weights = rounded_weights(model)
+    weights, hessians, rounding = rounded_weights(model), calibration.hessians, rounding_of(params)
+
+    def rows(name: str) -> Tensor:
+        return row_steps(
+            weights[name], step_sizes[name], calibration.row_factors.get(name), rounding.bits
+        )
 
     def kind(name: str) -> tuple[torch.Size, bool]:
         return weights[name].shape, name in hessians
@@ -82,9 +116,8 @@ def quantize_weights(
             results = gptq(
                 torch.stack([weights[name] for name in members]),
                 torch.stack([hessians[name] for name in members]),
-                torch.tensor([step_sizes[name] for name in members], device=model.device),
-                params.damping,
-                params.block_columns,
+                torch.stack([rows(name) for name in members]),
+                rounding,
             )
         else:
             results = [round_uniform(weights[name], step_sizes[name]) for name in members]
@@ -92,6 +125,18 @@ def quantize_weights(
         if progress is not None:
             progress(len(members) * group.size)
     return {name: q for part in group.gather_objects(mine) for name, q in part.items()}
+
+
+def row_steps(weight: Tensor, step: float, factors: Tensor | None, bits: int) -> Tensor:
+    """Step sizes of the rows, fp32 (rows,) that fp16 can represent, or (1,) if all are equal.
+
+    They are as large as the largest weight of the row needs for codes of `bits` bits.
+    """
+    if factors is None:
+        return torch.tensor([step], device=weight.device)
+    finest = weight.abs().amax(1) / (FINEST_SHARE * largest_code(bits))
+    wanted = torch.maximum(step * factors.to(weight.device), finest)
+    return wanted.half().float().clamp(min=SMALLEST_SCALE, max=torch.finfo(torch.half).max)
 
 
 def rounding_errors(

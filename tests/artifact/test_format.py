@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,7 +73,10 @@ def test_an_artifact_gives_back_every_bit(saved):
             assert isinstance(other, Quantized)
             assert torch.equal(other.codes, tensor.codes)
             assert torch.equal(other.scales, tensor.scales)
-            assert other.bits == tensor.bits
+            assert (other.bits, other.trellis) == (tensor.bits, tensor.trellis)
+            assert (other.columns is None) == (tensor.columns is None)
+            if other.columns is not None and tensor.columns is not None:
+                assert torch.equal(other.columns, tensor.columns)
             assert (other.codes.dtype, other.scales.dtype) == (tensor.codes.dtype, torch.half)
         else:
             assert isinstance(other, torch.Tensor)
@@ -118,6 +122,18 @@ def test_the_layout_is_the_documented_one(saved):
     assert 48 + size + sum(entry[1] for entry in header["streams"]) == len(content)
 
 
+def test_what_earlier_programs_can_read_is_of_their_version(made):
+    model, tensors, _ = made
+    plain = {
+        name: replace(tensor, columns=None, trellis=False)
+        if isinstance(tensor, Quantized)
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    content = pack(model.architecture(), plain, ["lzma"]).content
+    assert struct.unpack("<I", content[8:12]) == (2,)
+
+
 @pytest.mark.parametrize("position", [20, 60, 2000, -1])
 def test_one_changed_bit_is_noticed(saved, position):
     path = saved[0]
@@ -147,7 +163,7 @@ def test_absent_foreign_and_newer_files_are_told_apart(saved):
             load_artifact(path)
     magic, _, size, digest = PREAMBLE.unpack_from(content)
     path.write_bytes(PREAMBLE.pack(magic, VERSION + 1, size, digest) + content[PREAMBLE.size :])
-    with pytest.raises(InputError, match="artifact of version 3, this program reads 1 to 2"):
+    with pytest.raises(InputError, match="artifact of version 4, this program reads 1 to 3"):
         load_artifact(path)
 
 

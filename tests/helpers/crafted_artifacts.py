@@ -16,6 +16,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,19 @@ Streams = dict[str, bytes]
 Case = tuple[str, bytes]  # kind, file
 # Values that no place of a header may hold.
 WEIRD: list[Any] = [None, True, -1, 1.5, 2**31, 2**70, 10**4000, "", "x", [], {}, [[]], 1e308]
-FLOATS = ("float32", "float16", "scales")
+FLOATS = ("float32", "float16", "scales", "columns")
 
 
 def stored(model: GPT) -> dict[str, Stored]:
-    """Every kind of encoding: 6-, 8- and 11-bit codes, fp16, fp32."""
+    """Every kind of encoding: 6-, 8- and 11-bit codes, factors of columns, trellis, fp16, fp32."""
     matrices = model.matrices()
     tensors: dict[str, Stored] = {}
     for name, tensor in model.state_dict().items():
-        if name in matrices:
+        if ".mlp." in name:
+            columns = (torch.arange(tensor.shape[1]) % 9 - 4).to(torch.int8)
+            code = round_to_nearest(tensor, 6)
+            tensors[name] = replace(code, columns=columns, trellis="down" in name)
+        elif name in matrices:
             tensors[name] = round_to_nearest(tensor, 6)
         elif name == "bigram.table":
             tensors[name] = round_uniform(tensor, 2.0**-9)
@@ -280,10 +285,10 @@ def values(random: random.Random) -> Iterator[Case]:
         if isinstance(tensor, Quantized):
             scales = tensor.scales.clone()
             scales[random.randrange(len(scales))] = random.choice([bad, -0.5, 0.0])
-            tensors[name] = Quantized(tensor.codes, scales, tensor.bits)
+            tensors[name] = replace(tensor, scales=scales)
             kind = "impossible scale"
             if random.random() < 0.5:  # codes of more bits than are declared
-                tensors[name] = Quantized(tensor.codes, tensor.scales, 2)
+                tensors[name] = replace(tensor, bits=2)
                 kind = "codes of more bits"
         else:
             changed = tensor.clone().flatten()

@@ -76,13 +76,13 @@ def test_all_kernels_are_found(monkeypatch):
     monkeypatch.setattr(dispatch, "_bound", {})
     monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
     monkeypatch.setattr(varlen, "obstacle", lambda *_: None)
-    dispatch.configure("triton", torch.device("cpu"), *["triton"] * 4)
+    dispatch.configure("triton", torch.device("cpu"), *["triton"] * 5)
     assert all(callable(function) for function in dispatch._bound["cpu"].kernels.values())
     assert set(dispatch._bound["cpu"].kernels) == set(dispatch.KERNELS)
 
 
 def test_an_implementation_that_is_named_is_taken_as_asked():
-    choice = dispatch.configure("reference", torch.device("cpu"), *["reference"] * 4)
+    choice = dispatch.configure("reference", torch.device("cpu"), *["reference"] * 5)
     chosen = [f"{op}: reference (as asked)" for op in ("attention", *dispatch.SWITCHED)]
     assert str(choice) == ", ".join(chosen)
     dispatch.configure("auto", torch.device("cpu"))

@@ -1,15 +1,18 @@
+import math
+
 import pytest
 import torch
 
 from model.artifact.quantizer import (
     CODE_BITS,
+    column_factors,
     encode,
     largest_code,
     representable,
     round_to_nearest,
     round_uniform,
 )
-from model.quantization.gptq import damped, gptq, inverse_factor, solve, weighted_error
+from model.quantization.gptq import Rounding, damped, gptq, inverse_factor, solve, weighted_error
 
 
 def problem(matrices=2, rows=12, columns=24, seed=0):
@@ -20,9 +23,9 @@ def problem(matrices=2, rows=12, columns=24, seed=0):
     return torch.randn(matrices, rows, columns), (inputs.mT @ inputs / 500).double()
 
 
-def quantize(weights, hessians, step=0.5, damping=0.01, block=7):
-    step_sizes = torch.full((len(weights),), step, device=weights.device)
-    return gptq(weights, hessians, step_sizes, damping, block)
+def quantize(weights, hessians, step=0.5, damping=0.01, block=7, **changes):
+    step_sizes = torch.full((len(weights), 1), step, device=weights.device)
+    return gptq(weights, hessians, step_sizes, Rounding(damping, block, **changes))
 
 
 def errors(results, weights, hessians):
@@ -57,9 +60,9 @@ def test_blocks_equal_the_textbook_loop(block):
     weights, hessians = problem()
     h = damped(hessians, 0.01)
     scales = 0.2 + torch.rand(2, 12)
-    codes = solve(weights, inverse_factor(h).float(), scales, 4, block)
+    codes = solve(weights, inverse_factor(h).float(), scales[..., None], Rounding(0.01, block))
     for i in range(2):
-        assert torch.equal(codes[i].double(), textbook(weights[i], h[i], scales[i], 4))
+        assert torch.equal(codes[i].double(), textbook(weights[i], h[i], scales[i], CODE_BITS))
 
 
 def test_columns_go_in_the_order_of_the_diagonal():
@@ -109,7 +112,7 @@ def test_the_error_is_quadratic_in_the_step():
 
 def test_every_matrix_has_its_own_step():
     weights, hessians = problem()
-    results = gptq(weights, hessians, torch.tensor([0.5, 0.125]), 0.01, 7)
+    results = gptq(weights, hessians, torch.tensor([[0.5], [0.125]]), Rounding(0.01, 7))
     for weight, hessian, step, result in zip(weights, hessians, (0.5, 0.125), results, strict=True):
         (alone,) = quantize(weight[None], hessian[None], step)
         assert torch.equal(result.codes, alone.codes)
@@ -180,3 +183,57 @@ def test_the_gpu_solves_the_same_problem():
     found = torch.stack([q.dequantize().cpu() for q in there])
     device = weighted_error(weights - found, damped(hessians, 0.01)).sum()
     torch.testing.assert_close(device, host, rtol=1e-2, atol=0)
+
+
+def bits_and_error(weights, hessians, step, **changes):
+    """Entropy of the codes by column, bits a weight, and the mean Hessian-weighted error."""
+    results = quantize(weights, hessians, representable(step), block=16, **changes)
+    bits = [
+        -torch.special.xlogy(p, p).sum() / math.log(2) / r.codes.shape[1]
+        for r in results
+        for column in r.codes.T
+        for p in [column.unique(return_counts=True)[1] / len(column)]
+    ]
+    return sum(bits).item() / len(results), errors(results, weights, hessians).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("changes", "least"),
+    [
+        ({"column_rates": 1.0}, 0.3),
+        ({"trellis": True}, 0.12),
+        ({"rate_penalty": 1.0}, 0.003),
+        ({"column_rates": 1.0, "trellis": True, "rate_penalty": 1.0}, 0.45),
+    ],
+)
+def test_refinements_save_bits_at_the_same_error(changes, least):
+    """Half the base-2 logarithm of the ratio of errors is what they are worth in bits a weight."""
+    weights, hessians = problem(rows=1024)
+    bits, error = bits_and_error(weights, hessians, 0.4)
+    better, smaller = bits_and_error(weights, hessians, 0.4, **changes)
+    assert bits - better + math.log2(error / smaller) / 2 > least
+
+
+def test_columns_cost_the_same_with_rates():
+    """Water-filling: the expected error of every column, given the later ones, is equal."""
+    weights, hessians = problem(matrices=1, rows=4096)
+    h = damped(hessians, 0.01)[0]
+    order = h.diagonal().argsort(descending=True)
+    deviations = inverse_factor(h[order][:, order]).diagonal()
+    for power, spread in ((0.0, 1.0), (1.0, 0.4)):
+        (found,) = quantize(weights, hessians, 0.0625, column_rates=power)
+        factors = torch.ones(24)
+        if power:
+            assert found.columns is not None
+            factors = column_factors(found.columns)[order]
+        costs = (factors / deviations).log2()
+        assert (costs.max() - costs.min() > spread) == (power == 0)
+
+
+def test_a_narrow_column_is_not_clipped():
+    weights, hessians = problem()
+    weights[:, 0, 3] = 500.0
+    hessians[:, 3, 3] *= 1e6
+    for changes in ({"column_rates": 1.0}, {"column_rates": 1.0, "trellis": True}):
+        for found, weight in zip(quantize(weights, hessians, **changes), weights, strict=True):
+            assert (found.dequantize() - weight).abs()[:, 3].max() <= 4
