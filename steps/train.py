@@ -1,16 +1,18 @@
 """Train the model of params.yaml on the token shards; the result is its averaged weights.
 
 Only optimizer steps count against the time budget: compilation, saving the state and the final
-validation are outside the clock. An interrupted run resumes from its last state.
+validation are outside the clock. An interrupted run resumes from its last state. On SIGTERM or
+SIGUSR1, which schedulers send before they end a job, it saves the state after the present step.
 """
 
 import hashlib
 import math
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -22,12 +24,13 @@ from model.kernels import dispatch
 from model.network.checkpoint import build, save_checkpoint
 from model.network.fused_regions import fused_regions
 from model.network.gpt import GPT
-from model.runtime.errors import InputError
+from model.runtime.errors import STOPPED, InputError
 from model.runtime.files import csv_text, sha256, write_bytes, writing
 from model.runtime.process import (
     compile_statistics,
     peak_memory_mib,
     seconds_since_start,
+    stop_signal,
     use_compile_cache,
 )
 from model.runtime.progress import Bar, progress
@@ -40,6 +43,7 @@ from steps.common import StageRun, load_tokens, run
 from steps.validation import validate
 
 KEYS = ("model", "train", "ops.attention", "ops.residual_norm", "ops.mlp")
+STOP = -1.0  # in place of the schedule's progress: save the state and end
 CURVE = ("step", "seconds", "tokens", "loss", "lr")
 
 
@@ -104,6 +108,7 @@ class Training:
         )
         self.hosts = HostBroadcast(group)
         self.seconds, self.startup_seconds, self.peak_memory = 0.0, 0.0, 0.0
+        self.pending: list[list[float]] = []
         self.state_file = stage.work / "state.safetensors"
         self.running_curve = stage.work / "curve.csv"
         self.key = run_key(
@@ -132,7 +137,7 @@ class Training:
         facts = self.stage.group.broadcast_object(state.facts if state else None)
         if facts is not None:
             self.trainer.load(state.tensors if state else {}, facts["steps"])
-            self.seconds = facts["seconds"]
+            self.seconds, self.pending = facts["seconds"], facts.get("pending", [])
         self.stage.open_log(KEYS, keep_lines=facts["log_lines"] if facts else 0)
         if self.stage.group.is_main:
             write_curve(self.running_curve, read_log(self.stage.work / "log.jsonl", "loss"))
@@ -151,13 +156,15 @@ class Training:
         self.startup_seconds = round(seconds_since_start(self.stage.group.device), 3)
         self.stage.log.event("warm", startup_seconds=self.startup_seconds, **compile_statistics())
 
-    def save(self, seconds: float) -> None:
-        """Save the state for resuming."""
+    def save(self, seconds: float, pending: list[float]) -> None:
+        """Save the state for resuming. pending: losses of steps since the last line of the log."""
         tensors = self.trainer.state()
+        losses = self.stage.group.gather_objects(pending)
         if self.stage.group.is_main:
             facts = {
                 "steps": self.trainer.steps,
                 "seconds": seconds,
+                "pending": list(zip(*losses, strict=True)),
                 "log_lines": self.stage.log.lines,
                 "log_sha256": self._log_sha256(self.stage.log.lines),
             }
@@ -169,18 +176,23 @@ class Training:
         return hashlib.sha256(b"".join(kept)).hexdigest()
 
     def train(self, batches: Batches) -> None:
-        """Take optimizer steps until the schedule stops."""
+        """Take optimizer steps until the schedule stops, or a signal does."""
         trainer, schedule = self.trainer, self.trainer.schedule
         budget, execution = self.params.budget_seconds, self.stage.params.execution
-        with progress("train", budget or self.params.steps, self.stage.group.is_main) as bar:
+        with (
+            progress("train", budget or self.params.steps, self.stage.group.is_main) as bar,
+            stop_signal() as signals,
+        ):
             loss_log = LossLog(self, bar)
             clock = Clock(self.stage.group.device, self.seconds)
             saved = clock.seconds
             while True:
-                share = schedule.progress(trainer.steps, clock.seconds)
+                share = STOP if signals else schedule.progress(trainer.steps, clock.seconds)
                 share = self.hosts.broadcast_from_main(share)
                 if share >= 1:
                     break
+                if share == STOP:
+                    self.stop(signals, clock, loss_log)
                 if trainer.recurrence_pending and schedule.recurrent(share):
                     trainer.use_recurrence(True)
                     self.stage.log.event("recurrence", steps=trainer.steps)
@@ -191,11 +203,25 @@ class Training:
                 due = clock.seconds - saved >= execution.save_every_seconds
                 if self.hosts.broadcast_from_main(due):
                     with clock.paused() as saved:
-                        self.save(saved)
+                        self.save(saved, [])
             with clock.paused() as self.seconds:
                 self.stage.log.event("stopped", clock=self.seconds)
                 loss_log.write(clock)
         self.peak_memory = peak_memory_mib(self.stage.group.device)
+
+    def stop(self, signals: list[signal.Signals], clock: Clock, loss_log: "LossLog") -> NoReturn:
+        """Save the state and end the process with the status STOPPED. signals: of the main one."""
+        with clock.paused() as seconds:
+            self.save(seconds, loss_log.pending())
+        if self.stage.group.is_main:
+            print(
+                f"train: stopped by {signals[0].name} at step {self.trainer.steps}; its state is "
+                "saved. Run again to continue",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.stage.group.barrier()  # until the state is on the disk, as the first end ends all
+        sys.exit(STOPPED)
 
     def averaged_model(self) -> GPT:
         """A separate model with the averaged weights, the result of training."""
@@ -212,7 +238,11 @@ class LossLog:
 
     def __init__(self, training: Training, bar: Bar | None) -> None:
         self._training, self._bar = training, bar
-        self._losses: list[torch.Tensor] = []
+        group = training.stage.group
+        self._losses = [
+            torch.tensor(sum(step[group.rank :: group.size], 0.0), device=group.device)
+            for step in training.pending
+        ]
         self._multiplier = 1.0
         self._shown = 0.0
         self._advance(training.seconds, "")
@@ -221,6 +251,10 @@ class LossLog:
         """Add one step's loss, which stays on the device."""
         self._losses.append(loss)
         self._multiplier = multiplier
+
+    def pending(self) -> list[float]:
+        """This process's losses of the steps since the last line."""
+        return [loss.item() for loss in self._losses]
 
     def write(self, clock: Clock) -> None:
         """Write the line if there were steps; raises InputError if the loss is not finite."""

@@ -18,6 +18,10 @@ REPAIRS = {
 }
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of `kill`, preemption, time limits
+STOPPED = 75  # exit status: such a signal has ended a run, which the next one continues
+
+
 class InputError(Exception):
     """An error the user can repair: a parameter, a file, a machine that lacks what was requested.
 

@@ -10,11 +10,14 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from model.runtime.errors import STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 _imported = time.perf_counter()
@@ -87,6 +90,21 @@ def watch_opened(folder: Path) -> Callable[[], list[str]]:
 
     sys.addaudithook(notice)
     return lambda: sorted(found)
+
+
+@contextmanager
+def stop_signal() -> Iterator[list[signal.Signals]]:
+    """Let signals that end a run wait: the list holds those that have come during the block."""
+    received: list[signal.Signals] = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(signal.Signals(number)))
+        for number in STOP_SIGNALS
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_with_launcher() -> None:

@@ -24,11 +24,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from model.runtime.errors import InputError, ended_by, user_errors
+from model.runtime.errors import STOP_SIGNALS, InputError, ended_by, user_errors
 from model.runtime.files import SIDECAR, link_file, read_json, write_json
 from model.runtime.lock import held
 from pocketlm.params.load import load_params
@@ -52,7 +52,7 @@ def launch(target: str, processes: int, record: bool = False, force: bool = Fals
     """
     one = node(target)
     waiting = f"{target}: another run of this stage is going on; waiting for it"
-    with held(one.work / RUN_LOCK, waiting):
+    with held(one.work / RUN_LOCK, waiting), ExitStack() as signals:
         found = dvc_repo.start(target, record and not force)
         entries = {} if record else dvc_repo.lock_entries()
         if record and not force and (found.restored or found.state.is_fresh):
@@ -63,7 +63,7 @@ def launch(target: str, processes: int, record: bool = False, force: bool = Fals
             print(f"{target}: {reason}", file=sys.stderr, flush=True)
         else:
             require_memory(load_params(), [one.stage])
-            run(one, processes)
+            run(one, processes, signals)
             keep(one, found.inputs)
         dvc_repo.finish(target, found.inputs, record, holding=True)
         if not record:
@@ -158,19 +158,18 @@ def _link(source: Path, target: Path) -> None:
         link_file(source, target)
 
 
-def run(one: Node, processes: int) -> None:
-    """Run the stage's program in so many processes of this host; SystemExit if it fails."""
+def run(one: Node, processes: int, signals: ExitStack) -> None:
+    """Run the stage's program in so many processes of this host; SystemExit if it fails.
+
+    signals: until it is closed, signals go to the program; one that comes when that has ended is
+    ignored, so that its result is recorded.
+    """
     process = subprocess.Popen(program(one, processes), preexec_fn=_end_with_parent)
     watch_engine(process)
-    handlers = {
-        number: signal.signal(number, lambda number, _: process.send_signal(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        status = process.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        before = signal.signal(number, lambda number, _: process.send_signal(number))
+        signals.callback(signal.signal, number, before)
+    status = process.wait()
     if status < 0:  # before it could say anything
         print(f"error: {ended_by(one.target, -status)}", file=sys.stderr, flush=True)
     if status:

@@ -1,11 +1,13 @@
 """Run a program in several processes: `python -m pocketlm.workflow.torchrun 2 -m steps.train …`.
 
 This is torchrun on one host with fewer messages: of processes that failed, only what they say
-themselves is shown, and the exit status is theirs.
+themselves is shown, and the exit status is theirs. SIGTERM and SIGUSR1 reach them as SIGTERM; they
+have 30 s to end.
 """
 
 import argparse
 import logging
+import signal
 import sys
 
 from torch.distributed import run
@@ -13,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from model.runtime.distributed import require_gpus
-from model.runtime.errors import ended_by, user_errors
+from model.runtime.errors import STOP_SIGNALS, STOPPED, ended_by, user_errors
 
 
 def torchrun(processes: int, words: list[str]) -> int:
@@ -23,8 +25,9 @@ def torchrun(processes: int, words: list[str]) -> int:
     quiet = logging.getLogger("torch.distributed.elastic")  # its children log through it
     quiet.addHandler(logging.NullHandler())
     quiet.propagate = False
+    options = ["--standalone", "--nproc-per-node", str(processes), "--signals-to-handle", "SIGINT"]
     try:
-        run.main(["--standalone", "--nproc-per-node", str(processes), *words])
+        run.main([*options, *words])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # before it could say anything
@@ -33,9 +36,16 @@ def torchrun(processes: int, words: list[str]) -> int:
                 program = " ".join(words[:2]).removeprefix("-m ")
                 raise ended_by(f"{program}: process {rank} of {processes}", number) from None
         return max(1, failure.exitcode)
-    except SignalException:
-        return 130
+    except SignalException as error:
+        return 130 if error.sigval == signal.SIGINT else STOPPED
     return 0
+
+
+def stop_once(number: int, _: object) -> None:
+    """End the processes; a second signal, sent to all of a job as well, must not disturb that."""
+    for other in STOP_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise SignalException(f"signal {number}", signal.SIGTERM)
 
 
 def main() -> None:
@@ -43,6 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pocketlm.workflow.torchrun")
     parser.add_argument("processes", type=int)
     options, words = parser.parse_known_args()
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop_once)
     sys.exit(torchrun(options.processes, words))
 
 

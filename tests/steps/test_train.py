@@ -5,16 +5,19 @@ import dataclasses
 import fcntl
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -23,7 +26,7 @@ from model.data.packing import Documents
 from model.data.shards import SPLITS, Manifest, ShardWriter
 from model.network.checkpoint import load_checkpoint
 from model.runtime.distributed import Group
-from model.runtime.errors import InputError
+from model.runtime.errors import STOPPED, InputError
 from model.runtime.files import read_json, sha256
 from model.runtime.run_log import read_log
 from model.training.resume import State, load_state, run_key, save_state
@@ -198,6 +201,88 @@ def test_a_killed_run_continues_to_the_same_weights(tokens, whole, tmp_path):
     assert curve(directory) == curve(whole)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 2), (3, 1), (1, 3), (4, 2)])
+def test_losses_since_the_last_line_are_kept_however_many_processes_continue(sizes):
+    before, after = sizes
+    kept = [[float(10 * step + rank) for rank in range(before)] for step in range(3)]
+    shares = []
+    for rank in range(after):
+        group = Group(rank, after, torch.device("cpu"))
+        training = SimpleNamespace(seconds=0.0, pending=kept, stage=SimpleNamespace(group=group))
+        training.params, training.trainer = train_params(), SimpleNamespace(steps=3)
+        shares.append(LossLog(cast("Training", training), None).pending())
+    assert [sum(step) for step in zip(*shares, strict=True)] == [sum(step) for step in kept]
+    assert shares == [list(share) for share in zip(*kept, strict=True)] or before != after
+
+
+def written(log: Path) -> int:
+    """Lines of losses in a running log."""
+    return len(read_log(log, "loss")) if log.exists() else 0
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_run_saves_its_state_and_continues_to_the_same(tokens, whole, tmp_path, number):
+    """Wherever it is stopped, also between two lines of the log."""
+    directory = workplace(tmp_path / "stopped", tokens, save_every_seconds=1e9)
+    work = directory / ".work/train/seed0"
+    log, state = work / "log.jsonl", work / "state.safetensors"
+    stops, lines = list[int](), 0
+    for _ in range(2):
+        process = start(directory)
+        while process.poll() is None and written(log) <= lines:
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == STOPPED, said
+        (step,) = re.findall(rf"train: stopped by {number.name} at step (\d+); its state", said)
+        stops.append(int(step))
+        assert state.exists()
+        lines = written(log)
+    assert not (directory / "artifacts/train/seed0").exists()
+    finish(start(directory))
+    resumed = read_log(directory / "logs/train/seed0.jsonl", "state")
+    assert resumed[-1]["steps"] == stops[-1]
+    ours, theirs = (d / "artifacts/train/seed0/model.safetensors" for d in (directory, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert curve(directory) == curve(whole)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("to_all", [False, True], ids=["torchrun alone", "all, as Slurm does"])
+def test_stopped_processes_of_a_group_save_one_state(tokens, tmp_path, to_all):
+    found = []
+    for name in ("whole", "stopped"):
+        directory = workplace(tmp_path / name, tokens, save_every_seconds=1e9, steps=150)
+        log = directory / ".work/train/seed0/log.jsonl"
+        words = ["-m", "pocketlm.workflow.torchrun", "2", "-m", "steps.train", "--seed=0"]
+        run = partial(
+            subprocess.Popen,
+            [sys.executable, *words],
+            cwd=directory,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if name == "stopped":
+            process = run()
+            while process.poll() is None and not (log.exists() and read_log(log, "loss")):
+                time.sleep(0.005)
+            ranks = psutil.Process(process.pid).children(recursive=True) if to_all else []
+            for one in [psutil.Process(process.pid), *ranks]:
+                one.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=300)
+            assert process.returncode == STOPPED, said
+            assert said.count("train: stopped by SIGTERM at step ") == 1
+            assert "elastic" not in said
+            assert (log.parent / "state.safetensors").exists()
+        finish(run())
+        found.append(directory)
+    ours, theirs = (d / "artifacts/train/seed0/model.safetensors" for d in found)
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert curve(found[0]) == curve(found[1])
+
+
 def test_recurrence_begins_on_the_way_and_again_after_a_kill(tokens, tmp_path):
     order = [0, 1, 2, 1, 2, 3]
     places = [workplace(tmp_path / name, tokens) for name in ("whole", "killed")]
@@ -263,6 +348,7 @@ def test_a_run_that_diverged_is_told_to_clip_only_if_it_does_not(clip):
             SimpleNamespace(
                 params=train_params(gradient_clip=clip),
                 seconds=0.0,
+                pending=[],
                 trainer=SimpleNamespace(steps=7),
                 stage=SimpleNamespace(group=Group(0, 1, torch.device("cpu"))),
             ),
