@@ -40,9 +40,11 @@ from model.quantization.quantize_model import (
     rounding_errors,
     rounding_of,
     solved_modules,
+    store,
     store_model,
 )
 from model.quantization.sensitivity import blended, fisher_factors, row_factors, sensitivities
+from model.quantization.tuning import tune, tuned_names
 from model.runtime.cuda_graphs import graph_runner
 from model.runtime.files import csv_text, read_json, write_bytes
 from model.runtime.process import peak_memory_mib, use_compile_cache
@@ -60,7 +62,15 @@ class Made(NamedTuple):
     errors: Mapping[str, float]
     step_sizes: StepSizes
 
+    def largest_size(self, tuning_epochs: int) -> int:
+        """Bytes of the artifact after tuning, which may make fp16 values less compressible."""
+        half = [t for t in self.tensors.values() if isinstance(t, Tensor) and t.dtype == torch.half]
+        plain = sum(2 * tensor.numel() for tensor in half) + STREAM_OVERHEAD
+        growth = plain - self.packed.parts.get("float16", 0) if tuning_epochs else 0
+        return len(self.packed.content) + max(growth, 0)
 
+
+STREAM_OVERHEAD = 256  # bytes that a compressor may add to a stream, about
 # A sample of text: tokens at most, and not more than the model saw at once in training.
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_SEED = 400, 0.8, 0
 OPS = (
@@ -190,7 +200,7 @@ class Quantization:
                 packed = pack(architecture, tensors, self.params.compressors)
                 errors = relative_errors(self.model, calibration.hessians, rounded)
                 made = Made(packed, tensors, errors, step_sizes)
-        size = group.broadcast_object(len(made.packed.content) if made else 0)
+        size = group.broadcast_object(made.largest_size(self.params.tuning_epochs) if made else 0)
         self.stage.log.event("attempt", artifact_bytes=size, steps=step_sizes)
         if made:
             errors = {name: round(error, 9) for name, error in made.errors.items()}
@@ -207,6 +217,31 @@ class Quantization:
             (finest, guess),
             self.params.budget_bytes - self.params.code_reserve_bytes,
         )
+
+    def tuned(self, made: Made | None, text: Tensor, draft: Path) -> Made | None:
+        """The artifact with tuned fp16 values, in the main process; `draft`: a place for it."""
+        group, params = self.stage.group, self.params
+        with self.timed("tuning"):
+            if made is not None:
+                save_artifact(draft, made.packed)
+            group.barrier()
+            model = load_artifact(draft, group.device)
+            losses = tune(
+                model,
+                self.model,
+                text,
+                params.tuning_tokens,
+                params.tuning_epochs,
+                params.tuning_lr,
+                group,
+            )
+            self.stage.log.event("tuning", divergence=[round(loss, 6) for loss in losses])
+            if made is None:
+                return None
+            found = {name: store(model.get_parameter(name).cpu()) for name in tuned_names(model)}
+            tensors = {**made.tensors, **found}
+            packed = pack(self.model.architecture(), tensors, params.compressors)
+        return made._replace(packed=packed, tensors=tensors)
 
 
 def main(stage: StageRun) -> None:
@@ -226,19 +261,22 @@ def main(stage: StageRun) -> None:
     fit = job.fit(allocation, calibration)
 
     draft = stage.work / "model.pocket"
+    made = fit.result
+    if stage.params.quantize.tuning_epochs:
+        made = job.tuned(made, text, draft)
     with job.timed("verify"):
-        if fit.result is not None:
-            save_artifact(draft, fit.result.packed)
-            require_equal(load_artifact(draft), fit.result.tensors, draft)
+        if made is not None:
+            save_artifact(draft, made.packed)
+            require_equal(load_artifact(draft), made.tensors, draft)
         stage.group.barrier()
     with job.timed("evaluate"):
         quantized = load_artifact(draft, stage.group.device)
         score = validate(stage, quantized, job.documents, job.tokenizer)
     job.seconds["total"] = time.perf_counter() - started
     memory = stage.group.gather_objects(peak_memory_mib(stage.group.device))
-    if fit.result is not None and score is not None:
+    if made is not None and score is not None:
         sample = job.sample(quantized)
-        publish(job, fit.result, sample, allocation.loss(fit.step_sizes), score, max(memory))
+        publish(job, made, sample, allocation.loss(fit.step_sizes), score, max(memory))
         draft.unlink()
 
 

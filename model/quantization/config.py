@@ -49,6 +49,13 @@ class QuantizeConfig(Settings):
         le=100,
     )
     trellis: bool = setting("trellis codes: chosen together down the columns, on two grids")
+    tuning_epochs: int = setting(
+        "passes over the calibration text that train the fp16 values after rounding; 0 = off",
+        ge=0,
+        le=1000,
+    )
+    tuning_tokens: int = setting("batch of each of its steps", "tokens", ge=1, le=2**24)
+    tuning_lr: float = setting("its first learning rate, which falls to 0", gt=0, le=1)
     compressors: list[Literal["lzma", "zstd", "brotli"]] = setting(
         "tried on what is not codes, which are range-coded; the smallest result wins"
     )

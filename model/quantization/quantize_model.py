@@ -158,12 +158,13 @@ def rounding_errors(
 def store_model(model: GPT, rounded: Mapping[str, Quantized]) -> dict[str, Stored]:
     """All tensors of the model as they are stored, on the CPU, in the order of its state."""
     return {
-        name: rounded[name] if name in rounded else _store(tensor.cpu())
+        name: rounded[name] if name in rounded else store(tensor.cpu())
         for name, tensor in model.state_dict().items()
     }
 
 
-def _store(tensor: Tensor) -> Tensor:
+def store(tensor: Tensor) -> Tensor:
+    """A tensor without codes as it is stored."""
     half = tensor.half()
     return half if half.isfinite().all() else tensor.float()
 

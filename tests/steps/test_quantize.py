@@ -176,6 +176,29 @@ def test_a_small_budget_is_met_by_coarser_steps(workspace, monkeypatch):
     load_artifact(Path(OUTPUT, "model.pocket"))
 
 
+ALL_ON = [
+    *("quantize.column_rates=1", "quantize.row_rates=1", "quantize.fisher=0.5"),
+    *("quantize.rate_penalty=1", "quantize.trellis=true", "quantize.tuning_epochs=2"),
+    "quantize.tuning_tokens=64",
+]
+
+
+def test_all_that_is_off_in_the_presets_fits_the_same_budget(workspace, monkeypatch):
+    write_params(workspace, "quantize.budget_bytes=240000", *ALL_ON)
+    made = quantize(monkeypatch)
+    assert made["artifact_bytes"] + 200_000 <= made["budget_bytes"]
+    assert {"fisher", "tuning"} < made["seconds"].keys()
+    model = load_checkpoint("artifacts/train/seed0/model.safetensors")
+    _, tensors = read_artifact(Path(OUTPUT, "model.pocket"))
+    for name in rounded_weights(model):
+        stored = tensors[name]
+        assert isinstance(stored, Quantized)
+        solved = name in model.matrices() or name == "embedding"
+        assert stored.trellis == solved == (stored.columns is not None)
+    gains = "blocks.0.attention.gain"
+    assert not torch.equal(restore(tensors[gains]), model.get_parameter(gains).half().float())
+
+
 def test_an_impossible_budget_fails_and_publishes_nothing(workspace, monkeypatch, capsys):
     write_params(workspace, "quantize.budget_bytes=207000")
     with pytest.raises(SystemExit) as failure:
