@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+import benchmarks.quantization_loss
 import benchmarks.quantize
 from model.artifact.format import load_artifact, read_artifact, restore
 from model.artifact.quantizer import Quantized, round_uniform
@@ -129,6 +130,25 @@ def test_the_benchmark_measures_what_the_step_left(workspace, monkeypatch, capsy
     assert recorded["total_bytes"] == metrics["artifact_bytes"] + 200_000
     # Small streams cost a little more than their entropy, the header and what is learned.
     assert 0.9 < recorded["coded_over_entropy"] < 1.3
+
+
+def test_the_benchmark_finds_where_the_loss_comes_from(workspace, monkeypatch, capsys):
+    changes = ["quantize.budget_bytes=225000", "quantize.column_rates=1", "quantize.trellis=true"]
+    write_params(workspace, *changes)
+    made = quantize(monkeypatch)
+    each, together = benchmarks.quantization_loss.measure(0, 3, 20)
+    _, tensors = read_artifact(Path(OUTPUT, "model.pocket"))
+    quantized = [name for name, stored in tensors.items() if isinstance(stored, Quantized)]
+    assert [row[0] for row in each] == [*quantized, "all tensors added"]
+    assert all(value > 0 for row in each[:-1] for value in (row[1], *row[3:]))
+    # Errors of a few per cent: each alone is about as expensive as the Fisher information says.
+    assert each[-1][3] == pytest.approx(each[-1][1], rel=0.7)
+    whole = {name: divergence for name, divergence, _ in together}
+    assert whole["all tensors together"] == pytest.approx(whole["all tensors added"], rel=0.7)
+    assert whole["all but the embedding"] < whole["all tensors together"]
+    assert made["predicted_gap"] > 0
+    benchmarks.quantization_loss.main(["--documents", "1", "--tokens", "8"])
+    assert "the embedding as input alone" in capsys.readouterr().out
 
 
 def test_the_table_of_tensors_adds_up_to_the_artifact(workspace, monkeypatch):
