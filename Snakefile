@@ -18,11 +18,13 @@ from model.runtime.errors import InputError
 from pocketlm.workflow.scheduler import (
     GOALS,
     begin,
+    is_elsewhere,
     is_forced,
     is_shown,
     marker,
     markers_before,
     markers_of,
+    shares,
 )
 from pocketlm.workflow.stages import outs
 
@@ -33,10 +35,13 @@ except InputError as error:
 
 shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 SEEDS = PARAMS.seeds
-# Slots of this machine (GPUs, or 1); a stage takes one per process, and its share of the cores.
+EXECUTION = PARAMS.execution
+# Slots of this machine (GPUs, or 1); a stage takes one per process, and its share of the cores. On a
+# cluster the profile says how many cores each job takes.
 GPUS = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 1
 CORES = workflow.resource_settings.cores or os.cpu_count()
-THREADS = max(1, CORES * min(PARAMS.execution.processes, GPUS) // GPUS)
+THREADS = 1 if is_elsewhere() else max(1, CORES * min(EXECUTION.processes, GPUS) // GPUS)
+SHARE = shares(EXECUTION.processes, EXECUTION.nodes, EXECUTION.device)
 
 
 report: "docs/captions/result.rst"
@@ -49,9 +54,10 @@ config["headline"] = HEADLINE.read_text(encoding="utf-8") if HEADLINE.exists() e
 def reproduce(stage, seeded=True, processes=0):
     """The command of a rule; processes: how many GPUs a stage without seeds may take."""
     target = f"{stage}@{{wildcards.seed}}" if seeded else stage
-    options = f"--processes {PARAMS.execution.processes if seeded else processes} "
+    options = f"--processes {EXECUTION.processes if seeded else processes} "
+    options += f"--nodes {EXECUTION.nodes} " if seeded else ""
     options += "--force " if is_forced(stage) else ""
-    return f"python -m pocketlm.workflow.reproduce {options}{target}"
+    return f"exec python -m pocketlm.workflow.reproduce {options}{target}"
 
 
 def embedded(path):
@@ -100,7 +106,7 @@ rule train_seed:
         touch(marker("train@{seed}")),
     threads: THREADS
     resources:
-        gpu=PARAMS.execution.processes,
+        **SHARE,
     message:
         "train, seed {wildcards.seed}"
     shell:
@@ -119,7 +125,7 @@ rule quantize_seed:
         touch(marker("quantize@{seed}")),
     threads: THREADS
     resources:
-        gpu=PARAMS.execution.processes,
+        **SHARE,
     message:
         "quantize, seed {wildcards.seed}"
     shell:
@@ -138,7 +144,7 @@ rule evaluate_seed:
         touch(marker("evaluate@{seed}")),
     threads: THREADS
     resources:
-        gpu=PARAMS.execution.processes,
+        **SHARE,
     message:
         "evaluate, seed {wildcards.seed}"
     shell:
@@ -157,7 +163,7 @@ rule ttt_eval_seed:
         touch(marker("ttt_eval@{seed}")),
     threads: THREADS
     resources:
-        gpu=PARAMS.execution.processes,
+        **SHARE,
     message:
         "ttt_eval, seed {wildcards.seed}"
     shell:
@@ -171,7 +177,7 @@ rule audit:
         touch(marker("audit")),
     threads: THREADS
     resources:
-        gpu=1,
+        **shares(1, 1, EXECUTION.device),
     message:
         "audit: artifacts/audit/audit.md"
     shell:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from model.data.shards import MANIFEST, Manifest, Split
-from model.runtime.distributed import Group, process_group
+from model.runtime.distributed import Group, process_group, require_gpus
 from model.runtime.errors import InputError, user_errors
 from model.runtime.files import SIDECAR, write_bytes, write_json
 from model.runtime.lock import held
@@ -171,6 +171,8 @@ def run(name: str, main: Callable[[StageRun], None], seeded: bool = True) -> Non
             name, getattr(arguments, "seed", None), load_params(), group, opened=opened
         )
         try:
+            if seeded:  # the others need no GPU
+                require_gpus(1, stage.params.execution.device)
             waiting = f"{stage.work}: another run of this stage is using it; waiting"
             with held(stage.work / "lock", waiting) if group.is_main else nullcontext():
                 main(stage)

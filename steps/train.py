@@ -9,7 +9,7 @@ import hashlib
 import math
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -156,7 +156,7 @@ class Training:
         self.startup_seconds = round(seconds_since_start(self.stage.group.device), 3)
         self.stage.log.event("warm", startup_seconds=self.startup_seconds, **compile_statistics())
 
-    def save(self, seconds: float, pending: list[float]) -> None:
+    def save(self, seconds: float, pending: Sequence[float] = ()) -> None:
         """Save the state for resuming. pending: losses of steps since the last line of the log."""
         tensors = self.trainer.state()
         losses = self.stage.group.gather_objects(pending)
@@ -203,7 +203,7 @@ class Training:
                 due = clock.seconds - saved >= execution.save_every_seconds
                 if self.hosts.broadcast_from_main(due):
                     with clock.paused() as saved:
-                        self.save(saved, [])
+                        self.save(saved)
             with clock.paused() as self.seconds:
                 self.stage.log.event("stopped", clock=self.seconds)
                 loss_log.write(clock)

@@ -5,6 +5,7 @@ dvc.yaml names none of these keys. Each run records them in its log and its prov
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from model.runtime.settings import Settings, setting
 
@@ -14,6 +15,10 @@ class ExecutionConfig(Settings):
     """How a run is executed: no result depends on it, no stage becomes stale."""
 
     processes: int = setting("per stage; one GPU each if there are GPUs", ge=1, le=4096)
+    nodes: int = setting("that share these processes, by srun on Slurm", ge=1, le=512)
+    device: Literal["auto", "cuda"] = setting(
+        "cuda: refuse to run on a CPU; auto: run on GPUs where there are any"
+    )
     log_every: int = setting("training steps between lines of the log", "steps", ge=1, le=10**9)
     save_every_seconds: float = setting(
         "between saves of the training state for resuming", "s", gt=0, le=1e9

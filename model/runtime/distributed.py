@@ -86,8 +86,17 @@ class Group:
             yield index
 
 
-def require_gpus(processes: int) -> None:
-    """Raise InputError if this host has GPUs, but fewer than `processes`."""
+def require_gpus(processes: int, device: str = "auto") -> None:
+    """Raise InputError if this host has GPUs, but fewer than `processes`; or none, if it must.
+
+    device: as `execution.device`.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"execution.device: cuda, but torch finds no GPU on this host ({os.uname().nodename})",
+            "run it where there is one (profiles/slurm asks for GPUs; `pocketlm doctor` shows what "
+            "torch finds), or set execution.device to auto in params.yaml to run on the CPU",
+        )
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise InputError(
             f"execution.processes: {processes} processes on this host, but it has "

@@ -1,10 +1,14 @@
 """Lock files: at most one process does something at a time, also in containers.
 
 The operating system releases a lock (flock) however its process ends, so that none is left behind.
+Who waits is told which host and process holds it.
 """
 
 import fcntl
+import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +22,31 @@ def held(path: Path, waiting: str) -> Iterator[None]:
     """Hold the lock file `path` for the block; while another process has it, say so and wait."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "w")  # noqa: SIM115
+        lock = open(path, "a+")  # noqa: SIM115
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(waiting, file=sys.stderr, flush=True)
+            lock.seek(0)
+            holder = lock.read(1000).strip()
+            print(f"{waiting} ({holder})" if holder else waiting, file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        with writing(path):
+            lock.truncate(0)
+            lock.write(f"{this_process()}, since {time.strftime('%F %T')}\n")
+            lock.flush()
         yield
+
+
+def host_name() -> str:
+    """The name of this host: Slurm's for a node, where Slurm has started this process."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def this_process() -> str:
+    """This process in words: host, number, job of Slurm."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"{host_name()}, process {os.getpid()}" + (f", job {job} of Slurm" if job else "")
 
 
 def try_lock(path: Path) -> TextIO | None:

@@ -50,6 +50,7 @@ class Params(Settings):
     def __post_init__(self) -> None:
         self._check_seeds()
         self._check_vocabulary_and_budget()
+        self._check_processes()
         self._check_lengths()
 
     def _check_seeds(self) -> None:
@@ -93,15 +94,24 @@ class Params(Settings):
             "raise budget_bytes, or make the model smaller",
         )
 
-    def _check_lengths(self) -> None:
-        per_round = self.execution.processes * self.train.tokens_per_microbatch
+    def _check_processes(self) -> None:
+        execution = self.execution
+        require(
+            execution.processes % execution.nodes == 0,
+            "execution.nodes",
+            f"{execution.nodes} nodes cannot share {execution.processes} processes evenly",
+            "make execution.processes a multiple of execution.nodes",
+        )
+        per_round = execution.processes * self.train.tokens_per_microbatch
         require(
             self.train.tokens_per_step % per_round == 0,
             "execution.processes",
-            f"{self.execution.processes} processes x {self.train.tokens_per_microbatch} tokens do "
+            f"{execution.processes} processes x {self.train.tokens_per_microbatch} tokens do "
             f"not divide train.tokens_per_step ({self.train.tokens_per_step})",
             "change execution.processes, train.tokens_per_microbatch or train.tokens_per_step",
         )
+
+    def _check_lengths(self) -> None:
         require(
             self.train.tokens_per_microbatch >= self.model.sequence_length,
             "train.tokens_per_microbatch",

@@ -129,7 +129,7 @@ def _kernels(params: Params) -> Iterator[Fact]:
         yield Fact("driver", f"{driver()}; torch is built for CUDA {torch.version.cuda}")
     if not there:
         yield Fact("GPU", "none that torch can use; stages run on the CPU")
-    require_gpus(params.execution.processes)
+    require_gpus(params.execution.processes // params.execution.nodes, params.execution.device)
     device = torch.device("cuda" if there else "cpu")
     choice = dispatch.configure(device=device, **dataclasses.asdict(params.ops))
     for key, why in choice.reasons.items():

@@ -6,18 +6,20 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from model.runtime.lock import try_lock
+from model.runtime.lock import host_name, try_lock
 
 
-def claim_gpus(count: int, directory: Path = Path(".work/gpus")) -> list[TextIO]:
+def claim_gpus(count: int, slots: Path = Path(".work/gpus")) -> list[TextIO]:
     """Wait for `count` GPUs that no other step of this checkout holds and make only them visible.
 
-    They are held until the returned files are closed. Nothing is claimed where there are no more
-    than `count` GPUs: then steps cannot run side by side, or the step itself says what is missing.
+    A slot is a lock file of this host below `slots`. They are held until the returned files are
+    closed. Nothing is claimed where there are no more than `count` GPUs: then steps cannot run side
+    by side, or the step itself says what is missing.
     """
     gpus = visible_gpus()
     if count == 0 or len(gpus) <= count:
         return []
+    directory = slots / host_name()  # on another host the same name is another GPU
     directory.mkdir(parents=True, exist_ok=True)
     while True:
         held = [(gpu, file) for gpu in gpus if (file := try_lock(directory / f"{gpu}.lock"))]

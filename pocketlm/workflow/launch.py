@@ -8,9 +8,9 @@ This is the command of every stage in dvc.yaml, so that both engines start stage
 3. A result that is there already is kept instead of computed: one of which the record failed, one
    that DVC's cache has lost, one that can be fetched from the remote.
 
-How many processes, `execution.processes`, is read here and is no part of the command, so that
-what eight processes have trained is evaluated by one without being stale. The stage ends when the
-engine that started it does, and its exit status is passed on.
+How many processes on how many nodes (`execution`) is read here and is no part of the command, so
+that what eight processes have trained is evaluated by one without being stale. The stage ends when
+the engine that started it does; signals and its exit status are passed on.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pocketlm.params.load import load_params
 from pocketlm.params.paths import TOKENS
 from pocketlm.workflow import corpus, dvc_repo
 from pocketlm.workflow.memory import require_memory
+from pocketlm.workflow.nodes import srun
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
 from pocketlm.workflow.stages import RUN_LOCK, Node, node, stages, target_name
 
@@ -43,7 +45,9 @@ RECORD = "record.json"
 ENGINES = ("dvc", "snakemake")
 
 
-def launch(target: str, processes: int, record: bool = False, force: bool = False) -> None:
+def launch(
+    target: str, processes: int, nodes: int = 1, record: bool = False, force: bool = False
+) -> None:
     """Bring a stage's outputs here: restore them, keep what is there, or run it.
 
     record: look into DVC's run cache before, and record the result; DVC does so itself for a stage
@@ -63,7 +67,7 @@ def launch(target: str, processes: int, record: bool = False, force: bool = Fals
             print(f"{target}: {reason}", file=sys.stderr, flush=True)
         else:
             require_memory(load_params(), [one.stage])
-            run(one, processes, signals)
+            run(one, processes, nodes, signals)
             keep(one, found.inputs)
         dvc_repo.finish(target, found.inputs, record, holding=True)
         if not record:
@@ -158,16 +162,21 @@ def _link(source: Path, target: Path) -> None:
         link_file(source, target)
 
 
-def run(one: Node, processes: int, signals: ExitStack) -> None:
-    """Run the stage's program in so many processes of this host; SystemExit if it fails.
+def run(one: Node, processes: int, nodes: int, signals: ExitStack) -> None:
+    """Run the stage's program in so many processes on so many nodes; SystemExit if it fails.
 
     signals: until it is closed, signals go to the program; one that comes when that has ended is
     ignored, so that its result is recorded.
     """
-    process = subprocess.Popen(program(one, processes), preexec_fn=_end_with_parent)
-    watch_engine(process)
+    # srun passes all signals on but SIGTERM, at which it kills what it has started.
+    end = signal.SIGUSR1 if nodes > 1 else signal.SIGTERM
+    process = subprocess.Popen(
+        program(one, processes, nodes), preexec_fn=partial(_end_with_parent, end)
+    )
+    watch_engine(process, end)
     for number in (signal.SIGINT, *STOP_SIGNALS):
-        before = signal.signal(number, lambda number, _: process.send_signal(number))
+        passed = end if number == signal.SIGTERM else number
+        before = signal.signal(number, partial(_pass_on, process, passed))
         signals.callback(signal.signal, number, before)
     status = process.wait()
     if status < 0:  # before it could say anything
@@ -176,17 +185,23 @@ def run(one: Node, processes: int, signals: ExitStack) -> None:
         sys.exit(status if status > 0 else 128 - status)
 
 
-def program(one: Node, processes: int) -> list[str]:
-    """The command line of a stage's program in so many processes."""
+def _pass_on(process: subprocess.Popen[bytes], number: int, *_: object) -> None:
+    process.send_signal(number)
+
+
+def program(one: Node, processes: int, nodes: int = 1) -> list[str]:
+    """The command line of a stage's program in so many processes, shared by so many nodes."""
     words = ["-m", f"steps.{one.stage}", *([] if one.seed is None else ["--seed", str(one.seed)])]
+    if nodes > 1:
+        return srun(nodes, processes, one.work, [sys.executable, *words])
     several = ["-m", "pocketlm.workflow.torchrun", str(processes)] if processes > 1 else []
     return [sys.executable, *several, *words]
 
 
-def _end_with_parent() -> None:
-    """In a new process: let Linux end it when its parent ends."""
+def _end_with_parent(number: int) -> None:
+    """In a new process: let Linux send it this signal when its parent ends."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 def engine() -> int:
@@ -204,8 +219,8 @@ def engine() -> int:
     return 0
 
 
-def watch_engine(process: subprocess.Popen[bytes]) -> None:
-    """End `process` when the engine that has started this one is killed."""
+def watch_engine(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to `process` when the engine that has started this one is killed."""
     pid = engine()
     if not pid:
         return
@@ -216,7 +231,7 @@ def watch_engine(process: subprocess.Popen[bytes]) -> None:
 
     def wait() -> None:
         select.select([handle], [], [])
-        process.terminate()
+        process.send_signal(number)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -256,7 +271,8 @@ def main() -> None:
                 "run again: now DVC knows, and tokenize comes first",
             )
         one = node(chosen(stage, options.seed, params.seeds))
-        launch(one.target, 1 if one.seed is None else params.execution.processes)
+        shared = params.execution.processes, params.execution.nodes
+        launch(one.target, *((1, 1) if one.seed is None else shared))
 
 
 def chosen(stage: str, seed: int | None, seeds: Sequence[int]) -> str:

@@ -60,7 +60,8 @@ def require_memory(params: Params, stages: Collection[str]) -> None:
     """Raise InputError if a stage needs more memory than the device has that would run it here."""
     gpus = visible_gpus()
     available = gpu_memory() if gpus else host_memory()
-    share = 1 if gpus else params.execution.processes  # processes that hold it side by side
+    per_node = params.execution.processes // params.execution.nodes
+    share = 1 if gpus else per_node  # processes that hold it side by side
     for stage in stages:
         held = parts(params, stage)
         needed = share * sum(part.bytes for part in held)

@@ -12,6 +12,7 @@ call, nor what a killed one has left, can deceive it.
 """
 
 import atexit
+import glob
 import itertools
 import os
 import shutil
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TextIO
 
 from model.runtime.files import SIDECAR
-from model.runtime.lock import is_held, try_lock
+from model.runtime.lock import host_name, is_held, try_lock
 from pocketlm.params.paths import WORK
 from pocketlm.workflow import dvc_repo
 from pocketlm.workflow.dvc_repo import State
@@ -172,10 +173,11 @@ def marker(target: str) -> str:
 def set_markers(plan: Plan) -> None:
     """Make a folder of markers for this call, which vanishes with it."""
     PLANS.mkdir(parents=True, exist_ok=True)
-    for lock in PLANS.glob("*/lock"):
+    prefix = f"{host_name()}-"
+    for lock in PLANS.glob(f"{glob.escape(prefix)}*/lock"):  # flock may not reach other hosts
         if not is_held(lock):  # left by a call that was killed
             shutil.rmtree(lock.parent, ignore_errors=True)
-    place = Path(tempfile.mkdtemp(dir=PLANS))
+    place = Path(tempfile.mkdtemp(prefix=prefix, dir=PLANS))
     os.environ[VARIABLE] = str(place)
     _locks.append(try_lock(place / "lock"))
     atexit.register(_remove, place, os.getpid())

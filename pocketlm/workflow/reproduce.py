@@ -19,16 +19,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pocketlm.workflow.reproduce")
     parser.add_argument("target", help="name in dvc.yaml, e.g. report or train@0")
     parser.add_argument("--processes", type=int, default=0, help="each gets a GPU if there are any")
+    parser.add_argument("--nodes", type=int, default=1, help="that share the processes")
     parser.add_argument("--force", action="store_true", help="run it even if it is up to date")
     arguments = parser.parse_args()
     with user_errors(status=1):
         check_checkout()
         complete_environment()
-        held = claim_gpus(arguments.processes)
+        # On several nodes they are those of the allocation.
+        held = claim_gpus(arguments.processes if arguments.nodes == 1 else 0)
         if threads := os.environ.get("OMP_NUM_THREADS"):  # Snakemake's share for the whole step
-            share = max(1, int(threads) // max(1, arguments.processes))
-            os.environ["OMP_NUM_THREADS"] = str(share)
-        launch(arguments.target, max(1, arguments.processes), record=True, force=arguments.force)
+            local = max(1, arguments.processes // arguments.nodes)
+            os.environ["OMP_NUM_THREADS"] = str(max(1, int(threads) // local))
+        processes = max(1, arguments.processes)
+        launch(arguments.target, processes, arguments.nodes, record=True, force=arguments.force)
     for file in held:
         file.close()
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from model.runtime.errors import InputError
+from model.runtime.errors import InputError, reading
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
 from pocketlm.workflow import corpus, dvc_repo
@@ -26,7 +26,8 @@ from pocketlm.workflow.plan import marker as marker
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
 from pocketlm.workflow.stages import seeds_of, stages, target_name, upstream
 
-FORCED = "forced.json"  # in the folder of markers
+CALL = "call.json"  # in the folder of markers: what the processes of a call must know of it
+BIN = Path("profiles/slurm/bin")  # sbatch and squeue that outlast an outage of the controller
 GOALS = {"submission": ("report", "audit")}  # rules that are no stages, and the stages they need
 
 
@@ -55,7 +56,7 @@ def begin(workflow: Any) -> Params:
         plan = fetch_needed(plan)
     elif plan.fetched:
         print("to be restored:", ", ".join(plan.fetched), file=sys.stderr)
-    if not (options.executor or options.profile or options.workflow_profile):  # else: other hosts
+    if not _elsewhere(options):
         require_memory(params, {plan.graph[target].stage: None for target in plan.reasons})
     if plan.reasons:
         print(explain(plan), file=sys.stderr, flush=True)
@@ -64,8 +65,11 @@ def begin(workflow: Any) -> Params:
     set_markers(plan)
     names = {target.partition("@")[0] for target in forced}
     names |= set(stages()) if options.forceall else set()
-    Path(os.environ[VARIABLE], FORCED).write_text(json.dumps(sorted(names)))
-    if "gpu" not in workflow.global_resources:
+    call = {"forced": sorted(names), "elsewhere": _elsewhere(options)}
+    Path(os.environ[VARIABLE], CALL).write_text(json.dumps(call))
+    if _elsewhere(options):
+        os.environ["PATH"] = f"{BIN.absolute()}{os.pathsep}{os.environ['PATH']}"
+    if "gpu" not in workflow.global_resources and not _elsewhere(options):
         workflow.register_resource("gpu", len(visible_gpus()) or 1)
     if not (options.until or options.omit_from or options.batch or options.unlock or is_shown()):
         atexit.register(_require_scheduled, workflow, plan, os.getpid())
@@ -120,7 +124,37 @@ def markers_before(stage: str, seeds: Sequence[int]) -> list[str]:
 
 def is_forced(stage: str) -> bool:
     """Whether this call runs the stage even if its result is known."""
-    return stage in json.loads(Path(os.environ[VARIABLE], FORCED).read_text())
+    return stage in _call()["forced"]
+
+
+def is_elsewhere() -> bool:
+    """Whether stages run on other hosts than the one that schedules."""
+    return bool(_call()["elsewhere"])
+
+
+def _elsewhere(options: Namespace) -> bool:
+    return bool(options.executor or options.profile or options.workflow_profile)
+
+
+def _call() -> dict[str, Any]:
+    path = Path(os.environ[VARIABLE], CALL)
+    with reading(path, "the call of Snakemake that this job belongs to has ended: call it again"):
+        return dict(json.loads(path.read_text()))
+
+
+def shares(processes: int, nodes: int, device: str) -> dict[str, Any]:
+    """What a stage takes of a machine or a cluster, as resources of Snakemake.
+
+    On a cluster it is kept together on so many nodes, and has GPUs only if it must (`device`).
+    """
+    if not is_elsewhere():
+        return {"gpu": processes}
+    asked: dict[str, Any] = {"nodes": nodes}
+    if device == "cuda":
+        asked["gres"] = f"gpu:{processes // nodes}"  # of each node
+    if nodes > 1:  # Snakemake's own srun would take one node; the launcher calls it (`mpi`)
+        asked |= {"mpi": "srun", "tasks": nodes, "tasks_per_gpu": 0}
+    return asked
 
 
 def is_shown() -> bool:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -68,8 +69,8 @@ def end_after_saving() -> None:
     """From now on the process ends once it has saved a state of a training."""
     save = Training.save
 
-    def save_and_end(training: Training, seconds: float) -> None:
-        save(training, seconds)
+    def save_and_end(training: Training, seconds: float, pending: Sequence[float] = ()) -> None:
+        save(training, seconds, pending)
         os._exit(0)
 
     Training.save = save_and_end  # type: ignore[assignment, method-assign]

@@ -65,7 +65,7 @@ def test_the_number_of_processes_is_that_of_the_parameters(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["launch", "-m", "steps.train", "--seed", "7"])
     main()
-    assert calls == [("train@7", 4)]
+    assert calls == [("train@7", 4, 1)]
 
 
 @pytest.mark.parametrize(
