@@ -156,6 +156,8 @@ def execution_of(batch_tokens: int) -> ExecutionConfig:
     """How an evaluation is run that takes so many tokens at once."""
     return ExecutionConfig(
         processes=1,
+        nodes=1,
+        device="auto",
         log_every=1,
         save_every_seconds=1.0,
         compile=False,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from model.runtime.lock import host_name
 from pocketlm.workflow import dvc_repo
 from pocketlm.workflow.dvc_repo import State
 from pocketlm.workflow.plan import PLANS, VARIABLE, Plan, explain, make_plan, set_markers
@@ -140,13 +141,15 @@ def test_markers_of_a_call_that_goes_on_are_left_alone_and_others_removed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(VARIABLE, "")
-    left = tmp_path / PLANS / "left"
-    left.mkdir(parents=True)
-    (left / "lock").touch()
+    left, elsewhere = (tmp_path / PLANS / f"{host}-left" for host in (host_name(), "another"))
+    for place in (left, elsewhere):
+        place.mkdir(parents=True)
+        (place / "lock").touch()
     empty = Plan({}, set(), {})
     set_markers(empty)
     mine = Path(os.environ[VARIABLE])
     gc.collect()
     set_markers(empty)
     assert (mine.exists(), left.exists()) == (True, False)
+    assert elsewhere.exists()  # a lock may not be seen from this host
     assert Path(os.environ[VARIABLE]) != mine
