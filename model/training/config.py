@@ -5,6 +5,7 @@ minute on one GPU and for ten on eight.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from model.runtime.settings import Settings, require, setting
 
@@ -27,14 +28,24 @@ class TrainConfig(Settings):
         "flat span one process takes at once", "tokens", ge=1, le=2**30
     )
     cooldown: float = setting(
-        "part of the training, at its end, over which lr falls linearly to 0", "share", ge=0, le=1
+        "part of the training, at its end, over which lr falls", "share", ge=0, le=1
     )
+    cooldown_power: float = setting(
+        "lr falls as (remaining part of the cool-down)^power; 1 = linearly", gt=0, le=10
+    )
+    min_lr: float = setting("lr never falls below; 0 = off", "share of the peak", ge=0, le=1)
     matrix_lr: float = setting("Muon, matrices of the blocks", gt=0, le=1e6)
     embedding_lr: float = setting("AdamW, embedding tables", gt=0, le=1e6)
     scalar_lr: float = setting("AdamW, scalars, vectors and small projections", gt=0, le=1e6)
     muon_momentum: float = setting("Nesterov momentum after its warm-up", ge=0, lt=1)
     muon_momentum_start: float = setting("Nesterov momentum at the first step", ge=0, lt=1)
     muon_momentum_warmup: float = setting("length of the momentum warm-up", "share", ge=0, le=1)
+    muon_momentum_end: float | None = setting(
+        "Nesterov momentum at the end of the cool-down, in which it moves there linearly; null = "
+        "off",
+        ge=0,
+        lt=1,
+    )
     newton_schulz_steps: int = setting("iterations of the orthogonalization", ge=1, le=100)
     adam_beta1: float = setting("decay of AdamW's first moment", ge=0, lt=1)
     adam_beta2: float = setting("decay of AdamW's second moment", ge=0, lt=1)
@@ -46,6 +57,9 @@ class TrainConfig(Settings):
         lt=1,
     )
     weight_decay: float = setting("decoupled, all groups", "1/(lr*step)", ge=0, le=1e6)
+    weight_decay_schedule: Literal["constant", "lr", "cosine"] = setting(
+        "factor of weight_decay: 1, that of the cool-down, or a cosine from 1 to 0"
+    )
     gradient_clip: float | None = setting(
         "global norm after the reduction; null = off", gt=0, le=1e9
     )
@@ -83,11 +97,12 @@ class TrainConfig(Settings):
             "cooldown is 0",
             "set cooldown above 0 or qat_threshold to 0",
         )
-        last = 1 / (self.cooldown * self.steps) if self.cooldown else 0.0
+        last = min(1.0, 1 / (self.cooldown * self.steps)) if self.cooldown else 0.0
+        last = max(self.min_lr, last**self.cooldown_power)
         require(
             self.qat_threshold == 0 or last < self.qat_threshold,
             "qat_threshold",
             f"{self.qat_threshold} is never reached: the multiplier of the last step is "
-            f"1/(cooldown x steps) = {last:.3g}",
-            "raise cooldown, steps or qat_threshold, or set qat_threshold to 0",
+            f"{last:.3g} by cooldown, steps, cooldown_power and min_lr",
+            "raise cooldown, steps or qat_threshold, lower min_lr, or set qat_threshold to 0",
         )

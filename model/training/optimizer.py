@@ -50,7 +50,6 @@ class Optimizer:
             ],
             betas=(params.adam_beta1, params.adam_beta2),
             eps=params.adam_epsilon,
-            weight_decay=params.weight_decay,
             fused=True,
         )
         # Created here, not by the first step, so that the state always has the same tensors.
@@ -66,8 +65,11 @@ class Optimizer:
         self.muon.zero_grad()
         self.rest_gradients.zero_()
 
-    def step(self, multiplier: float, momentum: float) -> None:
-        """Update all weights; `multiplier` scales every learning rate, `momentum` is Muon's."""
+    def step(self, multiplier: float, momentum: float, weight_decay: float) -> None:
+        """Update all weights.
+
+        multiplier: of every learning rate; momentum: Muon's; weight_decay: of all groups.
+        """
         params = self.params
         self.muon.start_reduction()
         work = None
@@ -78,9 +80,9 @@ class Optimizer:
             self.rest_gradients.mul_(clip)
         self.muon.start_update(clip, momentum, params.newton_schulz_steps)
         for settings, lr in zip(self.adamw.param_groups, self.base_lr, strict=True):
-            settings["lr"] = lr * multiplier
+            settings.update(lr=lr * multiplier, weight_decay=weight_decay)
         self.adamw.step()
-        self.muon.finish_update(params.matrix_lr * multiplier, params.weight_decay)
+        self.muon.finish_update(params.matrix_lr * multiplier, weight_decay)
 
     def _clip_factor(self, work: "dist.Work | None") -> Tensor | None:
         """Wait for the averaged gradients; the factor that clips their global norm, None if off."""

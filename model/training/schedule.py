@@ -4,8 +4,11 @@ Progress p is the share of the run that is over: of its steps, or of its seconds
 budget; if both limits exist, of the nearer one. Training ends at p = 1, or when no further step
 fits into the budget. Everything that changes during training is a function of p:
 
-    learning rates    their multiplier is 1, then falls linearly to 0: min(1, (1 − p) / cooldown)
-    Muon's momentum   rises linearly until p = muon_momentum_warmup     (`model.training.muon`)
+    learning rates    their multiplier is 1, then falls in the cool-down, of which a share r is left:
+                      max(min_lr, r^cooldown_power), r = min(1, (1 − p) / cooldown)
+    weight decay      constant, or times this multiplier, or times (1 + cos πp) / 2
+    Muon's momentum   rises linearly until p = muon_momentum_warmup; in the cool-down it moves
+                      linearly to muon_momentum_end                     (`model.training.muon`)
     average           its window is a share of the run                  (`model.training.ema`)
     rounding          begins where the multiplier is below qat_threshold  (`model.training.qat`)
     depth recurrence  begins at p = recurrence_start       (`model.network.depth_recurrence`)
@@ -14,6 +17,7 @@ Only the main process reads its clock. Progress is broadcast before every step f
 (gloo, tens of microseconds) rather than by NCCL, so that no process synchronizes with its GPU.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,16 +51,35 @@ class Schedule:
 
     def multiplier(self, progress: float) -> float:
         """Factor of all learning rates."""
-        cooldown = self.params.cooldown
-        return min(1.0, (1 - progress) / cooldown) if cooldown else 1.0
+        params = self.params
+        return max(params.min_lr, self._cooldown_left(progress) ** params.cooldown_power)
+
+    def weight_decay(self, progress: float) -> float:
+        """Decoupled weight decay, to be multiplied by the learning rate."""
+        params = self.params
+        factor = {
+            "constant": 1.0,
+            "lr": self.multiplier(progress),
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        }
+        return params.weight_decay * factor[params.weight_decay_schedule]
 
     def momentum(self, progress: float) -> float:
         """Muon's momentum."""
         params = self.params
-        if progress >= params.muon_momentum_warmup:
-            return params.muon_momentum
-        share = progress / params.muon_momentum_warmup
-        return (1 - share) * params.muon_momentum_start + share * params.muon_momentum
+        rising = params.muon_momentum
+        if progress < params.muon_momentum_warmup:
+            share = progress / params.muon_momentum_warmup
+            rising = (1 - share) * params.muon_momentum_start + share * params.muon_momentum
+        if params.muon_momentum_end is None:
+            return rising
+        change = params.muon_momentum_end - params.muon_momentum
+        return rising + (1 - self._cooldown_left(progress)) * change
+
+    def _cooldown_left(self, progress: float) -> float:
+        """The share of the cool-down that is left, 1 before it."""
+        cooldown = self.params.cooldown
+        return min(1.0, (1 - progress) / cooldown) if cooldown else 1.0
 
     def recurrent(self, progress: float) -> bool:
         """Whether a step executes the layers in the model's order, or each once."""

@@ -64,7 +64,8 @@ class Trainer:
         return self._step(batches, progress, self.microbatches)
 
     def _step(self, batches: Batches, progress: float, microbatches: int) -> Tensor:
-        multiplier = self.schedule.multiplier(progress)
+        schedule = self.schedule
+        multiplier = schedule.multiplier(progress)
         rounded = multiplier < self.params.qat_threshold
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.group.device)
@@ -72,7 +73,9 @@ class Trainer:
             for _ in range(microbatches):
                 total += self._microbatch(*next(batches))
                 self.compute_weights.collect()
-        self.optimizer.step(multiplier, self.schedule.momentum(progress))
+        self.optimizer.step(
+            multiplier, schedule.momentum(progress), schedule.weight_decay(progress)
+        )
         self.steps += 1
         self.average.update(self.steps, progress)
         return total

@@ -177,8 +177,9 @@ def test_missing_key(values: dict[str, Any]) -> None:
         (
             {"train.cooldown": 0.003, "train.steps": 2000},
             "train.qat_threshold",
-            "1/(cooldown x steps) = 0.167",
+            "multiplier of the last step is 0.167",
         ),
+        ({"train.min_lr": 0.15}, "train.qat_threshold", "multiplier of the last step is 0.15"),
         ({"evaluate.sliding_stride": 257}, "evaluate.sliding_stride", "skipped"),
         ({"ttt.context": 8}, "ttt.context", "shorter than largest_chunk"),
         ({"ttt.context": 16, "ttt.refresh": 2}, "ttt.refresh", "there are none"),

@@ -3,6 +3,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model.runtime.distributed import Group
 from model.training.schedule import Clock, HostBroadcast, Schedule
@@ -54,6 +56,49 @@ def test_momentum_rises_linearly_and_stays():
     assert rising.momentum(0.1) == pytest.approx(0.955)
     assert rising.momentum(0.2) == rising.momentum(1.0) == 0.99
     assert schedule(muon_momentum=0.99, muon_momentum_warmup=0.0).momentum(0.0) == 0.99
+
+
+def test_the_floor_and_the_shape_of_the_cooldown():
+    bent = schedule(steps=10, budget_seconds=None, cooldown=0.4, cooldown_power=2.0, min_lr=0.1)
+    expected = [1, 1, 1, 1, 1, 1, 1, 0.75**2, 0.5**2, 0.1, 0.1]
+    assert multipliers(bent, 11, 0.0) == pytest.approx(expected)
+
+
+def test_momentum_falls_in_the_cooldown_and_keeps_rising_before():
+    both = {"muon_momentum_start": 0.8, "muon_momentum_warmup": 0.5, "cooldown": 0.5}
+    falling = schedule(muon_momentum=0.97, muon_momentum_end=0.9, **both)
+    rising = schedule(muon_momentum=0.97, **both)
+    for progress in (0.0, 0.2, 0.5):
+        assert falling.momentum(progress) == rising.momentum(progress)
+    assert falling.momentum(0.75) == pytest.approx(0.935)
+    assert falling.momentum(1.0) == pytest.approx(0.9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.floats(0, 0.99), min_size=3, max_size=3), progress=st.floats(0, 1))
+def test_momentum_is_never_negative_nor_one(values: list[float], progress: float):
+    start, peak, end = values
+    for warmup, cooldown in ((1.0, 1.0), (0.3, 0.9), (1.0, 0.1)):
+        momentum = schedule(
+            muon_momentum_start=start,
+            muon_momentum=peak,
+            muon_momentum_end=end,
+            muon_momentum_warmup=warmup,
+            cooldown=cooldown,
+        ).momentum(progress)
+        assert -1e-9 <= momentum < 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "factors"),
+    [("constant", [1, 1, 1]), ("lr", [1, 0.5, 0.1]), ("cosine", [1, 0.146447, 0])],
+)
+def test_weight_decay_follows_its_schedule(kind: str, factors: list[float]):
+    decaying = schedule(
+        weight_decay=0.2, weight_decay_schedule=kind, cooldown=0.5, min_lr=0.1
+    )
+    found = [decaying.weight_decay(progress) for progress in (0.0, 0.75, 1.0)]
+    assert found == pytest.approx([0.2 * factor for factor in factors], abs=1e-6)
 
 
 def test_no_step_begins_that_would_not_end_in_time():
