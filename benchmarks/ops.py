@@ -22,7 +22,7 @@ from model.network.gpt import GPT
 from model.network.linear import Linear
 from model.runtime.distributed import process_group
 from model.runtime.errors import InputError
-from model.training.muon import orthogonalize
+from model.training.newton_schulz import orthogonalize
 from pocketlm.params.params import Params
 from pocketlm.workflow.flops import attention_flops
 
@@ -217,11 +217,13 @@ def newton_schulz(bench: Bench) -> None:
     """Orthogonalization of the model's matrices, by shape."""
     model = GPT(bench.model)
     shapes = [matrix.weight.shape for matrix in model.matrices().values()]
-    iterations, rows = bench.params.train.newton_schulz_steps, []
+    train, rows = bench.params.train, []
+    iterations = train.newton_schulz_steps
+    method = train.newton_schulz_coefficients, train.muon_row_norm
     for shape in dict.fromkeys(shapes):
         stack = torch.randn(shapes.count(shape), *shape, device=bench.device)
         milliseconds = common.median_ms(
-            partial(orthogonalize, stack, iterations), bench.device, bench.repeats
+            partial(orthogonalize, stack, iterations, *method), bench.device, bench.repeats
         )
         m, n = sorted(shape)
         flops = len(stack) * iterations * (4.0 * m * m * n + 2.0 * m**3)

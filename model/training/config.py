@@ -46,7 +46,11 @@ class TrainConfig(Settings):
         ge=0,
         lt=1,
     )
+    muon_row_norm: bool = setting("MuonEq-R: norm the rows of the update before Newton-Schulz")
     newton_schulz_steps: int = setting("iterations of the orthogonalization", ge=1, le=100)
+    newton_schulz_coefficients: Literal["jordan", "polar_express"] = setting(
+        "polynomials of the iterations: one for all, or one for each"
+    )
     adam_beta1: float = setting("decay of AdamW's first moment", ge=0, lt=1)
     adam_beta2: float = setting("decay of AdamW's second moment", ge=0, lt=1)
     adam_epsilon: float = setting("added to the root of AdamW's second moment", gt=0, le=1)

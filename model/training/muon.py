@@ -5,9 +5,10 @@ For a matrix W (rows, columns) with gradient G at momentum μ:
     M ← μM + G;   D = G + μM (Nesterov);   O ≈ U Vᵀ where D = U Σ Vᵀ
     W ← (1 − lr·decay)·W − lr·sqrt(max(1, rows/columns))·O
 
-O comes from Newton-Schulz iterations X ← aX + (bA + cA²)X with A = XXᵀ, which push every singular
-value of X = D/‖D‖ towards 1; the coefficients trade accuracy (values end within about ±0.3 of 1)
-for speed. Matrices of one shape are stacked and orthogonalized in one batch.
+O comes from Newton-Schulz iterations (`model.training.newton_schulz`). With `muon_row_norm`
+(MuonEq-R, parameter-golf records of April 2026) each row of D is divided by its norm before, so
+that no row dominates ‖D‖, and the singular values that the iterations have to raise are larger.
+Matrices of one shape are stacked and orthogonalized in one batch.
 
 Distributed ("Parallel Muon"): the stacked gradients are reduce-scattered, every process
 orthogonalizes the matrices it owns, and the orthogonal updates are all-gathered while the
@@ -15,7 +16,7 @@ next stack is computed. Gathering O rather than W halves the traffic, as O is bf
 every process then applies the same update to its own fp32 weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,30 +25,11 @@ from torch import Tensor, nn
 
 from model.runtime.distributed import Group
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+Orthogonalize = Callable[[Tensor], Tensor]
 
 # torch 2.13 renamed these two; 2.11 has only the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
-    """Nearly orthogonal factors U Vᵀ of matrices (n, rows, columns); zero matrices stay zero.
-
-    Computed and returned in bf16 on CUDA. CPUs seldom multiply bf16 in hardware and are several
-    times slower with it, so there it is fp32.
-    """
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(iterations):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
 
 
 @dataclass(frozen=True)
@@ -69,8 +51,11 @@ class Stack:
     R·k. The parameters' gradients are views of `gradients`: nothing is copied to stack them.
     """
 
-    def __init__(self, matrices: Mapping[str, nn.Parameter], group: Group) -> None:
+    def __init__(
+        self, matrices: Mapping[str, nn.Parameter], group: Group, orthogonalize: Orthogonalize
+    ) -> None:
         self.names, self.weights, self.group = list(matrices), list(matrices.values()), group
+        self.orthogonalize = orthogonalize
         self.share = -(-len(self.weights) // group.size)
         first = self.weights[0]
         self.gradients = first.new_zeros(self.share * group.size, *first.shape)
@@ -100,14 +85,14 @@ class Stack:
         """Wait until `owned` holds the summed gradients."""
         self._wait()
 
-    def start_update(self, clip: Tensor | None, momentum: float, iterations: int) -> None:
+    def start_update(self, clip: Tensor | None, momentum: float) -> None:
         """Orthogonalize the owned matrices and start the all-gather of the updates.
 
         clip: 0-dimensional factor of the gradients, or None.
         """
         gradient = self.owned if clip is None else self.owned.mul_(clip)
         self.momentum.mul_(momentum).add_(gradient)
-        update = orthogonalize(gradient.add(self.momentum, alpha=momentum), iterations)
+        update = self.orthogonalize(gradient.add(self.momentum, alpha=momentum))
         if self.group.size > 1:
             self._updates = update.new_empty(self.gradients.shape)
             self._work = _all_gather(self._updates, update.contiguous(), async_op=True)
@@ -135,15 +120,19 @@ class Stack:
 class Muon:
     """The optimizer of the matrices, fp32 parameters by name.
 
+    orthogonalize: makes O of a stack of D, (n, rows, columns).
+
     One step calls `start_reduction`, `owned_gradients` (for the norm), `start_update` and
     `finish_update`; work between these calls overlaps with the communication.
     """
 
-    def __init__(self, matrices: Mapping[str, nn.Parameter], group: Group) -> None:
+    def __init__(
+        self, matrices: Mapping[str, nn.Parameter], group: Group, orthogonalize: Orthogonalize
+    ) -> None:
         by_shape: dict[torch.Size, dict[str, nn.Parameter]] = {}
         for name, weight in matrices.items():
             by_shape.setdefault(weight.shape, {})[name] = weight
-        stacks = [Stack(same, group) for same in by_shape.values()]
+        stacks = [Stack(same, group, orthogonalize) for same in by_shape.values()]
         # Largest first: its reduction takes longest and overlaps with the others.
         self.stacks = sorted(stacks, key=lambda stack: -stack.gradients.numel())
 
@@ -163,10 +152,10 @@ class Muon:
             stack.finish_reduction()
         return [stack.owned for stack in self.stacks]
 
-    def start_update(self, clip: Tensor | None, momentum: float, iterations: int) -> None:
+    def start_update(self, clip: Tensor | None, momentum: float) -> None:
         """Compute this process's updates and start the all-gathers; see `Stack`."""
         for stack in self.stacks:
-            stack.start_update(clip, momentum, iterations)
+            stack.start_update(clip, momentum)
 
     def finish_update(self, lr: float, weight_decay: float) -> None:
         """Apply all processes' updates to the weights."""

@@ -10,6 +10,8 @@ gradients of the matrices it owns, so their squared norms are summed over the pr
 factor stays a tensor, so that the host never synchronizes with the device.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.training.config import TrainConfig
 from model.training.muon import Muon, StateTensor
+from model.training.newton_schulz import orthogonalize
 
 
 def param_groups(model: GPT) -> dict[str, dict[str, nn.Parameter]]:
@@ -39,7 +42,13 @@ class Optimizer:
     def __init__(self, model: GPT, params: TrainConfig, group: Group) -> None:
         self.params, self.group = params, group
         groups = param_groups(model)
-        self.muon = Muon(groups["matrices"], group)
+        orthogonal = partial(
+            orthogonalize,
+            iterations=params.newton_schulz_steps,
+            coefficients=params.newton_schulz_coefficients,
+            row_norm=params.muon_row_norm,
+        )
+        self.muon = Muon(groups["matrices"], group, orthogonal)
         self.rest = groups["embeddings"] | groups["scalars"]
         self.rest_gradients = _flat_gradients(list(self.rest.values()))
         self.base_lr = [params.embedding_lr, params.scalar_lr]
@@ -78,7 +87,7 @@ class Optimizer:
         clip = self._clip_factor(work)
         if clip is not None:
             self.rest_gradients.mul_(clip)
-        self.muon.start_update(clip, momentum, params.newton_schulz_steps)
+        self.muon.start_update(clip, momentum)
         for settings, lr in zip(self.adamw.param_groups, self.base_lr, strict=True):
             settings.update(lr=lr * multiplier, weight_decay=weight_decay)
         self.adamw.step()

@@ -94,9 +94,7 @@ def test_momentum_is_never_negative_nor_one(values: list[float], progress: float
     [("constant", [1, 1, 1]), ("lr", [1, 0.5, 0.1]), ("cosine", [1, 0.146447, 0])],
 )
 def test_weight_decay_follows_its_schedule(kind: str, factors: list[float]):
-    decaying = schedule(
-        weight_decay=0.2, weight_decay_schedule=kind, cooldown=0.5, min_lr=0.1
-    )
+    decaying = schedule(weight_decay=0.2, weight_decay_schedule=kind, cooldown=0.5, min_lr=0.1)
     found = [decaying.weight_decay(progress) for progress in (0.0, 0.75, 1.0)]
     assert found == pytest.approx([0.2 * factor for factor in factors], abs=1e-6)
 
