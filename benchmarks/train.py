@@ -52,6 +52,7 @@ KERNELS = {
     "copies": ("memcpy", "memset"),
 }
 OTHER = "elementwise"
+MIDDLE = 0.5  # of the run, whose steps are measured
 
 
 @dataclass
@@ -89,9 +90,8 @@ def training_batches(params: Params, group: Group) -> tuple[str, Batches]:
         manifest = Manifest.load(TOKENS)
         stream = TokenStream(manifest.train)
         if manifest.vocabulary == params.model.vocabulary and stream.total >= length:
-            per_step = params.train.tokens_per_step
-            batches = TrainingBatches(stream, length, per_step, longest, group, group.device)
-            return str(TOKENS), batches.from_step(0)
+            batches = TrainingBatches(stream, length, longest, group, group.device)
+            return str(TOKENS), batches.from_span(0)
     return "synthetic documents", synthetic_batches(params, group)
 
 
@@ -126,20 +126,19 @@ def measure_steps(run: Run, steps: int) -> None:
     waiting = Timed(partial(next, run.batches), torch.device("cpu"))
     batches = iter(waiting, None)
     step = Timed(trainer.step, device)
-    step(batches, 0.5)
+    step(batches, MIDDLE)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for timer in (*timers.values(), waiting, step):
         timer.forget()
     for _ in range(steps):
-        step(batches, 0.5)
+        step(batches, MIDDLE)
     for owner, attribute in watched.values():
         delattr(owner, attribute)
-    train = run.params.train
     run.parts |= {name: timer.median() for name, timer in timers.items()}
     run.parts["waiting for data"] = waiting.median()
     run.parts["whole step"] = step.median()
-    rate = train.tokens_per_step / run.group.size / step.median() * 1000
+    rate = trainer.schedule.tokens(MIDDLE) / run.group.size / step.median() * 1000
     run.found["tokens_per_s_per_gpu"] = rate
     run.found["peak_memory_mib"] = peak_memory_mib(device)
     _, _, documents = next(run.batches)
@@ -156,7 +155,7 @@ def measure_microbatch(run: Run, repeats: int) -> None:
     (standard deviation 6 %).
     """
     trainer, device = run.trainer, run.group.device
-    batches = run.sample = [next(run.batches) for _ in range(trainer.microbatches)]
+    batches = run.sample = [next(run.batches) for _ in range(trainer.microbatches(MIDDLE))]
 
     def microbatch(batch: Batch) -> None:
         trainer.mark_dynamic(batch[2])
@@ -207,7 +206,7 @@ def show(run: Run, repeats: int) -> None:
         "moving average": floors.average_bytes(model) / bandwidth,
     }
     floor["microbatch"] = floor["attention"] + floor["products"] + floor[OTHER]
-    microbatches = run.trainer.microbatches
+    microbatches = run.trainer.microbatches(MIDDLE)
     floor["whole step"] = (
         microbatches * floor["microbatch"] + floor["optimizer"] + floor["moving average"]
     )

@@ -9,10 +9,10 @@ import hashlib
 import math
 import signal
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 
@@ -71,13 +71,14 @@ def main(stage: StageRun) -> None:
 def check_batches(stage: StageRun, manifest: Manifest, stream: TokenStream) -> None:
     """Raise InputError unless tokens and processes fit the batch of an optimizer step."""
     params = stage.params
-    per_round = stage.group.size * params.train.tokens_per_microbatch
-    if params.train.tokens_per_step % per_round:
+    processes = stage.group.size
+    if uneven := params.train.uneven(processes):
+        per_round = processes * params.train.tokens_per_microbatch
         raise InputError(
-            f"train: started with {stage.group.size} processes, whose microbatches ({per_round} "
-            f"tokens) do not divide train.tokens_per_step ({params.train.tokens_per_step})",
+            f"train: started with {processes} processes, whose microbatches ({per_round} "
+            f"tokens) do not divide {uneven}",
             f"start it with the {params.execution.processes} of params.yaml, or change "
-            "train.tokens_per_step",
+            "train.tokens_per_step or train.batch_schedule",
         )
     if stream.total < params.train.tokens_per_microbatch:
         raise InputError(
@@ -101,11 +102,11 @@ class Training:
         self.data = TrainingBatches(
             stream,
             params.train.tokens_per_microbatch,
-            params.train.tokens_per_step,
             params.model.sequence_length,
             group,
             group.device,
         )
+        self.stage_of_run = self.params.tokens_per_step, self.data.context  # batch and context
         self.hosts = HostBroadcast(group)
         self.seconds, self.startup_seconds, self.peak_memory = 0.0, 0.0, 0.0
         self.pending: list[list[float]] = []
@@ -121,8 +122,8 @@ class Training:
     @contextmanager
     def batches(self) -> Iterator[Batches]:
         """The microbatches of this process from the present optimizer step on."""
-        stream = cast("Generator[Any, None, None]", self.data.from_step(self.trainer.steps))
-        with closing(stream) as batches:
+        first = self.trainer.tokens // self.params.tokens_per_microbatch
+        with closing(self.data.from_span(first)) as batches:
             yield batches
 
     def resume(self) -> None:
@@ -136,7 +137,8 @@ class Training:
                 print(f"train: {found}; the run begins anew", file=sys.stderr, flush=True)
         facts = self.stage.group.broadcast_object(state.facts if state else None)
         if facts is not None:
-            self.trainer.load(state.tensors if state else {}, facts["steps"])
+            tensors = state.tensors if state else {}
+            self.trainer.load(tensors, facts["steps"], facts["tokens"])
             self.seconds, self.pending = facts["seconds"], facts.get("pending", [])
         self.stage.open_log(KEYS, keep_lines=facts["log_lines"] if facts else 0)
         if self.stage.group.is_main:
@@ -163,6 +165,7 @@ class Training:
         if self.stage.group.is_main:
             facts = {
                 "steps": self.trainer.steps,
+                "tokens": self.trainer.tokens,
                 "seconds": seconds,
                 "pending": list(zip(*losses, strict=True)),
                 "log_lines": self.stage.log.lines,
@@ -187,15 +190,13 @@ class Training:
             clock = Clock(self.stage.group.device, self.seconds)
             saved = clock.seconds
             while True:
-                share = STOP if signals else schedule.progress(trainer.steps, clock.seconds)
-                share = self.hosts.broadcast_from_main(share)
+                share = schedule.progress(trainer.steps, trainer.tokens, clock.seconds)
+                share = self.hosts.broadcast_from_main(STOP if signals else share)
                 if share >= 1:
                     break
                 if share == STOP:
                     self.stop(signals, clock, loss_log)
-                if trainer.recurrence_pending and schedule.recurrent(share):
-                    trainer.use_recurrence(True)
-                    self.stage.log.event("recurrence", steps=trainer.steps)
+                self._begin_stages(share)
                 loss_log.add(trainer.step(batches, share), schedule.multiplier(share))
                 if trainer.steps % execution.log_every:
                     continue
@@ -222,6 +223,18 @@ class Training:
             )
         self.stage.group.barrier()  # until the state is on the disk, as the first end ends all
         sys.exit(STOPPED)
+
+    def _begin_stages(self, progress: float) -> None:
+        """Begin what begins at `progress`: the recurrence, another batch or context."""
+        trainer, schedule = self.trainer, self.trainer.schedule
+        if trainer.recurrence_pending and schedule.recurrent(progress):
+            trainer.use_recurrence(True)
+            self.stage.log.event("recurrence", steps=trainer.steps)
+        tokens = schedule.tokens(progress)
+        context = schedule.context(progress, self.data.sequence_length)
+        if (tokens, context) != self.stage_of_run:
+            self.stage_of_run, self.data.context = (tokens, context), context
+            self.stage.log.event("batch", steps=trainer.steps, tokens=tokens, context=context)
 
     def averaged_model(self) -> GPT:
         """A separate model with the averaged weights, the result of training."""
@@ -274,7 +287,7 @@ class LossLog:
                 f"lower train.matrix_lr, train.embedding_lr and train.scalar_lr{unclipped}",
             )
         seconds = round(clock.seconds, 3)
-        tokens = steps * training.params.tokens_per_step
+        tokens = training.trainer.tokens
         # `seconds` is the log's own key; the training clock is logged as `clock`.
         line = {"step": steps, "clock": seconds, "tokens": tokens, "loss": loss, "lr": lr}
         training.stage.log.event("loss", **line)
@@ -301,7 +314,7 @@ def publish(stage: StageRun, training: Training, score: Score | None, dropped: i
     checkpoint, curve = stage.output / "model.safetensors", stage.output / "curve.csv"
     save_checkpoint(checkpoint, training.trainer.model, training.trainer.average.tensors)
     write_curve(curve, read_log(stage.work / "log.jsonl", "loss"))
-    tokens = training.trainer.steps * training.params.tokens_per_step
+    tokens = training.trainer.tokens
     metrics = {
         "loss": score.loss,
         "bpb": score.bpb,

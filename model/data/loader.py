@@ -2,18 +2,18 @@
 
 The training shards are one cyclic stream of `total` tokens. Span i of length T is its tokens
 [iT, iT + T] modulo `total`, the last of which is only a target; so spans tile the stream without
-gap or overlap, also across shards and across its end, and a run resumes from its step number
-alone. Microbatch m of optimizer step s in process r takes span
-
-    s * (spans per step) + m * (processes) + r
-
-so that a step sees the same tokens for any number of processes.
+gap or overlap, also across shards and across its end, and a run resumes from the tokens read before
+alone. A step takes the next spans, a multiple of the number of processes; of these the process r
+takes every one whose number is r modulo that number, so that a step sees the same tokens for any
+number of processes.
 """
 
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -81,15 +81,15 @@ def pack_span(tokens: np.ndarray, sequence_length: int) -> list[int]:
 class TrainingBatches:
     """The microbatches of one process, prefetched by a thread.
 
-    tokens_per_microbatch: per process; tokens_per_step: of all processes, a multiple of it.
-    group: decides which spans of each step this process takes. device: of the batches.
+    tokens_per_microbatch: per process; sequence_length: the longest context, in tokens.
+    group: decides which spans this process takes. device: of the batches.
+    context: where documents are cut; it may be set between two batches and holds from the next on.
     """
 
     def __init__(
         self,
         stream: TokenStream,
         tokens_per_microbatch: int,
-        tokens_per_step: int,
         sequence_length: int,
         group: Group,
         device: torch.device,
@@ -97,26 +97,31 @@ class TrainingBatches:
         self.stream, self.sequence_length, self.device = stream, sequence_length, device
         self.length = tokens_per_microbatch
         self.rank, self.processes = group.rank, group.size
-        self.spans_per_step = tokens_per_step // self.length
+        self.context = sequence_length
 
-    def indices(self, step: int) -> Iterator[int]:
-        """Yield this process's span indices from optimizer step `step` on, without end."""
-        while True:
-            first = step * self.spans_per_step
-            yield from range(first + self.rank, first + self.spans_per_step, self.processes)
-            step += 1
-
-    def from_step(self, step: int) -> Iterator[Batch]:
-        """Yield microbatches from optimizer step `step` on, without end.
+    def from_span(self, first: int) -> Generator[Batch, None, None]:
+        """Yield microbatches from span `first` of all processes on, without end.
 
         Each is (tokens int64 (T,), targets int64 (T,), Documents) on the device; cu_seqlens is
         padded with empty documents to a multiple of CU_SEQLENS_MULTIPLE entries. An exception in
         the thread is raised here; closing the iterator ends the thread.
         """
+        index = first + self.rank
+        while True:
+            context = self.context
+            with closing(self._prefetched(index, context)) as batches:
+                for batch in batches:
+                    if self.context != context:
+                        break
+                    index += self.processes
+                    yield batch
+
+    def _prefetched(self, index: int, context: int) -> Generator[Batch, None, None]:
+        """Yield this process's microbatches from span `index` on, documents cut at `context`."""
         ready: queue.Queue[tuple[Tensor, Documents] | Exception] = queue.Queue(maxsize=2)
         stop = threading.Event()
         thread = threading.Thread(
-            target=self._prepare, args=(step, ready, stop), name="batches", daemon=True
+            target=self._prepare, args=(index, context, ready, stop), name="batches", daemon=True
         )
         thread.start()
         try:
@@ -132,13 +137,13 @@ class TrainingBatches:
                 _empty(ready)
                 thread.join(0.01)
 
-    def _prepare(self, step: int, ready: queue.Queue, stop: threading.Event) -> None:
+    def _prepare(self, index: int, context: int, ready: queue.Queue, stop: threading.Event) -> None:
         """Fill the queue with batches in host memory, pinned for a GPU."""
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # per thread; pinning needs a CUDA context
-            for index in self.indices(step):
-                item = self.host_batch(index)
+            for number in itertools.count(index, self.processes):
+                item = self.host_batch(number, context)
                 if self.device.type == "cuda":
                     _ = item[1].tiles  # computed on the host, to save some twenty kernels
                     item = item[0].pin_memory(), item[1].pinned()
@@ -148,10 +153,13 @@ class TrainingBatches:
         except Exception as error:
             ready.put(error)
 
-    def host_batch(self, index: int) -> tuple[Tensor, Documents]:
-        """Return tokens and targets of a span, int64 (2, T), and its documents, padded."""
+    def host_batch(self, index: int, context: int) -> tuple[Tensor, Documents]:
+        """Return tokens and targets of a span, int64 (2, T), and its documents, padded.
+
+        Their bound on lengths is the longest context, as compiled code depends on it.
+        """
         span = self.stream.span(index, self.length).astype(np.int64)
-        lengths = pack_span(span[:-1], self.sequence_length)
+        lengths = pack_span(span[:-1], context)
         lengths += [0] * (-(len(lengths) + 1) % CU_SEQLENS_MULTIPLE)
         cu_seqlens = Documents.from_lengths(lengths).cu_seqlens
         documents = Documents(cu_seqlens, self.length, self.sequence_length)

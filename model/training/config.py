@@ -9,6 +9,8 @@ from typing import Literal
 
 from model.runtime.settings import Settings, require, setting
 
+STAGES = 16  # of a schedule, at most
+
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -26,6 +28,19 @@ class TrainConfig(Settings):
     )
     tokens_per_microbatch: int = setting(
         "flat span one process takes at once", "tokens", ge=1, le=2**30
+    )
+    batch_schedule: list[list[float]] = setting(
+        "smaller batches first: [until, share of tokens_per_step] of each stage; [] = off",
+        "share",
+        max_length=STAGES,
+    )
+    batch_lr_power: float = setting(
+        "a batch of a share s of tokens_per_step scales lr by s^power", ge=0, le=1
+    )
+    context_schedule: list[list[float]] = setting(
+        "shorter contexts first: [until, share of model.sequence_length] of each stage; [] = off",
+        "share",
+        max_length=STAGES,
     )
     cooldown: float = setting(
         "part of the training, at its end, over which lr falls", "share", ge=0, le=1
@@ -94,6 +109,11 @@ class TrainConfig(Settings):
             f"({self.tokens_per_microbatch})",
             "make it a whole number of microbatches",
         )
+        for key in ("batch_schedule", "context_schedule"):
+            _check_stages(key, getattr(self, key))
+        self._check_rounding()
+
+    def _check_rounding(self) -> None:
         require(
             self.qat_threshold == 0 or self.cooldown > 0,
             "qat_threshold",
@@ -110,3 +130,30 @@ class TrainConfig(Settings):
             f"{last:.3g} by cooldown, steps, cooldown_power and min_lr",
             "raise cooldown, steps or qat_threshold, lower min_lr, or set qat_threshold to 0",
         )
+
+    def batch(self, share: float) -> int:
+        """Tokens of a step of a share of tokens_per_step: whole microbatches, at least one."""
+        whole = self.tokens_per_step // self.tokens_per_microbatch
+        return max(1, round(share * whole)) * self.tokens_per_microbatch
+
+    def uneven(self, processes: int) -> str | None:
+        """The key, and tokens of a step, of which so many processes cannot take equal parts."""
+        per_round = processes * self.tokens_per_microbatch
+        if self.tokens_per_step % per_round:
+            return f"train.tokens_per_step ({self.tokens_per_step})"
+        batches = (self.batch(share) for _, share in self.batch_schedule)
+        uneven = next((batch for batch in batches if batch % per_round), None)
+        return None if uneven is None else f"a batch of train.batch_schedule ({uneven})"
+
+
+def _check_stages(key: str, stages: list[list[float]]) -> None:
+    """Require pairs [until, share], the one rising inside of 0..1, the other a share."""
+    before = 0.0
+    for stage in stages:
+        require(
+            len(stage) == 2 and before < stage[0] < 1 and 0 < stage[1] <= 1,
+            key,
+            f"{stage} is no pair [until, share] with {before:.3g} < until < 1 and 0 < share <= 1",
+            "name stages in their order, e.g. [[0.3, 0.25], [0.6, 0.5]]",
+        )
+        before = stage[0]

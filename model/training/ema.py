@@ -7,7 +7,8 @@ d = 0.97). After the record's 7,000 steps it makes no difference.
 
 The weights in the average are 1/(1 − d) steps old in the mean. This window is set as a share w of
 the run: if a share p of it was over before the last of t steps, all will be N = (t − 1)/p, and
-d = 1 − 1/(w·N). So a short run averages over few steps and a long one over many.
+d = 1 − 1/(w·N). So a short run averages over few steps and a long one over many. Where the batch
+grows, steps before count in such as the last, by their tokens.
 """
 
 from collections.abc import Mapping
@@ -26,13 +27,13 @@ class Average:
         # Without a window these are the weights themselves.
         self.tensors = dict(zip(weights, copies, strict=True))
 
-    def update(self, steps: int, progress: float) -> None:
+    def update(self, steps: int, before: float, progress: float) -> None:
         """Add the present weights, those after `steps` >= 1 optimizer steps.
 
-        progress: the share of the run that was over before the last of them.
+        before: the steps before the last, counted in steps of as many tokens as the last;
+        progress: the share of the run that was over then.
         """
         if self.window:
-            before = steps - 1
             known = before and progress  # not at the first step, nor while everything warms up
             decay = max(0.0, 1 - progress / (self.window * before)) if known else 0.0
             share = (1 - decay) / (1 - decay**steps)

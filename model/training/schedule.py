@@ -4,13 +4,14 @@ Progress p is the share of the run that is over: of its steps, or of its seconds
 budget; if both limits exist, of the nearer one. Training ends at p = 1, or when no further step
 fits into the budget. Everything that changes during training is a function of p:
 
-    learning rates    their multiplier is 1, then falls in the cool-down, of which a share r is left:
-                      max(min_lr, r^cooldown_power), r = min(1, (1 − p) / cooldown)
-    weight decay      constant, or times this multiplier, or times (1 + cos πp) / 2
+    batch, context    grow in stages                                    (`model.training.stages`)
+    learning rates    fall in the cool-down, of which a share r = min(1, (1 − p) / cooldown) is
+                      left: their factor is max(min_lr, r^cooldown_power), times that of the batch
+    weight decay      constant, or times the cool-down's factor, or times (1 + cos πp) / 2
     Muon's momentum   rises linearly until p = muon_momentum_warmup; in the cool-down it moves
                       linearly to muon_momentum_end                     (`model.training.muon`)
     average           its window is a share of the run                  (`model.training.ema`)
-    rounding          begins where the multiplier is below qat_threshold  (`model.training.qat`)
+    rounding          begins where the cool-down's factor < qat_threshold  (`model.training.qat`)
     depth recurrence  begins at p = recurrence_start       (`model.network.depth_recurrence`)
 
 Only the main process reads its clock. Progress is broadcast before every step from host to host
@@ -28,6 +29,7 @@ import torch.distributed as dist
 
 from model.runtime.distributed import Group
 from model.training.config import TrainConfig
+from model.training.stages import share_at
 
 
 @dataclass(frozen=True)
@@ -36,30 +38,50 @@ class Schedule:
 
     params: TrainConfig
 
-    def progress(self, step: int, seconds: float) -> float:
+    def progress(self, step: int, tokens: int, seconds: float) -> float:
         """The share that is over before step number `step` (from 0), `seconds` into training.
 
-        1: stop before it.
+        tokens: of the steps so far. 1: stop before it.
         """
         by_steps = min(1.0, step / self.params.steps)
         budget = self.params.budget_seconds
         if budget is None or step == 0:
             return by_steps
-        if budget - seconds < seconds / step:  # the mean duration of a step so far
+        progress = max(by_steps, seconds / budget)
+        # A token has taken seconds / tokens in the mean.
+        if budget - seconds < seconds * (self.tokens(progress) / tokens):
             return 1.0
-        return max(by_steps, seconds / budget)
+        return progress
+
+    def tokens(self, progress: float) -> int:
+        """Tokens of a step, all processes together."""
+        return self.params.batch(share_at(self.params.batch_schedule, progress))
+
+    def context(self, progress: float, sequence_length: int) -> int:
+        """Tokens after which documents are cut."""
+        return max(1, round(share_at(self.params.context_schedule, progress) * sequence_length))
 
     def multiplier(self, progress: float) -> float:
         """Factor of all learning rates."""
         params = self.params
+        batch = self.tokens(progress) / params.tokens_per_step
+        return self.cooldown(progress) * batch**params.batch_lr_power
+
+    def cooldown(self, progress: float) -> float:
+        """The part of that factor which is 1 until the cool-down."""
+        params = self.params
         return max(params.min_lr, self._cooldown_left(progress) ** params.cooldown_power)
+
+    def rounded(self, progress: float) -> bool:
+        """Whether matrices are rounded."""
+        return self.cooldown(progress) < self.params.qat_threshold
 
     def weight_decay(self, progress: float) -> float:
         """Decoupled weight decay, to be multiplied by the learning rate."""
         params = self.params
         factor = {
             "constant": 1.0,
-            "lr": self.multiplier(progress),
+            "lr": self.cooldown(progress),
             "cosine": (1 + math.cos(math.pi * progress)) / 2,
         }
         return params.weight_decay * factor[params.weight_decay_schedule]

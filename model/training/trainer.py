@@ -1,8 +1,9 @@
 """The training state (weights, optimizer, average) and one optimizer step.
 
 The state is a flat dictionary of tensors that does not depend on the number of processes, so that a
-run saved by some is resumed by more or fewer. Nothing is random after the initialization, and
-batches follow from the step number: weights, average, moments and step number are the whole state.
+run saved by some is resumed by more or fewer. Nothing is random after the initialization, and the
+batches follow from the tokens read before: with the weights, their average, the moments and the
+number of steps these are the whole state.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,8 +43,7 @@ class Trainer:
         self.schedule = Schedule(params)
         self.rounding = StraightThrough(params.qat_bits)
         self.compute_weights = ComputeWeights(model)
-        self.microbatches = params.tokens_per_step // params.tokens_per_microbatch // group.size
-        self.steps = 0
+        self.steps, self.tokens = 0, 0  # taken, and read by all processes
         self.use_recurrence(params.recurrence_start == 0)
 
     def use_recurrence(self, on: bool) -> None:
@@ -54,6 +54,11 @@ class Trainer:
             range(config.layers) if self.recurrence_pending else config.executed_layers
         )
 
+    def microbatches(self, progress: float) -> int:
+        """Batches that this process takes in a step."""
+        tokens = self.schedule.tokens(progress)
+        return tokens // self.params.tokens_per_microbatch // self.group.size
+
     def step(self, batches: Batches, progress: float) -> Tensor:
         """Take one optimizer step on this process's next `microbatches` batches.
 
@@ -61,30 +66,35 @@ class Trainer:
         Returns this process's share of the mean loss (nats per token, 0-dimensional, on the
         device): the sum over the processes is the mean over the step's tokens.
         """
-        return self._step(batches, progress, self.microbatches)
+        return self._step(batches, progress, self.microbatches(progress))
 
     def _step(self, batches: Batches, progress: float, microbatches: int) -> Tensor:
         schedule = self.schedule
-        multiplier = schedule.multiplier(progress)
-        rounded = multiplier < self.params.qat_threshold
+        rounding = self.rounding if schedule.rounded(progress) else None
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.group.device)
-        with self.compute_weights.in_use(self.rounding if rounded else None):
+        with self.compute_weights.in_use(rounding):
             for _ in range(microbatches):
-                total += self._microbatch(*next(batches))
+                total += self._microbatch(*next(batches), microbatches * self.group.size)
                 self.compute_weights.collect()
         self.optimizer.step(
-            multiplier, schedule.momentum(progress), schedule.weight_decay(progress)
+            schedule.multiplier(progress),
+            schedule.momentum(progress),
+            schedule.weight_decay(progress),
         )
+        tokens = schedule.tokens(progress)
+        self.average.update(self.steps + 1, self.tokens / tokens, progress)
         self.steps += 1
-        self.average.update(self.steps, progress)
+        self.tokens += tokens
         return total
 
-    def _microbatch(self, tokens: Tensor, targets: Tensor, documents: Documents) -> Tensor:
-        """Accumulate the gradients of one microbatch; returns its share of the mean loss."""
+    def _microbatch(
+        self, tokens: Tensor, targets: Tensor, documents: Documents, parts: int
+    ) -> Tensor:
+        """Accumulate the gradients of one of `parts` microbatches; returns its part of the loss."""
         self.mark_dynamic(documents)
         losses = self.model.losses(tokens, targets, documents)
-        loss = losses.mean() / (self.microbatches * self.group.size)
+        loss = losses.mean() / parts
         loss.backward()
         return loss.detach()
 
@@ -103,12 +113,12 @@ class Trainer:
         connections between processes. The state is restored, and all processes get the main
         process's weights. Layers are left executed as at the beginning of training.
         """
-        steps, state = self.steps, self.state()
+        steps, tokens, state = self.steps, self.tokens, self.state()
         for recurrent in (True, False) if self.recurrence_pending else (True,):
             self.use_recurrence(recurrent)
             for progress in (0.0, 1.0) if self.params.qat_threshold else (0.0,):
                 self._step(batches, progress, 1)
-        self.load(state, steps)
+        self.load(state, steps, tokens)
 
     def state(self) -> dict[str, Tensor]:
         """Copies on the CPU of all tensors, in the main process; empty elsewhere. Collective."""
@@ -123,8 +133,8 @@ class Trainer:
                 copies[name] = tensor.detach().to("cpu", copy=True)
         return copies
 
-    def load(self, state: dict[str, Tensor], steps: int) -> None:
-        """Continue from the main process's `state`, taken after `steps` steps. Collective.
+    def load(self, state: dict[str, Tensor], steps: int, tokens: int) -> None:
+        """Continue from the main process's `state`, after so many steps and tokens. Collective.
 
         Raises InputError if it is the state of another model.
         """
@@ -140,7 +150,7 @@ class Trainer:
                 self.group.broadcast(tensor)
                 if entry.tensor is not None:
                     entry.tensor.copy_(tensor)
-        self.steps = steps
+        self.steps, self.tokens = steps, tokens
         self.optimizer.set_step(steps)
 
     def _state_tensors(self) -> dict[str, StateTensor]:

@@ -102,13 +102,13 @@ class Params(Settings):
             f"{execution.nodes} nodes cannot share {execution.processes} processes evenly",
             "make execution.processes a multiple of execution.nodes",
         )
-        per_round = execution.processes * self.train.tokens_per_microbatch
+        uneven = self.train.uneven(execution.processes)
         require(
-            self.train.tokens_per_step % per_round == 0,
+            uneven is None,
             "execution.processes",
             f"{execution.processes} processes x {self.train.tokens_per_microbatch} tokens do "
-            f"not divide train.tokens_per_step ({self.train.tokens_per_step})",
-            "change execution.processes, train.tokens_per_microbatch or train.tokens_per_step",
+            f"not divide {uneven}",
+            "change execution.processes, train.tokens_per_microbatch or that batch",
         )
 
     def _check_lengths(self) -> None:

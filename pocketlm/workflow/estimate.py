@@ -116,7 +116,9 @@ def measured_rates(params: Params, lengths: Sequence[int] | None = None) -> Rate
     documents = np.split(tokens.numpy().astype(np.uint16), np.cumsum(lengths))[:-1]
     per_step = max(1, min(params.train.tokens_per_step, MEASURED) // length)
     size = per_step * length
-    step = dataclasses.replace(params.train, tokens_per_step=size, tokens_per_microbatch=size)
+    step = dataclasses.replace(
+        params.train, tokens_per_step=size, tokens_per_microbatch=size, batch_schedule=[]
+    )
     trainer = Trainer(GPT(params.model), step, group, compiled=False)
     batch = tokens[:size], tokens[:size], Documents.from_rows(per_step, length)
     seconds = [
@@ -233,11 +235,11 @@ def estimate(params: Params, gpus: int, in_force: Params | None) -> list[Block]:
     gpus: 0 for the CPUs of this machine; in_force: the parameters of the results here, if any.
     Raises InputError if `gpus` do not divide a step.
     """
-    if gpus and params.train.tokens_per_step % (gpus * params.train.tokens_per_microbatch):
+    if gpus and (uneven := params.train.uneven(gpus)):
         raise InputError(
-            f"--gpus {gpus}: their microbatches do not divide train.tokens_per_step",
-            f"name as many as divide {params.train.tokens_per_step} by "
-            f"{params.train.tokens_per_microbatch}, e.g. {params.execution.processes}",
+            f"--gpus {gpus}: their microbatches do not divide {uneven}",
+            f"name as many as divide it by {params.train.tokens_per_microbatch}, e.g. "
+            f"{params.execution.processes}",
         )
     past = last_run(in_force.seeds) if in_force else None
     lengths = scored_lengths(params)

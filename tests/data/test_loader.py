@@ -1,5 +1,6 @@
 import itertools
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,8 @@ def test_packing_cuts_where_a_token_by_token_walk_does(tokens, sequence_length):
 
 def batches_of(stream, rank=0, size=1, step=0, length=32, per_step=128, sequence_length=16):
     group = Group(rank, size, CPU)
-    batches = TrainingBatches(stream, length, per_step, sequence_length, group, CPU)
-    return batches.from_step(step)
+    batches = TrainingBatches(stream, length, sequence_length, group, CPU)
+    return batches.from_span(step * per_step // length)
 
 
 def take(batches, count):
@@ -146,6 +147,26 @@ def test_resuming_needs_only_the_step(stream):
         assert torch.equal(documents.cu_seqlens, expected[2].cu_seqlens)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from([2, 5, 16])), max_size=5))
+def test_another_context_holds_from_the_next_batch_on_and_loses_none(stream, stages):
+    group = Group(1, 2, CPU)
+    data = TrainingBatches(stream, 32, 16, group, CPU)
+    indices = itertools.count(1, 2)
+    with closing(data.from_span(0)) as batches:
+        for count, context in stages:
+            data.context = context
+            for index, (tokens, _, documents) in zip(
+                itertools.islice(indices, count), batches, strict=False
+            ):
+                expected, cut = data.host_batch(index, context)
+                assert torch.equal(tokens, expected[0])
+                assert torch.equal(documents.cu_seqlens, cut.cu_seqlens)
+                assert documents.max_seqlen == 16
+                assert documents.cu_seqlens.diff().max() <= context
+    assert threads() == []
+
+
 def threads():
     return [thread for thread in threading.enumerate() if thread.name == "batches"]
 
@@ -177,7 +198,7 @@ def test_errors_of_the_thread_reach_the_caller():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_a_gpu_are_those_on_the_cpu(stream):
     device = torch.device("cuda", 0)
-    on_gpu = TrainingBatches(stream, 32, 128, 16, Group(0, 1, device), device).from_step(0)
+    on_gpu = TrainingBatches(stream, 32, 16, Group(0, 1, device), device).from_span(0)
     for (tokens, targets, documents), expected in zip(
         take(on_gpu, 40), take(batches_of(stream), 40), strict=True
     ):

@@ -180,6 +180,17 @@ def test_missing_key(values: dict[str, Any]) -> None:
             "multiplier of the last step is 0.167",
         ),
         ({"train.min_lr": 0.15}, "train.qat_threshold", "multiplier of the last step is 0.15"),
+        *(
+            ({f"train.{key}": stages}, f"train.{key}", "is no pair [until, share]")
+            for key in ("batch_schedule", "context_schedule")
+            for stages in ([[]], [[0.5]], [[0.5, 0.0]], [[0.5, 1.1]], [[1, 0.5]], [[0.5, 0.5]] * 2)
+        ),
+        (
+            {"train.batch_schedule": [[0.5, 0.4]], "train.tokens_per_microbatch": 256}
+            | {"execution.processes": 4},
+            "execution.processes",
+            "a batch of train.batch_schedule (512)",
+        ),
         ({"evaluate.sliding_stride": 257}, "evaluate.sliding_stride", "skipped"),
         ({"ttt.context": 8}, "ttt.context", "shorter than largest_chunk"),
         ({"ttt.context": 16, "ttt.refresh": 2}, "ttt.refresh", "there are none"),

@@ -391,11 +391,11 @@ def test_warm_up_leaves_no_trace_and_draws_no_random_numbers():
 def test_state_of_another_model_is_refused():
     state = trainer().state()
     other = trainer()
-    other.load(state, 5)
-    assert other.steps == 5
+    other.load(state, 5, 640)
+    assert (other.steps, other.tokens) == (5, 640)
     del state["weights/embedding"]
     with pytest.raises(InputError, match="another model"):
-        trainer().load(state, 5)
+        trainer().load(state, 5, 640)
 
 
 def test_state_file_is_for_its_own_run_only(tmp_path):

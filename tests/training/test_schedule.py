@@ -16,9 +16,14 @@ def schedule(**changes: Any) -> Schedule:
     return Schedule(train_params(qat_threshold=0.0, **changes))
 
 
+def progress(schedule: Schedule, step: int, seconds: float) -> float:
+    """Before a step, where all steps had the same number of tokens."""
+    return schedule.progress(step, step * schedule.params.tokens_per_step, seconds)
+
+
 def multipliers(schedule: Schedule, steps: int, pace: float) -> list[float]:
     """Of so many steps that take `pace` seconds each."""
-    shares = [schedule.progress(step, pace * step) for step in range(steps)]
+    shares = [progress(schedule, step, pace * step) for step in range(steps)]
     return [schedule.multiplier(share) for share in shares]
 
 
@@ -26,7 +31,7 @@ def test_by_steps_constant_then_linear_to_zero():
     by_steps = schedule(steps=10, budget_seconds=None, cooldown=0.4)
     expected = [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
     assert multipliers(by_steps, 12, 1e9) == pytest.approx(expected)
-    assert by_steps.progress(10, 0.0) == by_steps.progress(11, 0.0) == 1
+    assert progress(by_steps, 10, 0.0) == progress(by_steps, 11, 0.0) == 1
 
 
 @pytest.mark.parametrize("budget", [10.0, 100.0])
@@ -42,10 +47,10 @@ def test_by_time_the_cooldown_is_a_share_of_the_budget(budget: float, pace: floa
 
 def test_recurrence_begins_at_a_share_of_the_nearer_limit():
     by_steps = schedule(steps=10, budget_seconds=None, recurrence_start=0.35)
-    found = [by_steps.recurrent(by_steps.progress(step, 1e9)) for step in (0, 3, 4, 9)]
+    found = [by_steps.recurrent(progress(by_steps, step, 1e9)) for step in (0, 3, 4, 9)]
     assert found == [False, False, True, True]
     by_time = schedule(steps=10**6, budget_seconds=100.0, recurrence_start=0.35)
-    found = [by_time.recurrent(by_time.progress(5, seconds)) for seconds in (0.0, 34.9, 35.0)]
+    found = [by_time.recurrent(progress(by_time, 5, seconds)) for seconds in (0.0, 34.9, 35.0)]
     assert found == [False, False, True]
     assert schedule(recurrence_start=0.0).recurrent(0.0)
 
@@ -72,6 +77,58 @@ def test_momentum_falls_in_the_cooldown_and_keeps_rising_before():
         assert falling.momentum(progress) == rising.momentum(progress)
     assert falling.momentum(0.75) == pytest.approx(0.935)
     assert falling.momentum(1.0) == pytest.approx(0.9)
+
+
+BATCHES = [[0.2, 0.25], [0.6, 0.5]]
+
+
+def test_the_batch_grows_in_stages_of_whole_microbatches_and_scales_the_rate():
+    changes = {"tokens_per_step": 80, "tokens_per_microbatch": 10, "cooldown": 0.0}
+    growing = schedule(batch_schedule=[[0.2, 0.01], [0.6, 0.33]], batch_lr_power=0.5, **changes)
+    shares = (0.0, 0.19, 0.2, 0.59, 0.6, 1.0)
+    assert [growing.tokens(share) for share in shares] == [10, 10, 30, 30, 80, 80]
+    found = [growing.multiplier(share) for share in shares[::2]]
+    assert found == pytest.approx([(1 / 8) ** 0.5, (3 / 8) ** 0.5, 1])
+    assert schedule(batch_schedule=[[0.5, 0.5]], batch_lr_power=0.0).multiplier(0.0) == 1
+
+
+def test_rounding_and_decay_do_not_begin_with_small_batches():
+    growing = Schedule(train_params(batch_schedule=[[0.5, 0.125]], batch_lr_power=1.0))
+    assert growing.multiplier(0.0) < growing.params.qat_threshold
+    assert not growing.rounded(0.0)
+    assert growing.rounded(1.0)
+    decaying = schedule(batch_schedule=[[0.5, 0.125]], weight_decay_schedule="lr")
+    assert decaying.weight_decay(0.0) == decaying.params.weight_decay
+
+
+def test_contexts_grow_in_stages():
+    growing = schedule(context_schedule=[[0.1, 1e-9], [0.7, 0.667]])
+    assert [growing.context(share, 3072) for share in (0.0, 0.1, 0.69, 0.7)] == [
+        1,
+        2049,
+        2049,
+        3072,
+    ]
+    assert schedule().context(0.0, 3072) == 3072
+
+
+@settings(max_examples=50, deadline=None)
+@given(pace=st.floats(0.01, 3.0), overhead=st.floats(0.0, 0.5), power=st.sampled_from([1, 2]))
+def test_a_run_of_growing_batches_keeps_its_budget(pace: float, overhead: float, power: int):
+    """Steps of `overhead` and so many seconds a full batch end in time, and use what there is."""
+    params = {"batch_schedule": BATCHES, "steps": 10**6, "budget_seconds": 100.0}
+    growing = schedule(**params)
+    seconds, tokens, seen = 0.0, 0, []
+    for step in range(10**6):
+        share = growing.progress(step, tokens, seconds)
+        if share == 1:
+            break
+        seen.append(growing.tokens(share))
+        tokens += seen[-1]
+        seconds += pace * (seen[-1] / growing.params.tokens_per_step) ** power / power + overhead
+    assert seen == sorted(seen)
+    longest = pace / power + overhead
+    assert 100 - 5 * longest < seconds <= 100 + (power == 2) * longest
 
 
 @settings(max_examples=50, deadline=None)
@@ -101,17 +158,17 @@ def test_weight_decay_follows_its_schedule(kind: str, factors: list[float]):
 
 def test_no_step_begins_that_would_not_end_in_time():
     by_time = schedule(steps=10**6, budget_seconds=100.0, cooldown=0.0)
-    assert by_time.progress(30, 90.0) == 0.9  # 3 s a step, 10 s left
-    assert by_time.progress(33, 98.0) == 1.0  # 3 s a step, 2 s left
-    assert by_time.progress(0, 101.0) == 0.0  # at least one step is taken
+    assert progress(by_time, 30, 90.0) == 0.9  # 3 s a step, 10 s left
+    assert progress(by_time, 33, 98.0) == 1.0  # 3 s a step, 2 s left
+    assert progress(by_time, 0, 101.0) == 0.0  # at least one step is taken
     assert by_time.multiplier(0.9) == 1.0
 
 
 def test_the_nearer_limit_decides():
     both = schedule(steps=10, budget_seconds=100.0)
-    assert both.progress(9, 9.0) == 0.9
-    assert both.progress(10, 10.0) == 1.0
-    assert both.progress(5, 60.0) == 0.6
+    assert progress(both, 9, 9.0) == 0.9
+    assert progress(both, 10, 10.0) == 1.0
+    assert progress(both, 5, 60.0) == 0.6
 
 
 def test_clock_continues_and_stands_still_while_paused():
