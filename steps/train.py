@@ -35,6 +35,7 @@ from model.runtime.process import (
 )
 from model.runtime.progress import Bar, progress
 from model.runtime.run_log import first_lines, read_log
+from model.training.prefix_loss import longest_prefixes
 from model.training.resume import State, load_state, run_key, save_state
 from model.training.schedule import Clock, HostBroadcast
 from model.training.trainer import Batches, Trainer
@@ -58,7 +59,7 @@ def main(stage: StageRun) -> None:
         documents = validation_documents(manifest, stage.params.train.validation_documents)
 
         use_compile_cache(COMPILE_CACHE)
-        training = Training(stage, stream)
+        training = Training(stage, stream, tokenizer)
         training.resume()
         training.warm_up()
     with training.batches() as batches:
@@ -91,14 +92,18 @@ def check_batches(stage: StageRun, manifest: Manifest, stream: TokenStream) -> N
 class Training:
     """One run: the trainer, its data, its clock and its state on disk."""
 
-    def __init__(self, stage: StageRun, stream: TokenStream) -> None:
+    def __init__(self, stage: StageRun, stream: TokenStream, tokenizer: Tokenizer) -> None:
         params, group = stage.params, stage.group
         self.stage, self.params = stage, params.train
         choice = dispatch.configure(device=group.device, **stage.implementations(KEYS))
         # The seed decides the initial weights; the order of the data is the same for all seeds.
         torch.manual_seed(stage.seed or 0)
         model = GPT(params.model).to(group.device)
-        self.trainer = Trainer(model, self.params, group, params.execution.compile)
+        prefixes = None
+        if self.params.prefix_loss:
+            prefixes = longest_prefixes(tokenizer.texts).to(group.device)
+        compiled = params.execution.compile
+        self.trainer = Trainer(model, self.params, group, compiled, prefixes)
         self.data = TrainingBatches(
             stream,
             params.train.tokens_per_microbatch,

@@ -140,6 +140,12 @@ class Tokenizer:
 
         return [text(token) for token in range(self.vocabulary)]
 
+    @property
+    def texts(self) -> list[bytes | None]:
+        """`spelled` of the pieces that are texts, None for byte pieces and control tokens."""
+        spelled = enumerate(self.spelled)
+        return [None if self.is_byte(token) else text or None for token, text in spelled]
+
     def token_bytes(self) -> tuple[np.ndarray, np.ndarray]:
         """Return bytes without a leading space, int16 (V,), and whether there is one, bool (V,)."""
         sizes = np.zeros(self.vocabulary, np.int16)

@@ -20,6 +20,7 @@ from model.data.packing import Documents
 from model.kernels import reference, varlen
 from model.kernels.reference import softcapped as softcapped
 from model.kernels.reference import softcapped_loss as softcapped_loss
+from model.kernels.reference import softcapped_losses as softcapped_losses
 from model.kernels.tested_versions import untested_versions
 from model.runtime.errors import InputError
 

@@ -11,6 +11,7 @@ from model.kernels.varlen import DENSE_KERNELS
 
 # ε of fp32 also for bf16 activations: bf16's own 0.0078 would swamp small inputs.
 EPSILON = torch.finfo(torch.float32).eps
+NO_TARGET = -100  # in place of a token, whose loss is 0
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -52,6 +53,12 @@ def mlp(r: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def softcapped(z: Tensor, cap: float) -> Tensor:
     """cap·tanh(z/cap) in fp32, or z in fp32 if cap is 0; any shape."""
     return cap * torch.tanh(z.float() / cap) if cap else z.float()
+
+
+def softcapped_losses(z: Tensor, targets: Sequence[Tensor], cap: float) -> list[Tensor]:
+    """`softcapped_loss` of several targets for each token, by one softmax; 0 where NO_TARGET."""
+    log_p = F.log_softmax(softcapped(z, cap), -1)
+    return [F.nll_loss(log_p, one, reduction="none", ignore_index=NO_TARGET) for one in targets]
 
 
 def softcapped_loss(z: Tensor, targets: Tensor, cap: float) -> Tensor:

@@ -109,6 +109,7 @@ class GPT(nn.Module):
         self.roles = parameter_roles(name for name, _ in self.named_parameters())
         self._input: Callable[..., BlockInputs] = self._embed
         self._score: Callable[..., Tensor] = self._losses
+        self._score_each: Callable[..., list[Tensor]] = self._losses_of_each
 
     def execute(self, layer_order: Sequence[int]) -> None:
         """Execute the layers in this order from now on (`model.network.depth_recurrence`)."""
@@ -120,6 +121,7 @@ class GPT(nn.Module):
             block.compile(**options)
         self._input = torch.compile(self._embed, **options)
         self._score = torch.compile(self._losses, **options)
+        self._score_each = torch.compile(self._losses_of_each, **options)
 
     def matrices(self) -> dict[str, Linear]:
         """The matrices of the blocks by the name of their weight: Muon's, and GPTQ's too."""
@@ -188,6 +190,19 @@ class GPT(nn.Module):
         """
         x = self.hidden(tokens, documents, adapters, cache, query_positions)
         return self._score(x, targets, adapters.head if adapters else None, select)
+
+    def losses_of_each(
+        self, tokens: Tensor, targets: Sequence[Tensor], documents: Documents
+    ) -> list[Tensor]:
+        """`losses` of several targets for each token, by one softmax; 0 where there is none.
+
+        targets: int64 (T,) each, with `reference.NO_TARGET` where there is none.
+        """
+        return self._score_each(self.hidden(tokens, documents), tuple(targets))
+
+    def _losses_of_each(self, x: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
+        z = self._logits(x, None, None)
+        return dispatch.softcapped_losses(z, targets, self.config.softcap)
 
     def _losses(
         self, x: Tensor, targets: Tensor, adapter: LowRank | None, select: Tensor | None

@@ -42,6 +42,17 @@ class TrainConfig(Settings):
         "share",
         max_length=STAGES,
     )
+    multi_token: list[list[float]] = setting(
+        "also learn the tokens after the next: [until, weight] of each; [] = off",
+        "share",
+        max_length=STAGES,
+    )
+    prefix_loss: float = setting(
+        "weight, at first, of the target's longest proper prefix as a target; 0 = off", ge=0, le=1
+    )
+    prefix_loss_until: float = setting(
+        "part of the training in which this weight falls linearly to 0", "share", gt=0, le=1
+    )
     cooldown: float = setting(
         "part of the training, at its end, over which lr falls", "share", ge=0, le=1
     )
@@ -111,6 +122,13 @@ class TrainConfig(Settings):
         )
         for key in ("batch_schedule", "context_schedule"):
             _check_stages(key, getattr(self, key))
+        for pair in self.multi_token:
+            require(
+                len(pair) == 2 and 0 < pair[0] <= 1 and 0 < pair[1] <= 1,
+                "multi_token",
+                f"{pair} is no pair [until, weight] of numbers above 0, up to 1",
+                "name a pair for each token after the next, e.g. [[0.67, 0.5], [0.33, 0.25]]",
+            )
         self._check_rounding()
 
     def _check_rounding(self) -> None:

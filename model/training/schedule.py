@@ -10,6 +10,7 @@ fits into the budget. Everything that changes during training is a function of p
     weight decay      constant, or times the cool-down's factor, or times (1 + cos πp) / 2
     Muon's momentum   rises linearly until p = muon_momentum_warmup; in the cool-down it moves
                       linearly to muon_momentum_end                     (`model.training.muon`)
+    further targets   until shares of the run    (`model.training.multi_token`, `prefix_loss`)
     average           its window is a share of the run                  (`model.training.ema`)
     rounding          begins where the cool-down's factor < qat_threshold  (`model.training.qat`)
     depth recurrence  begins at p = recurrence_start       (`model.network.depth_recurrence`)
@@ -102,6 +103,25 @@ class Schedule:
         """The share of the cool-down that is left, 1 before it."""
         cooldown = self.params.cooldown
         return min(1.0, (1 - progress) / cooldown) if cooldown else 1.0
+
+    def multi_token(self, progress: float) -> list[float]:
+        """Weights of the losses of the tokens after the next, without zeros at the end."""
+        weights = [w if progress < until else 0.0 for until, w in self.params.multi_token]
+        while weights and not weights[-1]:
+            weights.pop()
+        return weights
+
+    def prefix_loss(self, progress: float) -> float:
+        """Weight of the loss of the target's prefix."""
+        params = self.params
+        return params.prefix_loss * max(0.0, 1 - progress / params.prefix_loss_until)
+
+    def losses_change(self) -> list[float]:
+        """Where losses that are summed are other ones than before."""
+        params = self.params
+        ends = {until for until, _ in params.multi_token}
+        ends |= {params.prefix_loss_until} if params.prefix_loss else set()
+        return sorted(ends - {1.0})
 
     def recurrent(self, progress: float) -> bool:
         """Whether a step executes the layers in the model's order, or each once."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from model.data.loader import Batch
 from model.data.packing import Documents
 from model.kernels import dispatch
 from model.network.compute_weights import ComputeWeights
@@ -19,21 +20,31 @@ from model.runtime.distributed import Group
 from model.runtime.errors import InputError
 from model.training.config import TrainConfig
 from model.training.ema import Average
+from model.training.multi_token import later_targets
 from model.training.muon import StateTensor
 from model.training.optimizer import Optimizer
 from model.training.qat import StraightThrough
 from model.training.schedule import Schedule
 
-Batches = Iterator[tuple[Tensor, Tensor, Documents]]
+Batches = Iterator[Batch]
 
 
 class Trainer:
     """Trains `model`, which is on the device of `group`, by the `train` section `params`.
 
     compiled: whether its parts are compiled; on CUDA only.
+    prefixes: of `model.training.prefix_loss`, on the device; None: that loss is left out.
     """
 
-    def __init__(self, model: GPT, params: TrainConfig, group: Group, compiled: bool) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        params: TrainConfig,
+        group: Group,
+        compiled: bool,
+        prefixes: Tensor | None = None,
+    ) -> None:
+        self.prefixes = prefixes
         self.model, self.params, self.group = model, params, group
         self.compiled = compiled and group.device.type == "cuda"
         if self.compiled:
@@ -75,7 +86,8 @@ class Trainer:
         total = torch.zeros((), device=self.group.device)
         with self.compute_weights.in_use(rounding):
             for _ in range(microbatches):
-                total += self._microbatch(*next(batches), microbatches * self.group.size)
+                parts = microbatches * self.group.size
+                total += self._microbatch(next(batches), progress, parts)
                 self.compute_weights.collect()
         self.optimizer.step(
             schedule.multiplier(progress),
@@ -88,15 +100,33 @@ class Trainer:
         self.tokens += tokens
         return total
 
-    def _microbatch(
-        self, tokens: Tensor, targets: Tensor, documents: Documents, parts: int
-    ) -> Tensor:
-        """Accumulate the gradients of one of `parts` microbatches; returns its part of the loss."""
+    def _microbatch(self, batch: Batch, progress: float, parts: int) -> Tensor:
+        """Accumulate the gradients of one of `parts` microbatches.
+
+        Returns its part of the mean loss, that of the next tokens alone.
+        """
+        tokens, targets, documents = batch
         self.mark_dynamic(documents)
-        losses = self.model.losses(tokens, targets, documents)
-        loss = losses.mean() / parts
-        loss.backward()
+        further = self._further_targets(targets, progress)
+        if not further:
+            loss = objective = self.model.losses(tokens, targets, documents).mean() / parts
+        else:
+            each = [targets, *(one for one, _ in further)]
+            losses = self.model.losses_of_each(tokens, each, documents)
+            loss, *others = (one.mean() / parts for one in losses)
+            objective = loss + sum(w * one for (_, w), one in zip(further, others, strict=True))
+        objective.backward()
         return loss.detach()
+
+    def _further_targets(self, targets: Tensor, progress: float) -> list[tuple[Tensor, float]]:
+        """Targets beside the next tokens, and the weights of their losses."""
+        weights = self.schedule.multi_token(progress)
+        later = later_targets(targets, len(weights))
+        further = [(one, w) for one, w in zip(later, weights, strict=True) if w]
+        weight = self.schedule.prefix_loss(progress)
+        if weight and self.prefixes is not None:
+            further.append((self.prefixes[targets], weight))
+        return further
 
     def mark_dynamic(self, documents: Documents) -> None:
         """Mark the number of documents as dynamic, so that it never causes a recompilation."""
@@ -108,15 +138,17 @@ class Trainer:
     def warm_up(self, batches: Batches) -> None:
         """Take a step of one microbatch in each of the coming ways, and undo them exactly.
 
-        The ways are with each layer executed once and with recurrence, without rounding and with
-        it. A microbatch compiles everything; a step loads the optimizer's kernels and opens the
-        connections between processes. The state is restored, and all processes get the main
-        process's weights. Layers are left executed as at the beginning of training.
+        The ways are with each layer executed once and with recurrence, with each set of losses,
+        without rounding and with it. A microbatch compiles everything; a step loads the optimizer's
+        kernels and opens the connections between processes. The state is restored, and all
+        processes get the main process's weights. Layers are left executed as at the beginning of
+        training.
         """
+        ways = [0.0, *self.schedule.losses_change(), *([1.0] if self.params.qat_threshold else [])]
         steps, tokens, state = self.steps, self.tokens, self.state()
         for recurrent in (True, False) if self.recurrence_pending else (True,):
             self.use_recurrence(recurrent)
-            for progress in (0.0, 1.0) if self.params.qat_threshold else (0.0,):
+            for progress in ways:
                 self._step(batches, progress, 1)
         self.load(state, steps, tokens)
 

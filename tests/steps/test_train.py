@@ -56,7 +56,14 @@ TRAIN: dict[str, Any] = {
     "ema_window": 0.4,
     "qat_threshold": 0.5,
     "validation_documents": 3,
+    # Stages and losses that end on the way, so that every run here has them.
+    "batch_schedule": [[0.2, 0.5]],
+    "context_schedule": [[0.3, 0.5]],
+    "multi_token": [[0.4, 0.5]],
+    "prefix_loss": 0.25,
+    "prefix_loss_until": 0.6,
 }
+TOKENS = STEPS * 256 - 5 * 128  # 5 steps begin before a fifth of the run is over
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +148,7 @@ def test_outputs_of_a_run(whole):
     output = whole / "artifacts/train/seed0"
     metrics = read_json(output / "details.json")
     assert metrics["steps"] == STEPS
-    assert metrics["tokens"] == STEPS * 256
+    assert metrics["tokens"] == TOKENS
     assert metrics["world_size"] == 1
     assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"])
     assert 0 < metrics["loss"] < np.log(VOCABULARY)
@@ -149,9 +156,15 @@ def test_outputs_of_a_run(whole):
     warm = read_log(whole / "logs/train/seed0.jsonl", "warm")
     assert [line["startup_seconds"] for line in warm] == [metrics["startup_seconds"]]
     assert metrics["startup_seconds"] > warm[0]["seconds"]  # importing torch comes before the log
-    (stopped,), (data,), (opened,) = (
-        read_log(whole / "logs/train/seed0.jsonl", event) for event in ("stopped", "data", "opened")
+    (stopped,), (data,), (opened,), begun = (
+        read_log(whole / "logs/train/seed0.jsonl", event)
+        for event in ("stopped", "data", "opened", "batch")
     )
+    assert [tuple(line[key] for key in ("steps", "tokens", "context")) for line in begun] == [
+        (0, 128, 16),
+        (5, 256, 16),
+        (8, 256, 32),
+    ]
     assert stopped["clock"] == metrics["seconds"]
     assert 0 < data["last_read"] <= stopped["seconds"]
     assert {"manifest.json", "train_000000.bin", "validation_000000.bin"} <= set(opened["tokens"])
@@ -166,7 +179,8 @@ def test_outputs_of_a_run(whole):
     rows = curve(whole)
     assert [row[0] for row in rows] == list(range(2, STEPS + 1, 2))
     assert rows[0][1] > rows[-1][1]
-    assert rows[0][2] == 0.01
+    assert rows[0][2] == pytest.approx(0.01 * 0.5**0.5)
+    assert rows[5][2] == 0.01
     assert rows[-1][2] == pytest.approx(0.01 / 12)
     model = load_checkpoint(output / "model.safetensors")
     assert model.embedding.shape[0] == VOCABULARY
