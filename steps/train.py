@@ -111,7 +111,7 @@ class Training:
             group,
             group.device,
         )
-        self.stage_of_run = self.params.tokens_per_step, self.data.context  # batch and context
+        self.phase = self.params.tokens_per_step, self.data.context  # batch and context
         self.hosts = HostBroadcast(group)
         self.seconds, self.startup_seconds, self.peak_memory = 0.0, 0.0, 0.0
         self.pending: list[list[float]] = []
@@ -201,7 +201,7 @@ class Training:
                     break
                 if share == STOP:
                     self.stop(signals, clock, loss_log)
-                self._begin_stages(share)
+                self._begin_phases(share)
                 loss_log.add(trainer.step(batches, share), schedule.multiplier(share))
                 if trainer.steps % execution.log_every:
                     continue
@@ -229,7 +229,7 @@ class Training:
         self.stage.group.barrier()  # until the state is on the disk, as the first end ends all
         sys.exit(STOPPED)
 
-    def _begin_stages(self, progress: float) -> None:
+    def _begin_phases(self, progress: float) -> None:
         """Begin what begins at `progress`: the recurrence, another batch or context."""
         trainer, schedule = self.trainer, self.trainer.schedule
         if trainer.recurrence_pending and schedule.recurrent(progress):
@@ -237,8 +237,8 @@ class Training:
             self.stage.log.event("recurrence", steps=trainer.steps)
         tokens = schedule.tokens(progress)
         context = schedule.context(progress, self.data.sequence_length)
-        if (tokens, context) != self.stage_of_run:
-            self.stage_of_run, self.data.context = (tokens, context), context
+        if (tokens, context) != self.phase:
+            self.phase, self.data.context = (tokens, context), context
             self.stage.log.event("batch", steps=trainer.steps, tokens=tokens, context=context)
 
     def averaged_model(self) -> GPT:

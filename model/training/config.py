@@ -9,7 +9,7 @@ from typing import Literal
 
 from model.runtime.settings import Settings, require, setting
 
-STAGES = 16  # of a schedule, at most
+PHASES = 16  # of a schedule, at most
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,22 @@ class TrainConfig(Settings):
         "flat span one process takes at once", "tokens", ge=1, le=2**30
     )
     batch_schedule: list[list[float]] = setting(
-        "smaller batches first: [until, share of tokens_per_step] of each stage; [] = off",
+        "smaller batches first: [until, share of tokens_per_step] of each phase; [] = off",
         "share",
-        max_length=STAGES,
+        max_length=PHASES,
     )
     batch_lr_power: float = setting(
         "a batch of a share s of tokens_per_step scales lr by s^power", ge=0, le=1
     )
     context_schedule: list[list[float]] = setting(
-        "shorter contexts first: [until, share of model.sequence_length] of each stage; [] = off",
+        "shorter contexts first: [until, share of model.sequence_length] of each phase; [] = off",
         "share",
-        max_length=STAGES,
+        max_length=PHASES,
     )
     multi_token: list[list[float]] = setting(
         "also learn the tokens after the next: [until, weight] of each; [] = off",
         "share",
-        max_length=STAGES,
+        max_length=PHASES,
     )
     prefix_loss: float = setting(
         "weight, at first, of the target's longest proper prefix as a target; 0 = off", ge=0, le=1
@@ -121,7 +121,7 @@ class TrainConfig(Settings):
             "make it a whole number of microbatches",
         )
         for key in ("batch_schedule", "context_schedule"):
-            _check_stages(key, getattr(self, key))
+            _check_phases(key, getattr(self, key))
         for pair in self.multi_token:
             require(
                 len(pair) == 2 and 0 < pair[0] <= 1 and 0 < pair[1] <= 1,
@@ -164,14 +164,14 @@ class TrainConfig(Settings):
         return None if uneven is None else f"a batch of train.batch_schedule ({uneven})"
 
 
-def _check_stages(key: str, stages: list[list[float]]) -> None:
+def _check_phases(key: str, phases: list[list[float]]) -> None:
     """Require pairs [until, share], the one rising inside of 0..1, the other a share."""
     before = 0.0
-    for stage in stages:
+    for phase in phases:
         require(
-            len(stage) == 2 and before < stage[0] < 1 and 0 < stage[1] <= 1,
+            len(phase) == 2 and before < phase[0] < 1 and 0 < phase[1] <= 1,
             key,
-            f"{stage} is no pair [until, share] with {before:.3g} < until < 1 and 0 < share <= 1",
-            "name stages in their order, e.g. [[0.3, 0.25], [0.6, 0.5]]",
+            f"{phase} is no pair [until, share] with {before:.3g} < until < 1 and 0 < share <= 1",
+            "name phases in their order, e.g. [[0.3, 0.25], [0.6, 0.5]]",
         )
-        before = stage[0]
+        before = phase[0]

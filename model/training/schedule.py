@@ -4,7 +4,7 @@ Progress p is the share of the run that is over: of its steps, or of its seconds
 budget; if both limits exist, of the nearer one. Training ends at p = 1, or when no further step
 fits into the budget. Everything that changes during training is a function of p:
 
-    batch, context    grow in stages                                    (`model.training.stages`)
+    batch, context    grow in phases                                    (`model.training.phases`)
     learning rates    fall in the cool-down, of which a share r = min(1, (1 − p) / cooldown) is
                       left: their factor is max(min_lr, r^cooldown_power), times that of the batch
     weight decay      constant, or times the cool-down's factor, or times (1 + cos πp) / 2
@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from model.runtime.distributed import Group
 from model.training.config import TrainConfig
-from model.training.stages import share_at
+from model.training.phases import share_at
 
 
 @dataclass(frozen=True)

@@ -149,12 +149,12 @@ def test_resuming_needs_only_the_step(stream):
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from([2, 5, 16])), max_size=5))
-def test_another_context_holds_from_the_next_batch_on_and_loses_none(stream, stages):
+def test_another_context_holds_from_the_next_batch_on_and_loses_none(stream, phases):
     group = Group(1, 2, CPU)
     data = TrainingBatches(stream, 32, 16, group, CPU)
     indices = itertools.count(1, 2)
     with closing(data.from_span(0)) as batches:
-        for count, context in stages:
+        for count, context in phases:
             data.context = context
             for index, (tokens, _, documents) in zip(
                 itertools.islice(indices, count), batches, strict=False

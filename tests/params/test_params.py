@@ -181,9 +181,9 @@ def test_missing_key(values: dict[str, Any]) -> None:
         ),
         ({"train.min_lr": 0.15}, "train.qat_threshold", "multiplier of the last step is 0.15"),
         *(
-            ({f"train.{key}": stages}, f"train.{key}", "is no pair [until, share]")
+            ({f"train.{key}": phases}, f"train.{key}", "is no pair [until, share]")
             for key in ("batch_schedule", "context_schedule")
-            for stages in ([[]], [[0.5]], [[0.5, 0.0]], [[0.5, 1.1]], [[1, 0.5]], [[0.5, 0.5]] * 2)
+            for phases in ([[]], [[0.5]], [[0.5, 0.0]], [[0.5, 1.1]], [[1, 0.5]], [[0.5, 0.5]] * 2)
         ),
         (
             {"train.batch_schedule": [[0.5, 0.4]], "train.tokens_per_microbatch": 256}

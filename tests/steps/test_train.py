@@ -56,7 +56,7 @@ TRAIN: dict[str, Any] = {
     "ema_window": 0.4,
     "qat_threshold": 0.5,
     "validation_documents": 3,
-    # Stages and losses that end on the way, so that every run here has them.
+    # Phases and losses that end on the way, so that every run here has them.
     "batch_schedule": [[0.2, 0.5]],
     "context_schedule": [[0.3, 0.5]],
     "multi_token": [[0.4, 0.5]],

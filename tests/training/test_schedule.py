@@ -82,7 +82,7 @@ def test_momentum_falls_in_the_cooldown_and_keeps_rising_before():
 BATCHES = [[0.2, 0.25], [0.6, 0.5]]
 
 
-def test_the_batch_grows_in_stages_of_whole_microbatches_and_scales_the_rate():
+def test_the_batch_grows_in_phases_of_whole_microbatches_and_scales_the_rate():
     changes = {"tokens_per_step": 80, "tokens_per_microbatch": 10, "cooldown": 0.0}
     growing = schedule(batch_schedule=[[0.2, 0.01], [0.6, 0.33]], batch_lr_power=0.5, **changes)
     shares = (0.0, 0.19, 0.2, 0.59, 0.6, 1.0)
@@ -101,7 +101,7 @@ def test_rounding_and_decay_do_not_begin_with_small_batches():
     assert decaying.weight_decay(0.0) == decaying.params.weight_decay
 
 
-def test_contexts_grow_in_stages():
+def test_contexts_grow_in_phases():
     growing = schedule(context_schedule=[[0.1, 1e-9], [0.7, 0.667]])
     assert [growing.context(share, 3072) for share in (0.0, 0.1, 0.69, 0.7)] == [
         1,

@@ -10,7 +10,7 @@ import torch
 from model.data.loader import TokenStream, TrainingBatches
 from model.data.shards import BOS
 from model.runtime.distributed import Group
-from model.training.stages import share_at
+from model.training.phases import share_at
 from model.training.trainer import Trainer
 from tests.helpers.models import small_model, train_params
 
@@ -83,7 +83,7 @@ def test_a_small_batch_is_a_step_of_a_run_with_that_batch() -> None:
 
 
 def test_share_at() -> None:
-    stages = [[0.25, 0.5], [0.5, 0.75]]
-    found = [share_at(stages, progress) for progress in (0.0, 0.25, 0.49, 0.5, 1.0)]
+    phases = [[0.25, 0.5], [0.5, 0.75]]
+    found = [share_at(phases, progress) for progress in (0.0, 0.25, 0.49, 0.5, 1.0)]
     assert found == [0.5, 0.75, 0.75, 1.0, 1.0]
     assert share_at([], 0.0) == 1.0

@@ -1,4 +1,4 @@
-"""Values that grow in stages: the batch of a step, and the context of its documents.
+"""Values that grow in phases: the batch of a step, and the context of its documents.
 
 A schedule lists pairs [u, s]: until the share u of the run a value is s times its full one, the
 first pair with p < u counts at progress p, and after the last the value is full.
@@ -17,9 +17,9 @@ compiled again.
 
 from collections.abc import Sequence
 
-Stages = Sequence[Sequence[float]]
+Phases = Sequence[Sequence[float]]
 
 
-def share_at(stages: Stages, progress: float) -> float:
+def share_at(phases: Phases, progress: float) -> float:
     """The share of its full value that a schedule gives at `progress`."""
-    return next((share for until, share in stages if progress < until), 1.0)
+    return next((share for until, share in phases if progress < until), 1.0)
