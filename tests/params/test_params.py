@@ -183,7 +183,7 @@ def test_missing_key(values: dict[str, Any]) -> None:
         *(
             ({f"train.{key}": phases}, f"train.{key}", "is no pair [until, share]")
             for key in ("batch_schedule", "context_schedule")
-            for phases in ([[]], [[0.5]], [[0.5, 0.0]], [[0.5, 1.1]], [[1, 0.5]], [[0.5, 0.5]] * 2)
+            for phases in ([[0.5]], [[0.5, 0.0]], [[0.5, 1.1]], [[1, 0.5]], [[0.5, 0.5]] * 2)
         ),
         (
             {"train.batch_schedule": [[0.5, 0.4]], "train.tokens_per_microbatch": 256}

@@ -74,8 +74,8 @@ def test_a_run_that_was_resumed_in_any_stage_ends_the_same(split: int) -> None:
 
 
 def test_a_small_batch_is_a_step_of_a_run_with_that_batch() -> None:
-    small = {"batch_schedule": [], "tokens_per_step": 64}
-    rates = {"matrix_lr": 0.0125, "embedding_lr": 0.0175, "scalar_lr": 0.0125}
+    small: dict[str, Any] = {"batch_schedule": [], "tokens_per_step": 64}
+    rates: dict[str, Any] = {"matrix_lr": 0.0125, "embedding_lr": 0.0175, "scalar_lr": 0.0125}
     found, expected = trained(ALONE, 0, 2), trained(ALONE, 0, 2, **small, **rates)
     assert found[1] == expected[1]
     for name, tensor in expected[0].items():
