@@ -71,20 +71,19 @@ def main(stage: StageRun) -> None:
 
 def check_batches(stage: StageRun, manifest: Manifest, stream: TokenStream) -> None:
     """Raise InputError unless tokens and processes fit the batch of an optimizer step."""
-    params = stage.params
-    processes = stage.group.size
-    if uneven := params.train.uneven(processes):
-        per_round = processes * params.train.tokens_per_microbatch
+    train, processes = stage.params.train, stage.group.size
+    if uneven := train.uneven(processes):
+        per_round = processes * train.tokens_per_microbatch
         raise InputError(
             f"train: started with {processes} processes, whose microbatches ({per_round} "
             f"tokens) do not divide {uneven}",
-            f"start it with the {params.execution.processes} of params.yaml, or change "
+            f"start it with the {stage.params.execution.processes} of params.yaml, or change "
             "train.tokens_per_step or train.batch_schedule",
         )
-    if stream.total < params.train.tokens_per_microbatch:
+    if stream.total < train.tokens_per_microbatch:
         raise InputError(
             f"{manifest.directory}: {stream.total} tokens to train on, fewer than "
-            f"train.tokens_per_microbatch ({params.train.tokens_per_microbatch})",
+            f"train.tokens_per_microbatch ({train.tokens_per_microbatch})",
             "add text, or lower train.tokens_per_microbatch",
         )
 
