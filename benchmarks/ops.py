@@ -138,7 +138,7 @@ def attention(bench: Bench) -> None:
 
 
 def mlp(bench: Bench) -> None:
-    """W_down (LeakyReLU_½(W_up r))²."""
+    """W_down (LeakyReLU(W_up r))²."""
     width, hidden = bench.model.width, bench.model.mlp_width
     up, down = (Linear(*s).to(bench.device) for s in ((width, hidden), (hidden, width)))
     inputs = [bench.random(bench.tokens, width)]
@@ -146,7 +146,8 @@ def mlp(bench: Bench) -> None:
 
     flops = 18.0 * bench.tokens * width * hidden
     moved = floors.BF16 * bench.tokens * (6.0 * width + 5.0 * hidden)
-    compare(bench, "mlp", dispatch.mlp, [*inputs, *weights], bench.floor(flops, moved))
+    operation = partial(dispatch.mlp, slope=bench.model.mlp_slope)
+    compare(bench, "mlp", operation, [*inputs, *weights], bench.floor(flops, moved))
 
 
 def residual_norm(bench: Bench) -> None:

@@ -357,13 +357,14 @@ def fuses_mlp(r: Tensor) -> bool:
     return there and r.dtype == torch.bfloat16 and torch.is_grad_enabled()
 
 
-def mlp(r: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """W_down (LeakyReLU_½(W_up r))²: r (T, width), up (hidden, width), down (width, hidden).
+def mlp(r: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+    """W_down (LeakyReLU(W_up r))²: r (T, width), up (hidden, width), down (width, hidden).
 
-    Returns (T, width). The kernel serves frozen weights, too.
+    slope: of LeakyReLU for negative values. Returns (T, width). The kernel serves frozen weights,
+    too.
     """
     fused = kernel("mlp", r.device) if fuses_mlp(r) else None
-    return reference.mlp(r, up, down) if fused is None else fused(r, up, down)
+    return (fused or reference.mlp)(r, up, down, slope)
 
 
 def trellis_codes(targets: Tensor, limit: int) -> Tensor:

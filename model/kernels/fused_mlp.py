@@ -1,8 +1,10 @@
-"""Up-projection and LeakyReLU_½² in one kernel, forward and backward (Triton, for Hopper).
+"""Up-projection and squared LeakyReLU in one kernel, forward and backward (Triton, for Hopper).
 
-    forward     h = r W_upᵀ,  a = f(h) = LeakyReLU_½(h)²      y = a W_downᵀ
-    backward    dh = (dy W_down) ⊙ f′(h),  f′(h) = 2h if h > 0, else h/2
+    forward     h = r W_upᵀ,  a = f(h) = LeakyReLU_s(h)²      y = a W_downᵀ
+    backward    dh = (dy W_down) ⊙ f′(h),  f′(h) = 2h if h > 0, else 2s²h
                 dr = dh W_up,  dW_up = dhᵀ r,  dW_down = dyᵀ a
+
+s, the slope for negative h, is a constant of the compiled kernel.
 
 The left column is one matrix product whose epilogue works on the fp32 sums while they are in
 registers: forward writes h and a, backward reads h and writes dh. Unfused, h is written, read
@@ -50,24 +52,24 @@ BACKWARD = replace(FORWARD, stages=3)
 
 @triton.jit
 def _epilogue(
-    total, h_desc, out_desc, row, column, BACKWARD: tl.constexpr
+    total, h_desc, out_desc, row, column, SLOPE: tl.constexpr, BACKWARD: tl.constexpr
 ):  # fmt: skip
     """Write what follows from the sums `total` at (row, column): h and a, or dh."""
     if BACKWARD:
         h = h_desc.load([row, column]).to(tl.float32)
-        slope = tl.where(h > 0, 2 * h, 0.5 * h)
-        out_desc.store([row, column], (total * slope).to(out_desc.dtype))
+        derivative = tl.where(h > 0, 2 * h, (2 * SLOPE * SLOPE) * h)
+        out_desc.store([row, column], (total * derivative).to(out_desc.dtype))
     else:
         rounded = total.to(h_desc.dtype)
         h_desc.store([row, column], rounded)
         h = rounded.to(tl.float32)  # the backward pass sees the rounded one as well
-        leaky = tl.where(h > 0, h, 0.5 * h)
+        leaky = tl.where(h > 0, h, SLOPE * h)
         out_desc.store([row, column], (leaky * leaky).to(out_desc.dtype))
 
 
 @triton.jit
 def product_kernel(
-    x_desc, w_desc, h_desc, out_desc, M, N, K, BACKWARD: tl.constexpr,
+    x_desc, w_desc, h_desc, out_desc, M, N, K, SLOPE: tl.constexpr, BACKWARD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -85,8 +87,8 @@ def product_kernel(
             total = tl.dot(x, w, total)
         # In halves, so that the tiles under way and the results fit into shared memory.
         left, right = tl.split(total.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
-        _epilogue(left, h_desc, out_desc, row, column, BACKWARD)
-        _epilogue(right, h_desc, out_desc, row, column + COLUMNS // 2, BACKWARD)
+        _epilogue(left, h_desc, out_desc, row, column, SLOPE, BACKWARD)
+        _epilogue(right, h_desc, out_desc, row, column + COLUMNS // 2, SLOPE, BACKWARD)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % TMA_BYTES == 0 else x.clone()
 
 
-def _product(x: Tensor, w: Tensor, h: Tensor, backward: bool) -> Tensor:
+def _product(x: Tensor, w: Tensor, h: Tensor, slope: float, backward: bool) -> Tensor:
     """Run the kernel: forward writes h and returns a, backward reads h and returns dh."""
     x, w = _aligned(x), _aligned(w)
     (m, k), n = x.shape, h.shape[1]
@@ -112,51 +114,51 @@ def _product(x: Tensor, w: Tensor, h: Tensor, backward: bool) -> Tensor:
     sizes = {"ROWS": t.rows, "COLUMNS": t.columns, "DEPTH": t.depth, "GROUP": t.group}
     product_kernel[(programs,)](
         tiles(x, t.rows, t.depth), tiles(w, *w_tiles), tiles(h, *half), tiles(result, *half),
-        m, n, k, BACKWARD=backward, **sizes, PROGRAMS=programs, num_stages=t.stages,
-        num_warps=t.warps,
+        m, n, k, SLOPE=slope, BACKWARD=backward, **sizes, PROGRAMS=programs,
+        num_stages=t.stages, num_warps=t.warps,
     )  # fmt: skip
     return result
 
 
 @operation("mlp_hidden")
-def mlp_hidden(r: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def mlp_hidden(r: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """h = r upᵀ and a = f(h), both (T, hidden): r (T, width), up (hidden, width)."""
     h = r.new_empty(r.shape[0], up.shape[0])
-    return h, _product(r, up, h, backward=False)
+    return h, _product(r, up, h, slope, backward=False)
 
 
 @mlp_hidden.register_fake
-def _(r: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _(r: Tensor, up: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     shape = (r.shape[0], up.shape[0])
     return r.new_empty(shape), r.new_empty(shape)
 
 
 @operation("mlp_hidden_backward")
-def mlp_hidden_backward(dy: Tensor, down: Tensor, h: Tensor) -> Tensor:
+def mlp_hidden_backward(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
     """dh = (dy down) ⊙ f′(h), (T, hidden): dy (T, width), down (width, hidden)."""
-    return _product(dy, down, _aligned(h), backward=True)
+    return _product(dy, down, _aligned(h), slope, backward=True)
 
 
 @mlp_hidden_backward.register_fake
-def _(dy: Tensor, down: Tensor, h: Tensor) -> Tensor:
+def _(dy: Tensor, down: Tensor, h: Tensor, slope: float) -> Tensor:
     return h.new_empty(h.shape)
 
 
 @operation("mlp")
-def mlp(r: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def mlp(r: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     """y = f(r upᵀ) downᵀ (T, width); h and a (T, hidden) for the backward pass."""
-    h, a = mlp_hidden(r, up)
+    h, a = mlp_hidden(r, up, slope)
     return a @ down.T, h, a
 
 
 @mlp.register_fake
-def _(r: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(r: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     hidden = (r.shape[0], up.shape[0])
     return r.new_empty(r.shape[0], down.shape[0]), r.new_empty(hidden), r.new_empty(hidden)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    r, up, down = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    r, up, down, ctx.slope = inputs
     _, h, a = output
     # Frozen weights need neither r nor a.
     wanted = (r if up.requires_grad else None), (a if down.requires_grad else None)
@@ -166,17 +168,19 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Te
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     r, a, h, up, down = ctx.saved_tensors
-    dh = mlp_hidden_backward(dy, down, h)
-    return dh @ up, None if r is None else dh.T @ r, None if a is None else dy.T @ a
+    dh = mlp_hidden_backward(dy, down, h, ctx.slope)
+    dup, ddown = None if r is None else dh.T @ r, None if a is None else dy.T @ a
+    return dh @ up, dup, ddown, None
 
 
 mlp.register_autograd(_backward, setup_context=_save)
 
 
-def fused_mlp(r: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """LeakyReLU_½(r upᵀ)² downᵀ: r (T, width), up (hidden, width), down (width, hidden).
+def fused_mlp(r: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+    """LeakyReLU(r upᵀ)² downᵀ: r (T, width), up (hidden, width), down (width, hidden).
 
-    All of one dtype and device, any sizes; returns (T, width). Differentiable once.
+    All of one dtype and device, any sizes; slope: of LeakyReLU for negative values. Returns
+    (T, width). Differentiable once.
     """
     hidden, width = up.shape
     multiple = TMA_BYTES // r.element_size()
@@ -185,5 +189,5 @@ def fused_mlp(r: Tensor, up: Tensor, down: Tensor) -> Tensor:
         r = F.pad(r, (0, rest_width))
         up = F.pad(up, (0, rest_width, 0, rest_hidden))
         down = F.pad(down, (0, rest_hidden, 0, rest_width))
-    y, *_ = mlp(r, up, down)
+    y, *_ = mlp(r, up, down, slope)
     return y[:, :width] if rest_width else y

@@ -40,14 +40,14 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat((left * cosines - right * sines, right * cosines + left * sines, rest), dim=-1)
 
 
-def leaky_relu_squared(x: Tensor) -> Tensor:
-    """LeakyReLU with slope ½, squared; any shape."""
-    return F.leaky_relu(x, 0.5).square()
+def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
+    """LeakyReLU with this slope for negative x, squared; any shape."""
+    return F.leaky_relu(x, slope).square()
 
 
-def mlp(r: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def mlp(r: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
     """See `model.kernels.dispatch.mlp`."""
-    return F.linear(leaky_relu_squared(F.linear(r, up)), down)
+    return F.linear(leaky_relu_squared(F.linear(r, up), slope), down)
 
 
 def softcapped(z: Tensor, cap: float) -> Tensor:
@@ -153,14 +153,19 @@ def qk_norm_rope(x: Tensor, gain: Tensor | None, cos_sin: tuple[Tensor, Tensor])
     return rotate(x, *cos_sin)
 
 
-def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Remove the direction of the own value v (T, kv_heads, d) from y (T, heads, d)."""
+def exclude_own_value(y: Tensor, v: Tensor, shares: Tensor | None = None) -> Tensor:
+    """Remove the direction of the own value v (T, kv_heads, d) from y (T, heads, d).
+
+    shares (heads,): how much of it of each head; None: all.
+    """
     tokens, heads, width = y.shape
     v = v.unsqueeze(2)
     grouped = y.view(tokens, v.shape[1], heads // v.shape[1], width)
     # By the squared length rather than a unit vector, which would be kept for the backward pass.
-    share = (grouped * v).sum(-1, keepdim=True) * _inverse(v.square().sum(-1, keepdim=True))
-    return (grouped - share * v).view_as(y)
+    along = (grouped * v).sum(-1, keepdim=True) * _inverse(v.square().sum(-1, keepdim=True))
+    if shares is not None:
+        along = along * shares.to(y.dtype).view(*grouped.shape[1:3], 1)
+    return (grouped - along * v).view_as(y)
 
 
 def _inverse(squares: Tensor) -> Tensor:

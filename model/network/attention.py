@@ -20,6 +20,7 @@ from model.kernels import dispatch, reference
 from model.network.adapters import PROJECTIONS
 from model.network.block_context import BlockContext
 from model.network.config import ModelConfig
+from model.network.learned_exclusion import LearnedExclusion
 from model.network.linear import Linear
 from model.network.output_gate import OutputGate
 
@@ -31,7 +32,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_width = config.head_width
-        self.exclusive = config.exclusive_attention
+        self.exclusive = config.exclusive_attention and config.exclusive_init is None
         self.query = Linear(config.width, config.heads * config.head_width)
         self.key = Linear(config.width, config.kv_heads * config.head_width)
         self.value = Linear(config.width, config.kv_heads * config.head_width)
@@ -39,6 +40,9 @@ class Attention(nn.Module):
         self.compute_weight: Tensor | None = None  # query, key and value, one below the other
         self.gain = nn.Parameter(torch.full((config.heads,), config.query_gain))
         self.value_gain = nn.Parameter(torch.ones(())) if uses_values else None
+        self.exclusion: LearnedExclusion | None = None
+        if config.exclusive_init is not None:
+            self.exclusion = LearnedExclusion(config.heads, config.exclusive_init)
         self.output_gate = OutputGate(config.heads) if config.output_gate else None
 
     def forward(
@@ -56,17 +60,18 @@ class Attention(nn.Module):
                 y = dispatch.self_attention(
                     qkv, documents, self.gain, cos_sin, self.head_width, self.exclusive
                 )
-                return self.output(self._gate(y, n, context)), parallel_delta
+                return self.output(self._report(y, qkv, n, context)), parallel_delta
             both, v = self._heads(qkv).split([self.heads + self.kv_heads, self.kv_heads], dim=1)
             both = dispatch.qk_norm_rope(both, self.gain, cos_sin)
             q, k = both.split([self.heads, self.kv_heads], dim=1)
         else:
             q, k, v, parallel_delta = self._project_apart(n, hidden, context)
+            qkv = v.flatten(1)
             selected = [select_positions(x, documents, context.query_positions) for x in cos_sin]
             q = dispatch.qk_norm_rope(q, self.gain, (selected[0], selected[1]))
             k = dispatch.qk_norm_rope(k, None, cos_sin)
         y = self._attend(q, k, v, context).flatten(1)
-        return self.output(self._gate(y, n, context)), parallel_delta
+        return self.output(self._report(y, qkv, n, context)), parallel_delta
 
     def _is_one_product(self, context: BlockContext) -> bool:
         """Whether q, k and v are of the same tokens, and all of them adapt or none."""
@@ -123,12 +128,18 @@ class Attention(nn.Module):
         added = self.value_gain.to(x.dtype) * context.value_embeddings
         return x + F.pad(added, (x.shape[1] - added.shape[1], 0))
 
-    def _gate(self, y: Tensor, n: Tensor, context: BlockContext) -> Tensor:
-        """What the heads report, y (tokens, heads·d), as far as their gates let it through."""
-        if self.output_gate is None:
-            return y
-        n = select_positions(n, context.documents, context.query_positions)
-        return self.output_gate(y, n)
+    def _report(self, y: Tensor, qkv: Tensor, n: Tensor, context: BlockContext) -> Tensor:
+        """What the heads report of y (tokens, heads·d), as learned exclusion and gates let it.
+
+        qkv: its last columns are the values.
+        """
+        documents, query_positions = context.documents, context.query_positions
+        if self.exclusion is not None:
+            v = self._heads(select_positions(qkv, documents, query_positions))
+            y = self.exclusion(y, v[:, -self.kv_heads :])
+        if self.output_gate is not None:
+            y = self.output_gate(y, select_positions(n, documents, query_positions))
+        return y
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width))

@@ -36,11 +36,12 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.attention = Attention(config, layer in config.value_layers)
-        self.mlp = MLP(width, config.mlp_width)
+        self.mlp = MLP(width, config.mlp_width, config.mlp_slope)
         self.register_buffer("depth_scale", depth_scale(config, layer), persistent=False)
         self.mix = None
         if config.input_mix:  # made without computing: see `model.network.initial`
-            self.mix = nn.Parameter(torch.tensor([[1.0] * width, [0.0] * width]))
+            initial = [[1.0] * width, [config.input_mix_init] * width]
+            self.mix = nn.Parameter(torch.tensor(initial))
         self.attention_scale = nn.Parameter(torch.ones(width)) if config.branch_scales else None
         self.mlp_scale = nn.Parameter(torch.ones(width)) if config.branch_scales else None
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from model.runtime.settings import Settings, require, setting
 
-GATE_INPUTS = 12  # values of a block's input that its output gate sees
+GATE_INPUTS = 12  # values of a token's vector that its gates see
 # Limits, so that a file of a stranger cannot ask for more than a model of this kind needs.
 LAYERS, WIDTH, HEADS, TABLE_ROWS = 256, 2**16, 2**10, 2**18
 LARGEST_WEIGHTS = 2**27  # of matrices and tables: 512 MiB in fp32
@@ -74,6 +74,28 @@ class ModelConfig(Settings):
         le=256,
     )
     output_gate: bool = setting("gate each head's output by the block's input", off=False)
+    skip_init: float = setting(
+        "initial weight of the skips", off=1.0, ge=-LARGEST_NUMBER, le=LARGEST_NUMBER
+    )
+    input_mix_init: float = setting(
+        "initial weight of the embedding that input_mix feeds to every block",
+        off=0.0,
+        ge=-LARGEST_NUMBER,
+        le=LARGEST_NUMBER,
+    )
+    mlp_slope: float = setting(
+        "slope of the MLP's leaky ReLU for negative inputs, before the square", off=0.5, ge=0, le=1
+    )
+    exclusive_init: float | None = setting(
+        "XSA removes a share tanh(alpha), learned per head; initial alpha; null = off, it removes "
+        "all",
+        off=None,
+        ge=-10,
+        le=10,
+    )
+    token_smear_gate: bool = setting(
+        "add the predecessor's embedding to each token's, gated by the token", off=False
+    )
 
     @property
     def executed_layers(self) -> list[int]:
@@ -155,9 +177,16 @@ class ModelConfig(Settings):
             f"({self.parallel_from_layer}) after one with two lanes",
             "let the recurrence end before the lanes begin",
         )
+        for key in ("output_gate", "token_smear_gate"):
+            require(
+                not getattr(self, key) or self.width >= GATE_INPUTS,
+                key,
+                f"the gates see {GATE_INPUTS} values of the input, but width is {self.width}",
+                f"make the model wider, or set {key} to false",
+            )
         require(
-            not self.output_gate or self.width >= GATE_INPUTS,
-            "output_gate",
-            f"the gates see {GATE_INPUTS} values of the input, but width is {self.width}",
-            "make the model wider, or set output_gate to false",
+            self.exclusive_init is None or self.exclusive_attention,
+            "exclusive_init",
+            f"{self.exclusive_init} is a share of what exclusive_attention removes, which is off",
+            "set exclusive_attention to true, or exclusive_init to null",
         )

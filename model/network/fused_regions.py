@@ -56,5 +56,9 @@ def fused_regions(config: ModelConfig, device: Device) -> dict[str, str]:
         if dispatch.kernel(region, device) is None:
             reason = f"no kernel is chosen for {device.type}"
         found[region] = "fused" if reason is None else f"composed: {reason}"
-    techniques = {"output_gate": config.output_gate, "parallel_lanes": bool(config.lane_layers)}
+    techniques = {
+        "learned_exclusion": config.exclusive_init is not None,
+        "output_gate": config.output_gate,
+        "parallel_lanes": bool(config.lane_layers),
+    }
     return found | {name: "composed: has no kernel" for name, on in techniques.items() if on}

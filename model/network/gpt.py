@@ -28,12 +28,13 @@ from model.network.adapters import NO_ADAPTERS, Adapters, HashTable, LowRank
 from model.network.block import Block, depth_scale
 from model.network.block_context import BlockContext
 from model.network.config import ModelConfig
-from model.network.depth_recurrence import visits
+from model.network.depth_recurrence import constant_added, visits
 from model.network.embeddings import BigramEmbedding, SmearGate, ValueEmbedding
 from model.network.kv_cache import NO_TOKEN, KVCache
 from model.network.linear import Linear
 from model.network.parallel_lanes import Lanes, ParallelLanesBlock, merge_lanes
 from model.network.parameter_roles import parameter_roles
+from model.network.token_smear import TokenSmear
 
 
 class CachedPrefix(NamedTuple):
@@ -89,6 +90,7 @@ class GPT(nn.Module):
             self.bigram = BigramEmbedding(
                 config.bigram_buckets, config.bigram_width, width, config.bigram_scale
             )
+        self.token_smear = TokenSmear() if config.token_smear_gate else None
         self.smear = SmearGate(width) if config.smear_gate else None
         self.value_embedding: ValueEmbedding | None = None
         if config.value_layers:
@@ -104,16 +106,21 @@ class GPT(nn.Module):
         )
         self.execute(config.executed_layers)
         skips = sum(visit.pushes for visit in self.visits)
-        self.skip_weights = nn.Parameter(torch.ones(skips, width)) if skips else None
+        self.skip_weights = (
+            nn.Parameter(torch.full((skips, width), config.skip_init)) if skips else None
+        )
         self.head = TiedHead()
         self.roles = parameter_roles(name for name, _ in self.named_parameters())
         self._input: Callable[..., BlockInputs] = self._embed
         self._score: Callable[..., Tensor] = self._losses
         self._score_each: Callable[..., list[Tensor]] = self._losses_of_each
 
-    def execute(self, layer_order: Sequence[int]) -> None:
-        """Execute the layers in this order from now on (`model.network.depth_recurrence`)."""
-        self.visits = visits(layer_order, self.config.skips)
+    def execute(self, layer_order: Sequence[int], last_pass_gradient: bool = False) -> None:
+        """Execute the layers in this order from now on (`model.network.depth_recurrence`).
+
+        last_pass_gradient: gradients pass through a layer's last visit alone.
+        """
+        self.visits = visits(layer_order, self.config.skips, last_pass_gradient)
 
     def compile_parts(self, **options: Any) -> None:
         """Compile the parts of the forward pass; `options` are those of `torch.compile`."""
@@ -250,11 +257,13 @@ class GPT(nn.Module):
         query_positions: Tensor | None,
     ) -> Tensor:
         # Views, as one object in two places would make compiled graphs of their own.
-        embedding, *x0s = dispatch.grad_fanout(inputs.embedding, 1 + len(self.visits))
+        readers = 1 + sum(not visit.constant for visit in self.visits)
+        embedding, *x0s = dispatch.grad_fanout(inputs.embedding, readers)
+        x0s.reverse()
         skip_weights = () if self.skip_weights is None else self.skip_weights.unbind()
         x: Tensor | Lanes = embedding
         earlier: list[Tensor] = []
-        for number, (visit, x0) in enumerate(zip(self.visits, x0s, strict=True)):
+        for number, visit in enumerate(self.visits):
             context = BlockContext(
                 documents,
                 inputs.cos_sin,
@@ -264,7 +273,13 @@ class GPT(nn.Module):
                 query_positions if number == len(self.visits) - 1 else None,
             )
             skip = None if visit.skip is None else (earlier.pop(), skip_weights[visit.skip])
-            x = self.blocks[visit.layer](x, x0, skip, context)
+            block = self.blocks[visit.layer]
+            if visit.constant:
+                with torch.no_grad():
+                    after = block(x, inputs.embedding.detach(), skip, context)
+                x = constant_added(x, after)
+            else:
+                x = block(x, x0s.pop(), skip, context)
             if visit.pushes:
                 output = merge_lanes(x)
                 earlier.append(output.view_as(output))
@@ -285,6 +300,8 @@ class GPT(nn.Module):
             values = self.value_embedding(tokens, self.dtype)
         before = previous(tokens, documents, past.token if past else NO_TOKEN)
         x = F.embedding(tokens, self.embedding)
+        if self.token_smear is not None:
+            x = self.token_smear(x, documents, self.embedding, past.token if past else NO_TOKEN)
         if self.bigram is not None:
             x = self.bigram(x, tokens, before, self.dtype)
         if table is not None:

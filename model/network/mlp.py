@@ -1,6 +1,7 @@
-"""The feed-forward layer: W_down (LeakyReLU_½(W_up r))².
+"""The feed-forward layer: W_down (LeakyReLU_s(W_up r))².
 
-The square of a leaky ReLU with slope ½ keeps a quarter of the negative side, so that no unit dies.
+The square of a leaky ReLU with slope s keeps s² of the negative side, a quarter as the record has
+it, so that no unit dies.
 Where a gradient is wanted and a kernel exists, the activation is fused with the up-projection.
 """
 
@@ -12,10 +13,11 @@ from model.network.linear import Linear
 
 
 class MLP(nn.Module):
-    """width → hidden → width."""
+    """width → hidden → width; slope: of the activation for negative inputs."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, slope: float) -> None:
         super().__init__()
+        self.slope = slope
         self.up = Linear(width, hidden)
         self.down = Linear(hidden, width, zero=True)
 
@@ -24,5 +26,5 @@ class MLP(nn.Module):
         if dispatch.fuses_mlp(r):
             up, down = self.up.matrix(r.dtype), self.down.matrix(r.dtype)
             if r.requires_grad or up.requires_grad or down.requires_grad:
-                return dispatch.mlp(r, up, down)
-        return self.down(leaky_relu_squared(self.up(r)))
+                return dispatch.mlp(r, up, down, self.slope)
+        return self.down(leaky_relu_squared(self.up(r), self.slope))

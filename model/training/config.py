@@ -86,6 +86,9 @@ class TrainConfig(Settings):
         ge=0,
         lt=1,
     )
+    last_pass_gradient: bool = setting(
+        "gradients pass only through the last run of a layer that runs more than once"
+    )
     weight_decay: float = setting("decoupled, all groups", "1/(lr*step)", ge=0, le=1e6)
     weight_decay_schedule: Literal["constant", "lr", "cosine"] = setting(
         "factor of weight_decay: 1, that of the cool-down, or a cosine from 1 to 0"

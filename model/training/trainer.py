@@ -61,9 +61,8 @@ class Trainer:
         """Let steps execute the layers in the order of the model's settings, or each once."""
         config = self.model.config
         self.recurrence_pending = bool(config.layer_order) and not on
-        self.model.execute(
-            range(config.layers) if self.recurrence_pending else config.executed_layers
-        )
+        order = range(config.layers) if self.recurrence_pending else config.executed_layers
+        self.model.execute(order, self.params.last_pass_gradient)
 
     def microbatches(self, progress: float) -> int:
         """Batches that this process takes in a step."""

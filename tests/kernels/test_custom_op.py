@@ -26,7 +26,7 @@ Case = tuple[Operation, list[Any], list[int]]  # arguments, and which of them ha
 
 
 def mlp() -> Case:
-    return fused_mlp.mlp, [random(20, 16), random(48, 16), random(16, 48)], [0, 1, 2]
+    return fused_mlp.mlp, [random(20, 16), random(48, 16), random(16, 48), 0.3], [0, 1, 2]
 
 
 def mix_residual_norm() -> Case:
@@ -112,7 +112,7 @@ model, alone = GPT(params.model), Group(0, 1, torch.device("cpu"))
 ttt_losses(model, [np.arange(1, 50, dtype=np.uint16)], params.ttt, params.execution, alone)
 assert bytes_per_document(model, params.ttt) > 0
 r, up, down = (torch.ones(16, 16, requires_grad=True) for _ in range(3))
-fused_mlp.fused_mlp(r, up, down).sum().backward()
+fused_mlp.fused_mlp(r, up, down, 0.5).sum().backward()
 assert r.grad is not None
 print("torch._dynamo" in sys.modules)
 """

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -49,8 +51,15 @@ def inputs(shape, dtype=torch.float32, device="cpu"):
     ]
 
 
-def composed(r, up, down):
-    return reference.leaky_relu_squared(r @ up.T) @ down.T
+SLOPE = 0.3
+
+
+def composed(r, up, down, slope=SLOPE):
+    return reference.leaky_relu_squared(r @ up.T, slope) @ down.T
+
+
+def kernel(r, up, down, slope=SLOPE):
+    return fused_mlp.fused_mlp(r, up, down, slope)
 
 
 def results(function, *arguments):
@@ -70,7 +79,17 @@ def errors(function, shape, dtype, device="cpu"):
 @interpreted
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_and_gradients_equal_the_reference(shape):
-    mine, theirs = (results(f, *inputs(shape)) for f in (fused_mlp.fused_mlp, composed))
+    mine, theirs = (results(f, *inputs(shape)) for f in (kernel, composed))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("slope", [0.0, 0.5, 1.0])
+def test_any_slope(slope):
+    mine, theirs = (
+        results(partial(f, slope=slope), *inputs((37, 24, 72))) for f in (kernel, composed)
+    )
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -78,7 +97,7 @@ def test_output_and_gradients_equal_the_reference(shape):
 @interpreted
 def test_gradients_are_the_slopes_of_the_reference():
     r, up, down, dy = inputs((19, 24, 40))
-    gradients = results(fused_mlp.fused_mlp, r, up, down, dy)[1:]
+    gradients = results(kernel, r, up, down, dy)[1:]
     dy = dy.detach()
     for place, gradient in enumerate(gradients):
         exact = [x.detach().double() for x in (r, up, down)]
@@ -94,7 +113,7 @@ def test_gradients_are_the_slopes_of_the_reference():
 @interpreted
 @pytest.mark.parametrize("shape", [(64, 48, 96), (37, 24, 72), (33, 17, 19)], ids=str)
 def test_bf16_is_as_exact_as_bf16_can_be(shape):
-    mine = errors(fused_mlp.fused_mlp, shape, torch.bfloat16)
+    mine = errors(kernel, shape, torch.bfloat16)
     assert max(mine) < 1e-2
     for a, b in zip(mine, errors(composed, shape, torch.bfloat16), strict=True):
         assert a < 1.2 * b  # the unfused one in the same dtype
@@ -104,7 +123,7 @@ def test_bf16_is_as_exact_as_bf16_can_be(shape):
 def test_keeps_five_tensors_for_the_backward_pass():
     with kept_for_backward() as kept:
         r, up, down, _ = inputs((20, 16, 64))
-        fused_mlp.fused_mlp(r, up, down)
+        kernel(r, up, down)
     shapes = [(16, 64), (20, 16), (20, 64), (20, 64), (64, 16)]
     assert sorted(tuple(x.shape) for x in kept) == shapes
 
@@ -115,7 +134,7 @@ def test_operands_need_not_be_contiguous_or_aligned():
     strided = [torch.cat([x, x], 1)[:, 1 : 1 + x.shape[1]].detach() for x in (r, up, down)]
     plain_ones = [x.clone().requires_grad_() for x in strided]
     views = [x.requires_grad_() for x in strided]
-    mine = results(fused_mlp.fused_mlp, *views, dy[:, :1].expand(20, 16))
+    mine = results(kernel, *views, dy[:, :1].expand(20, 16))
     theirs = results(composed, *plain_ones, dy[:, :1].expand(20, 16))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -124,10 +143,12 @@ def test_operands_need_not_be_contiguous_or_aligned():
 @interpreted
 def test_operations_keep_what_they_promise_the_compiler():
     r, up, down, dy = inputs((20, 16, 32))
-    torch.library.opcheck(fused_mlp.mlp.sealed, (r, up, down))
-    h = fused_mlp.mlp_hidden(r.detach(), up.detach())[0]
-    torch.library.opcheck(fused_mlp.mlp_hidden.sealed, (r.detach(), up.detach()))
-    torch.library.opcheck(fused_mlp.mlp_hidden_backward.sealed, (dy.detach(), down.detach(), h))
+    torch.library.opcheck(fused_mlp.mlp.sealed, (r, up, down, SLOPE))
+    h = fused_mlp.mlp_hidden(r.detach(), up.detach(), SLOPE)[0]
+    torch.library.opcheck(fused_mlp.mlp_hidden.sealed, (r.detach(), up.detach(), SLOPE))
+    torch.library.opcheck(
+        fused_mlp.mlp_hidden_backward.sealed, (dy.detach(), down.detach(), h, SLOPE)
+    )
 
 
 @pytest.fixture
@@ -143,7 +164,7 @@ def fused(monkeypatch):
 
 def small_mlp(device):
     torch.manual_seed(0)
-    layer = MLP(16, 48).to(device)
+    layer = MLP(16, 48, SLOPE).to(device)
     torch.nn.init.normal_(layer.down.weight)
     r = torch.randn(40, 16).to(device, torch.bfloat16)
     return layer, r.requires_grad_()
@@ -230,7 +251,7 @@ for t, backward in ((FORWARD, False), (BACKWARD, True)):
     types |= dict.fromkeys("MNK", "i32")
     types["w_desc"] = tile(t.depth, t.columns) if backward else tile(t.columns, t.depth)
     constants = {"ROWS": t.rows, "COLUMNS": t.columns, "DEPTH": t.depth, "GROUP": t.group}
-    constants |= {"BACKWARD": backward, "PROGRAMS": 132}
+    constants |= {"SLOPE": 0.3, "BACKWARD": backward, "PROGRAMS": 132}
     ptx = build(product_kernel, types, constants, num_warps=t.warps, num_stages=t.stages)
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
 """
@@ -247,7 +268,7 @@ for t, backward in ((FORWARD, False), (BACKWARD, True)):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_gpu_error_against_fp32(shape, compiled):
     torch._dynamo.reset()
-    function = torch.compile(fused_mlp.fused_mlp) if compiled else fused_mlp.fused_mlp
+    function = torch.compile(kernel) if compiled else kernel
     mine = errors(function, shape, torch.bfloat16, "cuda")
     assert max(mine) < 1e-2
     for a, b in zip(mine, errors(composed, shape, torch.bfloat16, "cuda"), strict=True):

@@ -24,9 +24,11 @@ def test_the_record_runs_fused_where_kernels_are_chosen(monkeypatch: pytest.Monk
 
 
 def test_what_is_composed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = regions(monkeypatch, record_params(parallel_from_layer=8, output_gate=True))
+    config = record_params(parallel_from_layer=8, output_gate=True, exclusive_init=0.0)
+    found = regions(monkeypatch, config)
     assert found["add_residual_norm"] == "composed: layers 8 to 10 have two lanes"
-    assert found["output_gate"] == found["parallel_lanes"] == "composed: has no kernel"
+    techniques = {"learned_exclusion", "output_gate", "parallel_lanes"}
+    assert {found[name] for name in techniques} == {"composed: has no kernel"}
     assert found["self_attention"] == found["mlp"] == "fused"
     assert "heads are 8 wide" in regions(monkeypatch, record_params(**SMALL))["self_attention"]
     unmixed = record_params(input_mix=False)

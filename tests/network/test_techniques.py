@@ -13,12 +13,15 @@ from model.data.packing import Documents
 from model.network.block_context import BlockContext
 from model.network.checkpoint import load_checkpoint, save_checkpoint
 from model.network.gpt import GPT
-from model.network.kv_cache import RingKVCache
+from model.network.kv_cache import NO_TOKEN, RingKVCache
+from model.network.learned_exclusion import LearnedExclusion
 from model.network.parallel_lanes import Lanes, ParallelLanesBlock
+from model.network.token_smear import TokenSmear
 from model.quantization.hessian import collect_hessians
 from model.quantization.quantize_model import solved_modules, store_model
 from model.runtime.distributed import Group
 from model.runtime.settings import ImpossibleValue
+from tests.helpers.kernels import kept_for_backward
 from tests.helpers.models import (
     SMALL,
     TECHNIQUES,
@@ -147,13 +150,62 @@ def test_before_it_begins_each_layer_is_executed_once() -> None:
     assert torch.equal(model(tokens, documents), plain(tokens, documents))
 
 
-def test_after_both_orders_ran_a_change_compiles_nothing() -> None:
+@pytest.mark.parametrize("lanes", [None, 1, 3])
+def test_the_last_pass_alone_has_a_gradient(lanes: int | None) -> None:
+    """As if earlier visits added constants; the losses are the same bits."""
+    order = [0, 1, 2, 1, 2, 1, 2, 3]
+    model = small_model(layer_order=order, parallel_from_layer=lanes, value_layers=[2])
+    tokens, documents = random_tokens(24), Documents.from_lengths([10, 14])
+    left = {layer: order.count(layer) for layer in order}
+
+    def add_a_constant(block: nn.Module, inputs: tuple[Any, ...], after: Any) -> Any:
+        layer = list(model.blocks).index(block)
+        left[layer] -= 1
+        if not left[layer]:
+            return after
+        if isinstance(after, Tensor):
+            return inputs[0] + (after - inputs[0]).detach()
+        before = inputs[0] if isinstance(inputs[0], Lanes) else (inputs[0],) * 2
+        return Lanes(*(b + (a - b).detach() for a, b in zip(after, before, strict=True)))
+
+    def gradients() -> list[Tensor]:
+        losses = model.losses(tokens, tokens, documents)
+        found.append(losses.detach())
+        return list(torch.autograd.grad(losses.sum(), list(model.parameters())))
+
+    found: list[Tensor] = []
+    whole = gradients()
+    model.execute(order, last_pass_gradient=True)
+    approximate = gradients()
+    model.execute(order)
+    for block in model.blocks:
+        block.register_forward_hook(add_a_constant)
+    expected = gradients()
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(approximate, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(approximate[0], whole[0], rtol=1e-2)
+
+
+def test_earlier_passes_keep_nothing_for_the_backward_pass() -> None:
+    def kept(layer_order: Sequence[int]) -> int:
+        model = small_model(layer_order=layer_order)
+        model.execute(layer_order, last_pass_gradient=True)
+        with kept_for_backward() as tensors:
+            model.losses(tokens, tokens, documents)
+        return len({tensor.untyped_storage().data_ptr() for tensor in tensors})
+
+    tokens, documents = random_tokens(24), Documents.from_lengths([10, 14])
+    assert kept([0, 1, 2, 1, 2, 1, 2, 3]) <= kept([0, 1, 2, 1, 2, 3]) + 2  # pushed outputs
+
+
+@pytest.mark.parametrize("last_pass", [False, True])
+def test_after_both_orders_ran_a_change_compiles_nothing(last_pass: bool) -> None:
     torch._dynamo.reset()
     model, tokens = small_model(**TECHNIQUES[-1]), random_tokens(24)
     model.compile_parts(backend="aot_eager")
 
     def graphs_after(layer_order: Sequence[int]) -> int:
-        model.execute(layer_order)
+        model.execute(layer_order, last_pass)
         model.losses(tokens, tokens, Documents.from_rows(2, 12)).sum().backward()
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
@@ -201,6 +253,74 @@ def test_gates_are_one_half_at_first() -> None:
     torch.testing.assert_close(gated(tokens, documents), plain(tokens, documents))
 
 
+def test_initial_weights_are_those_of_the_settings() -> None:
+    model = GPT(record_params(**SMALL, skip_init=0.0, input_mix_init=0.25))
+    assert model.skip_weights is not None
+    assert not model.skip_weights.any()
+    for block in model.blocks:
+        assert torch.equal(block.mix[0], torch.ones(32))  # type: ignore[index]
+        assert torch.equal(block.mix[1], torch.full((32,), 0.25))  # type: ignore[index]
+    torch.manual_seed(0)
+    silent = GPT(record_params(**SMALL, skip_init=0.0))
+    torch.manual_seed(0)
+    without = GPT(record_params(**SMALL, skips=False))
+    with torch.no_grad():
+        for model in (silent, without):
+            for name, parameter in model.named_parameters():
+                if name.endswith(("output.weight", "down.weight")):
+                    parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    tokens, documents = random_tokens(24), Documents.from_lengths([24])
+    assert torch.equal(silent(tokens, documents), without(tokens, documents))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3, 0.5])
+def test_the_mlp_by_its_definition(slope: float) -> None:
+    mlp = small_model(mlp_slope=slope).blocks[0].mlp
+    r = torch.randn(10, 32)
+    h = r @ mlp.up.weight.T
+    expected = torch.where(h > 0, h, slope * h) ** 2 @ mlp.down.weight.T
+    torch.testing.assert_close(mlp(r), expected)
+
+
+def test_what_heads_leave_out_goes_from_nothing_to_all() -> None:
+    learned = small_model(exclusive_init=0.0)
+    tokens, documents = random_tokens(24), Documents.from_lengths([10, 14])
+    state = {n: t for n, t in learned.state_dict().items() if "exclusion" not in n}
+    for alpha, exclusive in ((0.0, False), (10.0, True)):
+        for block in learned.blocks:
+            block.attention.exclusion.alpha.data.fill_(alpha)
+        plain = small_model(exclusive_attention=exclusive)
+        plain.load_state_dict(state)
+        torch.testing.assert_close(learned(tokens, documents), plain(tokens, documents))
+
+
+def test_each_head_leaves_out_its_share() -> None:
+    exclusion = LearnedExclusion(4, 0.0)
+    exclusion.alpha.data = torch.tensor([-1.0, 0.0, 0.5, 2.0])
+    y, v = torch.randn(10, 32), torch.randn(10, 2, 8)
+    found = exclusion(y, v).unflatten(1, (4, 8))
+    for head, alpha in enumerate(exclusion.alpha):
+        unit = nn.functional.normalize(v[:, head // 2], dim=1)
+        before = y.unflatten(1, (4, 8))[:, head]
+        along = (before * unit).sum(1, keepdim=True)
+        torch.testing.assert_close(found[:, head], before - alpha.tanh() * along * unit)
+
+
+def test_tokens_take_in_their_predecessor_as_they_say() -> None:
+    smear = TokenSmear()
+    table, tokens = torch.randn(64, 16), random_tokens(9)
+    x, documents = table[tokens], Documents.from_lengths([4, 5])
+    assert torch.equal(smear(x, documents, table, NO_TOKEN), x)  # off at first
+    torch.nn.init.normal_(smear.weight)
+    torch.nn.init.constant_(smear.strength, 0.7)
+    found = smear(x, documents, table, torch.tensor([NO_TOKEN, 3]))
+    assert torch.equal(found[0], x[0])
+    for t in range(1, 9):
+        before = table[3] if t == 4 else x[t - 1]
+        gate = torch.sigmoid(smear.weight @ x[t, :12])
+        torch.testing.assert_close(found[t], x[t] + 0.7 * gate * before)
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -209,6 +329,8 @@ def test_gates_are_one_half_at_first() -> None:
         ({"layer_order": [0, 1, 2, 3, 1], "parallel_from_layer": 2}, "layer_order"),
         ({"parallel_from_layer": 4}, "parallel_from_layer"),
         ({"output_gate": True, "width": 8}, "output_gate"),
+        ({"token_smear_gate": True, "width": 8}, "token_smear_gate"),
+        ({"exclusive_init": 1.0, "exclusive_attention": False}, "exclusive_init"),
     ],
 )
 def test_what_cannot_work_together_is_refused(changes: dict[str, Any], key: str) -> None:
