@@ -108,8 +108,8 @@ class ComputeWeights:
 def fixed_weights(model: GPT) -> Iterator[None]:
     """Make once, for the block, what the transformer blocks make of their weights at every use.
 
-    They multiply with compute weights, and their other tensors, and the skip weights, which they
-    use in the activations' dtype alone, are replaced by copies in that dtype. No weight gets a
+    They multiply with compute weights, and their other tensors, and those of the skips, which are
+    used in the activations' dtype alone, are replaced by copies in that dtype. No weight gets a
     gradient there.
     """
     products = model_products(model)
@@ -132,10 +132,11 @@ def fixed_weights(model: GPT) -> Iterator[None]:
 
 
 def _tensors_of_blocks(model: GPT) -> list[tuple[nn.Module, str, Tensor]]:
-    """Module, name and tensor of the parameters and buffers of the blocks, and the skip weights."""
+    """Module, name and tensor of the parameters and buffers of the blocks and their skips."""
     found = [
         (module, name, tensor)
-        for module in model.blocks.modules()
+        for part in (model.blocks, model.mudd_skips)
+        for module in (part.modules() if part is not None else ())
         for name, tensor in [
             *module.named_parameters(recurse=False),
             *module.named_buffers(recurse=False),

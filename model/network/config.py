@@ -96,6 +96,9 @@ class ModelConfig(Settings):
     token_smear_gate: bool = setting(
         "add the predecessor's embedding to each token's, gated by the token", off=False
     )
+    mudd_skips: bool = setting(
+        "mix earlier states in before and after the last layer, weighted by each token", off=False
+    )
 
     @property
     def executed_layers(self) -> list[int]:
@@ -184,6 +187,12 @@ class ModelConfig(Settings):
                 f"the gates see {GATE_INPUTS} values of the input, but width is {self.width}",
                 f"make the model wider, or set {key} to false",
             )
+        require(
+            not self.mudd_skips or self.layers > 2,
+            "mudd_skips",
+            f"they need the state between two layers and the last, of {self.layers} layers",
+            "make the model deeper, or set mudd_skips to false",
+        )
         require(
             self.exclusive_init is None or self.exclusive_attention,
             "exclusive_init",

@@ -58,6 +58,7 @@ def fused_regions(config: ModelConfig, device: Device) -> dict[str, str]:
         found[region] = "fused" if reason is None else f"composed: {reason}"
     techniques = {
         "learned_exclusion": config.exclusive_init is not None,
+        "mudd_skips": config.mudd_skips,
         "output_gate": config.output_gate,
         "parallel_lanes": bool(config.lane_layers),
     }

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.data.packing import Documents, previous
+from model.data.packing import Documents, previous, select_positions
 from model.kernels import dispatch
 from model.kernels.reference import rms_norm, rotation
 from model.network import initial
@@ -32,6 +32,7 @@ from model.network.depth_recurrence import constant_added, visits
 from model.network.embeddings import BigramEmbedding, SmearGate, ValueEmbedding
 from model.network.kv_cache import NO_TOKEN, KVCache
 from model.network.linear import Linear
+from model.network.mudd_skips import MUDDSkips, middle_visit
 from model.network.parallel_lanes import Lanes, ParallelLanesBlock, merge_lanes
 from model.network.parameter_roles import parameter_roles
 from model.network.token_smear import TokenSmear
@@ -109,6 +110,7 @@ class GPT(nn.Module):
         self.skip_weights = (
             nn.Parameter(torch.full((skips, width), config.skip_init)) if skips else None
         )
+        self.mudd_skips = MUDDSkips(width) if config.mudd_skips else None
         self.head = TiedHead()
         self.roles = parameter_roles(name for name, _ in self.named_parameters())
         self._input: Callable[..., BlockInputs] = self._embed
@@ -126,6 +128,9 @@ class GPT(nn.Module):
         """Compile the parts of the forward pass; `options` are those of `torch.compile`."""
         for block in self.blocks:
             block.compile(**options)
+        if self.mudd_skips is not None:
+            self.mudd_skips.before.compile(**options)
+            self.mudd_skips.after.compile(**options)
         self._input = torch.compile(self._embed, **options)
         self._score = torch.compile(self._losses, **options)
         self._score_each = torch.compile(self._losses_of_each, **options)
@@ -258,12 +263,18 @@ class GPT(nn.Module):
     ) -> Tensor:
         # Views, as one object in two places would make compiled graphs of their own.
         readers = 1 + sum(not visit.constant for visit in self.visits)
+        readers += self.mudd_skips is not None
         embedding, *x0s = dispatch.grad_fanout(inputs.embedding, readers)
         x0s.reverse()
         skip_weights = () if self.skip_weights is None else self.skip_weights.unbind()
         x: Tensor | Lanes = embedding
         earlier: list[Tensor] = []
+        sources: list[Tensor] = []
         for number, visit in enumerate(self.visits):
+            if self.mudd_skips is not None and number == len(self.visits) - 1:
+                stream = merge_lanes(x)
+                sources = [x0s.pop(), *sources, stream.view_as(stream)]
+                x = self.mudd_skips.before(x, sources)
             context = BlockContext(
                 documents,
                 inputs.cos_sin,
@@ -283,7 +294,13 @@ class GPT(nn.Module):
             if visit.pushes:
                 output = merge_lanes(x)
                 earlier.append(output.view_as(output))
-        return merge_lanes(x)
+            if self.mudd_skips is not None and number == middle_visit(len(self.visits)):
+                output = merge_lanes(x)
+                sources.append(output.view_as(output))
+        if self.mudd_skips is None:
+            return merge_lanes(x)
+        sources = [select_positions(s, documents, query_positions) for s in sources]
+        return self.mudd_skips.after(merge_lanes(x), sources)
 
     def _embed(
         self,

@@ -39,6 +39,7 @@ TECHNIQUES: list[dict[str, Any]] = [
     {"mlp_slope": 0.3},
     {"exclusive_init": 1.0},
     {"token_smear_gate": True},
+    {"mudd_skips": True},
     {
         "layer_order": [0, 1, 2, 1, 2, 3],
         "parallel_from_layer": 3,
@@ -46,6 +47,7 @@ TECHNIQUES: list[dict[str, Any]] = [
         "mlp_slope": 0.3,
         "exclusive_init": 1.0,
         "token_smear_gate": True,
+        "mudd_skips": True,
     },
 ]
 

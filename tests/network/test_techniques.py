@@ -15,7 +15,8 @@ from model.network.checkpoint import load_checkpoint, save_checkpoint
 from model.network.gpt import GPT
 from model.network.kv_cache import NO_TOKEN, RingKVCache
 from model.network.learned_exclusion import LearnedExclusion
-from model.network.parallel_lanes import Lanes, ParallelLanesBlock
+from model.network.mudd_skips import DynamicMix
+from model.network.parallel_lanes import Lanes, ParallelLanesBlock, merge_lanes
 from model.network.token_smear import TokenSmear
 from model.quantization.hessian import collect_hessians
 from model.quantization.quantize_model import solved_modules, store_model
@@ -321,6 +322,28 @@ def test_tokens_take_in_their_predecessor_as_they_say() -> None:
         torch.testing.assert_close(found[t], x[t] + 0.7 * gate * before)
 
 
+@pytest.mark.parametrize("lanes", [None, 3])
+def test_earlier_states_are_mixed_in_before_and_after_the_last_block(lanes: int | None) -> None:
+    order = [0, 1, 2, 1, 2, 3]
+    model = small_model(layer_order=order, mudd_skips=True, parallel_from_layer=lanes)
+    assert model.mudd_skips is not None
+    seen: list[Any] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output)))
+    tokens, documents = random_tokens(24), Documents.from_lengths([24])
+    x = model.hidden(tokens, documents)
+    embedding, middle = seen[0][0][0], seen[3][1]
+    last = seen[4][1]
+
+    def mixed(x: Tensor, mix: DynamicMix) -> Tensor:
+        hidden = nn.functional.rms_norm(x, (32,), eps=1e-7) @ mix.projection.weight.T
+        weights = (mix.bias + nn.functional.gelu(hidden) @ mix.mix.T) / 10
+        return x + torch.einsum("ts,stw->tw", weights, torch.stack((embedding, middle, last)))
+
+    torch.testing.assert_close(seen[5][0][0], mixed(last, model.mudd_skips.before))
+    torch.testing.assert_close(x, mixed(merge_lanes(seen[5][1]), model.mudd_skips.after))
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -330,6 +353,7 @@ def test_tokens_take_in_their_predecessor_as_they_say() -> None:
         ({"parallel_from_layer": 4}, "parallel_from_layer"),
         ({"output_gate": True, "width": 8}, "output_gate"),
         ({"token_smear_gate": True, "width": 8}, "token_smear_gate"),
+        ({"mudd_skips": True, "layers": 2, "value_layers": []}, "mudd_skips"),
         ({"exclusive_init": 1.0, "exclusive_attention": False}, "exclusive_init"),
     ],
 )
