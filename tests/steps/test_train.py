@@ -402,6 +402,18 @@ def test_warm_up_leaves_no_trace_and_draws_no_random_numbers():
     assert all(torch.equal(state[name], tensor) for name, tensor in cold.state().items())
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_earlier_runs_of_a_layer_have_a_gradient_or_not_as_the_setting_says(last):
+    params = train_params(**{**TRAIN, "tokens_per_step": 64, "last_pass_gradient": last})
+    model = small_model(layer_order=[0, 1, 2, 1, 2, 3])
+    one = Trainer(model, params, Group(0, 1, torch.device("cpu")), compiled=False)
+    for recurrent in (False, True):
+        one.use_recurrence(recurrent)
+        constant = [visit.layer for visit in model.visits if visit.constant]
+        assert constant == ([1, 2] if recurrent and last else [])
+        assert torch.isfinite(one.step(batches(), 0.5))
+
+
 def test_state_of_another_model_is_refused():
     state = trainer().state()
     other = trainer()
