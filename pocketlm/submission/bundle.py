@@ -15,7 +15,9 @@ import base64
 import dataclasses
 import json
 import lzma
+import tokenize
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from pocketlm.workflow.closure import SHIPPED_PROGRAMS, STANDALONE, shipped
 
 NAME = "bundle.py"
 SECTIONS = ("evaluate", "ops", "ttt")  # the settings of evaluation
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 TEMPLATE = '''"""pocketlm: code and settings of one artifact. `python {name} --help`"""
 import base64, importlib.abc, importlib.util, json, lzma, sys
@@ -91,11 +94,32 @@ def write_bundle(path: Path, params: Params) -> None:
 
 
 def minified(source: str) -> str:
-    """Python source without comments and docstrings."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+    """Python source without comments, docstrings and empty lines, indented by single spaces.
+
+    All else stays as it is written, so that the bundle is the same, byte for byte, whichever
+    version of Python makes it; `ast.unparse` differs between versions.
+    """
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    kept, dropped = set[int](), set[int]()  # rows, from 0
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant | ast.JoinedStr):
+            kept.update(range(node.lineno, node.end_lineno or 0))  # text may go on in these rows
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            dropped.update(range(text.lineno - 1, text.end_lineno or 0))
+            if len(node.body) == 1:
+                lines[text.lineno - 1] = lines[text.lineno - 1][: text.col_offset] + "pass"
+                dropped.remove(text.lineno - 1)
+    rows = [row for row in range(len(lines)) if row not in dropped]
+    shown = (lines[row] if row in kept else _narrowed(lines[row]) for row in rows)
+    return "".join(f"{line}\n" for line in shown if line)
+
+
+def _narrowed(line: str) -> str:
+    """Four spaces of indentation become one; trailing ones go."""
+    code = line.lstrip(" ")
+    return " " * ((len(line) - len(code)) // 4) + code.rstrip() if code.strip() else ""
