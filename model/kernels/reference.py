@@ -56,9 +56,20 @@ def softcapped(z: Tensor, cap: float) -> Tensor:
 
 
 def softcapped_losses(z: Tensor, targets: Sequence[Tensor], cap: float) -> list[Tensor]:
-    """`softcapped_loss` of several targets for each token, by one softmax; 0 where NO_TARGET."""
-    log_p = F.log_softmax(softcapped(z, cap), -1)
-    return [F.nll_loss(log_p, one, reduction="none", ignore_index=NO_TARGET) for one in targets]
+    """`softcapped_loss` of several targets for each token, by one softmax; 0 where NO_TARGET.
+
+    The logit of a target is a masked sum, which the compiler makes part of the one pass over z, as
+    it does with its gradient; for several gathers it would write all logarithms first.
+    """
+    logits = softcapped(z, cap)
+    normalizer = logits.logsumexp(-1)
+    tokens = torch.arange(z.shape[-1], device=z.device)
+
+    def loss(target: Tensor) -> Tensor:
+        logit = torch.where(tokens == target[:, None], logits, 0.0).sum(-1)
+        return torch.where(target == NO_TARGET, 0.0, normalizer - logit)
+
+    return [loss(target) for target in targets]
 
 
 def softcapped_loss(z: Tensor, targets: Tensor, cap: float) -> Tensor:
