@@ -71,8 +71,9 @@ def test_an_editor_marks_what_is_missing(values: dict[str, Any], schema: dict[st
 @pytest.mark.parametrize("name", sorted({*presets(ROOT / "conf")} - {"record"}))
 def test_a_preset_does_not_repeat_its_parent(name: str) -> None:
     own = yaml.safe_load((ROOT / f"conf/{name}.yaml").read_text())
-    parent = yaml.safe_load((ROOT / "conf/record.yaml").read_text())
-    assert own.pop("defaults") == ["record", "_self_"]
+    name_of_parent, itself = own.pop("defaults")
+    assert itself == "_self_"
+    parent = dataclasses.asdict(compose(name_of_parent, directory=ROOT / "conf"))
     repeated = [
         f"{section}.{key}"
         for section, values in own.items()

@@ -86,7 +86,7 @@ def test_overrides_and_their_mistakes() -> None:
     assert compose("demo", ["ttt.lr=3e-4"]).ttt.lr == 3e-4
     with pytest.raises(InputError, match="rl"):
         compose("demo", ["ttt.rl=3e-4"])
-    with pytest.raises(InputError, match="choose one of demo, h100, record"):
+    with pytest.raises(InputError, match="choose one of best, demo, h100, record"):
         compose("laptop")
 
 
