@@ -30,7 +30,7 @@ Listing = Annotated[
 def main(
     name: Annotated[
         str,
-        Argument(metavar="NAME", help="a file of conf/: demo, h100, best, record", autocompletion=names),
+        Argument(metavar="NAME", help="a file of conf/, see --list", autocompletion=names),
     ],
     overrides: Overrides = None,
     force: Annotated[bool, Option("--force", help="replace a hand-edited file")] = False,

@@ -43,7 +43,7 @@ def test_options_and_overrides_stand_in_any_order(number: int, experiment: Path)
 
 
 def test_presets_are_listed(experiment: Path) -> None:
-    assert call("preset", "--list").output.split() == ["demo", "h100", "record"]
+    assert call("preset", "--list").output.split() == ["best", "demo", "h100", "record"]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from tests.helpers.corpora import sentences, small_tokenizer
 from tests.steps.test_evaluations import VOCABULARY, write_artifact
 
 ROOT = Path(__file__).parents[2]
-PRESETS = ("demo", "h100", "record")
+PRESETS = ("best", "demo", "h100", "record")
 MODES = ("plain", "sliding", "ttt")
 # What an empty virtual environment is given; what these need comes with them.
 INSTALLED = ("torch", "numpy", "sentencepiece", "constriction", "brotli", "zstandard")
