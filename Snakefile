@@ -87,7 +87,7 @@ rule report:
 rule tokenize:
     output:
         touch(marker("tokenize")),
-    threads: THREADS
+    threads: CORES
     message:
         "tokenize"
     shell:

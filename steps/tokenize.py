@@ -1,8 +1,9 @@
 """Text to tokens: train the tokenizer, or take a given one, and encode every document.
 
 Two passes over the text, one for the tokenizer's sample and one for the shards, neither of which
-holds more than a batch of documents. The published FineWeb shards come ready-made. Files are
-written under `.work/` and moved when all are complete, the manifest last.
+holds more than some blocks of documents. In the second this process reads and writes, and others
+encode. The published FineWeb shards come ready-made. Files are written under `.work/` and moved
+when all are complete, the manifest last.
 """
 
 import dataclasses
@@ -16,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from model.data.config import DataConfig
-from model.data.shards import BOS, MANIFEST, SPLITS, Manifest, Shard, ShardWriter, Split
-from model.data.sources import Corpus, Document, open_corpus
+from model.data.corpus_shards import write_shards
+from model.data.shards import MANIFEST, SPLITS, Manifest, Split
+from model.data.sources import Corpus, open_corpus
 from model.data.sources.docstrings import unpinned_packages
 from model.data.sources.fineweb import fetch_published, open_published
 from model.data.tokenizer import Tokenizer, check_vocabulary, normalizer, train_tokenizer
@@ -34,7 +35,7 @@ from steps.common import StageRun, run
 
 KEYS = ("data", "tokenizer")
 CONSTRAINTS = Path("constraints.txt")
-BATCH = 1 << 22  # characters encoded at once
+WORTH = 4.0  # megabytes of text for which another process is worth its start
 
 
 def main(stage: StageRun) -> None:
@@ -96,8 +97,10 @@ def tokenized(stage: StageRun) -> tuple[Manifest, list[Path]]:
     with unchanged(inputs):
         tokenizer = make_tokenizer(params, corpus, directory / TOKENIZER)
         stage.log.event("tokenizer", vocabulary=tokenizer.vocabulary)
-        shards, dropped = encode(
-            corpus, tokenizer, directory, params.tokenizer.shard_tokens, torch.get_num_threads()
+        shuffle = params.data.shuffle_seed if params.data.source == "files" else None
+        processes = min(torch.get_num_threads(), 1 + int(corpus.megabytes / WORTH))
+        shards, dropped = write_shards(
+            corpus, tokenizer.path, directory, params.tokenizer.shard_tokens, shuffle, processes
         )
     note_dropped(stage, dropped)
     manifest = Manifest(
@@ -161,7 +164,7 @@ def make_tokenizer(params: Params, corpus: Corpus, path: Path) -> Tokenizer:
 
         def texts() -> Iterator[str]:
             for document in corpus.documents(normalizer()):
-                found[document.split] += bool(document.bytes)
+                found[document.split] += 1
                 if document.split == "train":
                     yield document.text
                     if bar:
@@ -170,63 +173,6 @@ def make_tokenizer(params: Params, corpus: Corpus, path: Path) -> Tokenizer:
                 require_documents(params.data, found["train"], found["validation"], found[None])
 
         return train_tokenizer(texts(), config.vocabulary, config.training_megabytes, path)
-
-
-def encode(
-    corpus: Corpus, tokenizer: Tokenizer, directory: Path, shard_tokens: int, threads: int
-) -> tuple[dict[Split, list[Shard]], int]:
-    """Write every document that is not empty as BOS and its pieces.
-
-    Returns the shards by split, and how many documents were left out of training as they are held
-    out. Raises InputError if the tokens of a document do not stand for its bytes.
-    """
-    writers = {split: ShardWriter(directory, split, shard_tokens) for split in SPLITS}
-    read, dropped = 0.0, 0
-    with (
-        progress("encode: MB read", corpus.megabytes) as bar,
-        writers["train"],
-        writers["validation"],
-    ):
-        for batch in batches(corpus.documents(tokenizer.normalize)):
-            encoded = tokenizer.encode([document.text for document in batch], threads)
-            for document, pieces in zip(batch, encoded, strict=True):
-                tokens = np.empty(len(pieces) + 1, np.uint16)
-                tokens[0], tokens[1:] = BOS, pieces
-                sizes = tokenizer.sizes(tokens)
-                require_exact(document, int(sizes.sum()))
-                if document.split is None:
-                    dropped += bool(document.bytes)
-                elif document.bytes:
-                    writers[document.split].write(tokens, sizes)
-            if bar:
-                bar.advance(batch[-1].read - read)
-            read = batch[-1].read
-    return {split: writer.shards for split, writer in writers.items()}, dropped
-
-
-def require_exact(document: Document, counted: int) -> None:
-    """Raise InputError unless the tokens of a document stand for the bytes of its text."""
-    if counted != document.bytes:
-        raise InputError(
-            f"tokenizer.model: the tokens of the document that begins {document.text[:40]!r} stand "
-            f"for {counted} bytes, but its normalized text has {document.bytes}: bits per byte "
-            "would be wrong",
-            "give another tokenizer, or set tokenizer.model to null to train one",
-        )
-
-
-def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Group documents into lists of at least BATCH characters, the last one excepted."""
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def require_documents(data: DataConfig, train: int, validation: int, dropped: int) -> None:

@@ -95,7 +95,7 @@ class Training:
         params, group = stage.params, stage.group
         self.stage, self.params = stage, params.train
         choice = dispatch.configure(device=group.device, **stage.implementations(KEYS))
-        # The seed decides the initial weights; the order of the data is the same for all seeds.
+        # The seed decides the initial weights, and the order of the data if it is asked to.
         torch.manual_seed(stage.seed or 0)
         model = GPT(params.model).to(group.device)
         prefixes = None
@@ -109,6 +109,7 @@ class Training:
             params.model.sequence_length,
             group,
             group.device,
+            stage.seed if params.train.order_by_seed else None,
         )
         self.phase = self.params.tokens_per_step, self.data.context  # batch and context
         self.hosts = HostBroadcast(group)

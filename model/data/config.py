@@ -31,6 +31,12 @@ class DataConfig(Settings):
         ge=0,
         le=1,
     )
+    shuffle_seed: int | None = setting(
+        "order of the training documents: by the hash of this and their text; "
+        "null: as in the files (source: files)",
+        ge=0,
+        lt=2**32,
+    )
     docstring_megabytes: float = setting("stop collecting documentation here", "MB", gt=0, le=1e6)
     fineweb_shards: int = setting(
         "training shards to download (source: fineweb)", "100 M tokens", ge=1, le=100_000

@@ -5,7 +5,8 @@ The training shards are one cyclic stream of `total` tokens. Span i of length T 
 gap or overlap, also across shards and across its end, and a run resumes from the tokens read before
 alone. A step takes the next spans, a multiple of the number of processes; of these the process r
 takes every one whose number is r modulo that number, so that a step sees the same tokens for any
-number of processes.
+number of processes. With an order of its own a seed takes at place i the span that a permutation
+of all whole spans names, another one for every pass.
 """
 
 import itertools
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,7 @@ class TrainingBatches:
     tokens_per_microbatch: per process; sequence_length: the longest context, in tokens.
     group: decides which spans this process takes. device: of the batches.
     context: where documents are cut; it may be set between two batches and holds from the next on.
+    order: seed of an order of its own in which the spans are read; None: that of the stream.
     """
 
     def __init__(
@@ -93,8 +96,10 @@ class TrainingBatches:
         sequence_length: int,
         group: Group,
         device: torch.device,
+        order: int | None = None,
     ) -> None:
         self.stream, self.sequence_length, self.device = stream, sequence_length, device
+        self.order = order
         self.length = tokens_per_microbatch
         self.rank, self.processes = group.rank, group.size
         self.context = sequence_length
@@ -153,17 +158,31 @@ class TrainingBatches:
         except Exception as error:
             ready.put(error)
 
+    def _in_order(self, index: int) -> int:
+        """Which span stands at place `index` of the order."""
+        if self.order is None:
+            return index
+        spans = max(1, self.stream.total // self.length)
+        epoch, place = divmod(index, spans)
+        return int(_permutation(spans, self.order, epoch)[place])
+
     def host_batch(self, index: int, context: int) -> tuple[Tensor, Documents]:
         """Return tokens and targets of a span, int64 (2, T), and its documents, padded.
 
         Their bound on lengths is the longest context, as compiled code depends on it.
         """
-        span = self.stream.span(index, self.length).astype(np.int64)
+        span = self.stream.span(self._in_order(index), self.length).astype(np.int64)
         lengths = pack_span(span[:-1], context)
         lengths += [0] * (-(len(lengths) + 1) % CU_SEQLENS_MULTIPLE)
         cu_seqlens = Documents.from_lengths(lengths).cu_seqlens
         documents = Documents(cu_seqlens, self.length, self.sequence_length)
         return torch.from_numpy(np.stack((span[:-1], span[1:]))), documents
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, *seed: int) -> np.ndarray:
+    """A permutation of `length` numbers, int64: the same in every version of numpy."""
+    return np.random.RandomState(seed).permutation(length)
 
 
 def _empty(items: queue.Queue) -> None:

@@ -69,6 +69,7 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        self.path = Path(path)
         repair = "put an intact SentencePiece model there"
         with reading(path, repair):
             model = Path(path).read_bytes()

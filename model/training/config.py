@@ -29,6 +29,9 @@ class TrainConfig(Settings):
     tokens_per_microbatch: int = setting(
         "flat span one process takes at once", "tokens", ge=1, le=2**30
     )
+    order_by_seed: bool = setting(
+        "each seed reads the text in an order of its own; off: all in that of the shards"
+    )
     batch_schedule: list[list[float]] = setting(
         "smaller batches first: [until, share of tokens_per_step] of each phase; [] = off",
         "share",

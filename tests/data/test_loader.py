@@ -82,9 +82,11 @@ def test_packing_cuts_where_a_token_by_token_walk_does(tokens, sequence_length):
     assert pack_span(np.array(tokens), sequence_length) == lengths
 
 
-def batches_of(stream, rank=0, size=1, step=0, length=32, per_step=128, sequence_length=16):
+def batches_of(
+    stream, rank=0, size=1, step=0, length=32, per_step=128, sequence_length=16, order=None
+):
     group = Group(rank, size, CPU)
-    batches = TrainingBatches(stream, length, sequence_length, group, CPU)
+    batches = TrainingBatches(stream, length, sequence_length, group, CPU, order)
     return batches.from_span(step * per_step // length)
 
 
@@ -122,11 +124,31 @@ def test_boundaries_grow_by_whole_buckets(tmp_path):
         assert documents.cu_seqlens.numel() == entries
 
 
+def test_a_seed_reads_all_spans_in_an_order_of_its_own(stream):
+    spans = stream.total // 32
+    plain = sorted(stream.span(index, 32)[:-1].tolist() for index in range(spans))
+    read = {
+        order: [
+            tokens.tolist() for tokens, _, _ in take(batches_of(stream, order=order), 3 * spans)
+        ]
+        for order in (0, 1)
+    }
+    passes = [order[i : i + spans] for order in read.values() for i in range(0, 3 * spans, spans)]
+    assert all(sorted(one) == plain for one in passes)
+    assert len({str(one) for one in passes}) == 6
+    later = [tokens.tolist() for tokens, _, _ in take(batches_of(stream, step=9, order=1), 4)]
+    assert later == read[1][36:40]
+
+
+@pytest.mark.parametrize("order", [None, 3])
 @pytest.mark.parametrize("size", [2, 4])
-def test_processes_together_take_what_one_takes(stream, size):
-    alone = [tokens.tolist() for tokens, _, _ in take(batches_of(stream), 12)]
+def test_processes_together_take_what_one_takes(stream, size, order):
+    alone = [tokens.tolist() for tokens, _, _ in take(batches_of(stream, order=order), 12)]
     shares = [
-        [tokens.tolist() for tokens, _, _ in take(batches_of(stream, rank, size), 12 // size)]
+        [
+            tokens.tolist()
+            for tokens, _, _ in take(batches_of(stream, rank, size, order=order), 12 // size)
+        ]
         for rank in range(size)
     ]
     assert [tokens for round_ in zip(*shares, strict=True) for tokens in round_] == alone

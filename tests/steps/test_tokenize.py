@@ -32,6 +32,7 @@ OVERRIDES = [
     "data.source=files",
     "data.files=[corpus/*]",
     "data.validation_fraction=0.1",
+    "data.shuffle_seed=null",
     "tokenizer.vocabulary=320",
     "tokenizer.training_megabytes=0.05",
     "tokenizer.shard_tokens=5000",
@@ -74,7 +75,7 @@ def test_every_document_is_written_once_and_counted():
     expected: dict[str, list[str]] = {"train": [], "validation": []}
     for text in TEXTS:
         if normalized := tokenizer.normalize(text):
-            held = held_out(text_hash(normalized.encode()), 0.1)
+            held = held_out(np.uint64(text_hash(normalized.encode())), 0.1)
             expected["validation" if held else "train"].append(text)
     starts = np.flatnonzero(train == BOS)
     documents = {
@@ -117,6 +118,43 @@ def test_the_same_text_gives_the_same_files():
     run_step("tokenizer.shard_tokens=1000000")  # fewer shards replace more
     assert len(list(OUTPUT.glob("train_*.bin"))) == 1
     assert made() == first
+
+
+def test_any_number_of_processes_gives_the_same_files(monkeypatch):
+    write_json_lines(Path("held_out.jsonl"), sentences(30))
+    monkeypatch.setattr("model.data.sources.BLOCK", 10_000)
+    monkeypatch.setattr("steps.tokenize.WORTH", 0.01)
+    made = []
+    for processes in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda processes=processes: processes)
+        run_step("data.shuffle_seed=0", "data.validation_files=[held_out.jsonl]")
+        made.append(files(OUTPUT))
+    assert made[0] == made[1]
+
+
+def training_documents(manifest):
+    stream = TokenStream(manifest.train)
+    tokens = stream.span(0, stream.total)[:-1]
+    return [part.tobytes() for part in np.split(tokens, np.flatnonzero(tokens == BOS)[1:])]
+
+
+def test_shuffled_documents_stand_where_their_text_and_the_seed_say():
+    """However they are spread over files; held-out ones keep their order."""
+    small_tokenizer(Path("tokenizers/given.model"))
+
+    def made(seed):
+        return run_step(f"data.shuffle_seed={seed}", "tokenizer.model=tokenizers/given.model")
+
+    ordered, shuffled, other = made("null"), made(0), made(1)
+    documents = training_documents(made("null"))
+    orders = {seed: training_documents(made(seed)) for seed in (0, 1)}
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(documents)
+    assert len({tuple(order) for order in (documents, *orders.values())}) == 3
+    assert ordered.shards["validation"] == shuffled.shards["validation"]
+    assert shuffled.totals("train") == other.totals("train") == ordered.totals("train")
+    write_json_lines(Path("corpus/z.jsonl"), TEXTS[:200])
+    write_json_lines(Path("corpus/a.jsonl"), TEXTS[:199:-1])
+    assert training_documents(made(0)) == orders[0]
 
 
 def test_every_kind_of_file_gives_the_same_shards():

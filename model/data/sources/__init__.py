@@ -1,20 +1,27 @@
 """Text sources: one file per source, one protocol, one rule for the hold-out.
 
 A `TextSource` is an ordered collection of texts that can be streamed any number of times, always in
-the same order; `Corpus` decides which of its texts are held out. To add a source, write
-a class with the three members of the protocol and name it in `open_corpus` and in
-`model/data/config.py` (docs/data.md has the recipe).
+the same order; a `Corpus` hands them out in blocks, so that several processes can work on them, and
+a `HoldOut` decides by their hashes which are held out. To add a source, write a class with the
+three members of the protocol and name it in `open_corpus` and in `model/data/config.py`
+(docs/data.md has the recipe).
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from model.data.config import DataConfig
 from model.data.shards import Split
 from model.runtime.errors import InputError
+
+BLOCK = 1 << 20  # characters of a block, at least
 
 
 class TextSource(Protocol):
@@ -34,17 +41,56 @@ class TextSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Block:
+    """Successive texts of one source.
+
+    given: whether they are of the given validation set; read: megabytes read so far in this pass.
+    """
+
+    texts: list[str]
+    given: bool
+    read: float
+
+
+@dataclass(frozen=True)
 class Document:
-    """One text, where it belongs, and the megabytes read so far in this pass.
+    """One text and where it belongs.
 
     split: None for a training document that is in the given validation set, too.
-    bytes: length of the normalized text in UTF-8; 0: an empty document.
     """
 
     split: Split | None
     text: str
-    bytes: int
-    read: float
+
+
+@dataclass
+class HoldOut:
+    """Which documents are held out, by the hashes of their normalized texts.
+
+    So a document's split depends only on the tokens a model would see of it, and texts of the same
+    tokens share their split. fraction: share that is held out where none are given. The given ones
+    must be shown first; memory holds 8 bytes for each.
+    """
+
+    fraction: float
+    _given: list[np.ndarray] = field(default_factory=list)
+
+    def assign(self, hashes: np.ndarray, given: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Whether documents are held out, and whether they are dropped; bool (D,) each.
+
+        hashes: uint64 (D,); given: whether they are of the given validation set. A training
+        document that is equal to a given one is dropped.
+        """
+        none = np.zeros(len(hashes), bool)
+        if given:
+            self._given.append(np.sort(hashes))
+            return ~none, none
+        if len(self._given) > 1:
+            self._given = [np.sort(np.concatenate(self._given))]
+        for known in self._given:
+            place = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+            return none, known[place] == hashes
+        return held_out(hashes, self.fraction), none
 
 
 @dataclass(frozen=True)
@@ -53,9 +99,7 @@ class Corpus:
 
     texts: all documents if `validation` is None, else the training documents.
     validation: the held-out documents, if they are given.
-    fraction: share of `texts` to hold out if they are not given, chosen by the hash of the
-        normalized text; so a document's split depends only on the tokens a model would see of it,
-        and texts of the same tokens share their split.
+    fraction: share of `texts` to hold out if they are not given.
     """
 
     texts: TextSource
@@ -77,33 +121,50 @@ class Corpus:
         """Further names of files, which are read once."""
         return [*(self.validation.repeated if self.validation else []), *self.texts.repeated]
 
-    def documents(self, normalize: Callable[[str], str]) -> Iterator[Document]:
-        """Stream every document once.
+    def blocks(self) -> Iterator[Block]:
+        """Stream every text once, the given validation set first, some BLOCK characters at a time.
 
-        normalize: that of the tokenizer. Memory holds 8 bytes of hash per given held-out document.
+        Where a block ends depends on nothing but the texts.
         """
-        if self.validation is None:
-            for text, size, hashed, read in _normalized(self.texts, normalize):
-                split: Split = "validation" if held_out(hashed, self.fraction) else "train"
-                yield Document(split, text, size, read)
-            return
-        given: set[int] = set()
-        for text, size, hashed, read in _normalized(self.validation, normalize):
-            if size:
-                given.add(hashed)
-            yield Document("validation", text, size, read)
-        before = self.validation.megabytes
-        for text, size, hashed, read in _normalized(self.texts, normalize):
-            yield Document(None if hashed in given else "train", text, size, before + read)
+        before = 0.0
+        if self.validation is not None:
+            yield from _blocks(self.validation, True, before)
+            before = self.validation.megabytes
+        yield from _blocks(self.texts, False, before)
+
+    def documents(self, normalize: Callable[[str], str]) -> Iterator[Document]:
+        """Stream every document that is not empty once; normalize: that of the tokenizer."""
+        hold_out = HoldOut(self.fraction)
+        for block in self.blocks():
+            hashes, sizes = fingerprints(block.texts, normalize)
+            texts = compress(block.texts, sizes)
+            for text, held, dropped in zip(
+                texts, *hold_out.assign(hashes[sizes > 0], block.given), strict=True
+            ):
+                yield Document(None if dropped else "validation" if held else "train", text)
 
 
-def _normalized(
-    source: TextSource, normalize: Callable[[str], str]
-) -> Iterator[tuple[str, int, int, float]]:
-    """Yield each text with bytes and hash of its normalized form and the megabytes read so far."""
+def _blocks(source: TextSource, given: bool, before: float) -> Iterator[Block]:
+    """Group texts into blocks of at least BLOCK characters, the last one excepted."""
+    texts: list[str] = []
+    characters, read = 0, 0.0
     for text, read in source.texts():
-        normalized = normalize(text).encode()
-        yield text, len(normalized), text_hash(normalized), read
+        texts.append(text)
+        characters += len(text)
+        if characters >= BLOCK:
+            yield Block(texts, given, before + read)
+            texts, characters = [], 0
+    if texts:
+        yield Block(texts, given, before + read)
+
+
+def fingerprints(
+    texts: list[str], normalize: Callable[[str], str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes, uint64 (D,), and lengths in bytes, int64 (D,), of the normalized texts."""
+    normalized = [normalize(text).encode() for text in texts]
+    hashes = np.array([text_hash(text) for text in normalized], np.uint64)
+    return hashes, np.array([len(text) for text in normalized], np.int64)
 
 
 def text_hash(normalized: bytes) -> int:
@@ -111,9 +172,9 @@ def text_hash(normalized: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(normalized, digest_size=8).digest(), "big")
 
 
-def held_out(hashed: int, fraction: float) -> bool:
-    """Whether a hash, seen as a number in [0, 1), lies below `fraction`."""
-    return hashed < fraction * 2**64
+def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """Whether hashes, uint64 (D,), seen as numbers in [0, 1), lie below `fraction` < 1."""
+    return hashes < np.uint64(math.ceil(fraction * 2**64))
 
 
 def open_corpus(params: DataConfig) -> Corpus:
