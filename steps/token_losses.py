@@ -15,6 +15,7 @@ from model.artifact.format import load_artifact
 from model.data.loader import validation_documents
 from model.data.shards import MANIFEST
 from model.data.tokenizer import Tokenizer, check_vocabulary
+from model.evaluation.length_weights import by_length, weighted
 from model.evaluation.losses import targets_of
 from model.evaluation.score import Score
 from model.kernels import dispatch
@@ -92,10 +93,21 @@ class Evaluation:
             write_bytes(stage.output / name, content)
             outputs.append(stage.output / name)
         *_, scored = scores.values()
+        lengths = by_length(
+            np.array([document.size for document in self.documents]),
+            np.array([size.sum(dtype=np.int64) for size in sizes]),
+            {
+                name: np.array([loss.sum(dtype=np.float64) for loss in losses])
+                for name, losses in self.losses.items()
+            },
+            self.tokenizer.vocabulary,
+        )
         common = {
             "tokens": scored.tokens,
             "bytes": scored.bytes,
             "documents": len(self.documents),
+            "fineweb_bpb": {name: weighted(lengths, name) for name in scores},
+            "by_length": lengths,
             "seconds": {**self.seconds, "total": time.perf_counter() - stage.started},
             "peak_memory_mib": max(memory),
             "world_size": stage.group.size,

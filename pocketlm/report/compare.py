@@ -10,10 +10,11 @@ from statistics import fmean
 
 import numpy as np
 
+from model.evaluation.length_weights import FINEWEB_TOKENS, by_length, class_of, weighted
 from model.evaluation.score import TTT
 from pocketlm.report.blocks import Block, Figure, Heading, Paragraph, Table
 from pocketlm.report.compare_runs import SCORES, Run
-from pocketlm.report.paired import Gain, gain_by_documents, seeds_apart
+from pocketlm.report.paired import Gain, gain_by_documents, seeds_apart, weighted_gain
 
 TITLE = "Comparison"
 LEVEL = 0.95  # of the intervals
@@ -105,6 +106,7 @@ def _losses(first: Run, other: Run, unit: Unit) -> list[Block]:
                 "Gain: the loss of the first less that of the second, paired by document; the "
                 "interval and p are about other documents of this kind, for these models."
             ),
+            fineweb(first, other),
         ]
     else:
         blocks.append(Paragraph(_verdict(first, other, seeds[TTT], unit, "Welch's test of seeds")))
@@ -129,6 +131,25 @@ def whole_gain(first: Run, other: Run, score: str, unit: Unit) -> Gain:
     return gain
 
 
+def fineweb(first: Run, other: Run) -> Table:
+    """Bits per byte weighted to FineWeb's lengths of documents, which are counted in tokens of the
+    first run, and what `other` gains, paired by document."""
+    sizes, lengths = (getattr(first.scored[0], name).sum(axis=1) for name in ("bytes", "tokens"))
+    nats = {score: [run.mean_nats(score).sum(axis=1) for run in (first, other)] for score in SCORES}
+    rows = []
+    for score, both in nats.items():
+        named = {str(number): one for number, one in enumerate(both)}
+        parts = by_length(lengths, sizes, named, first.vocabulary)
+        saved = (both[0] - both[1]) / log(2)
+        classes = class_of(lengths, first.vocabulary)
+        gain = weighted_gain(saved, sizes, classes, FINEWEB_TOKENS, LEVEL)
+        assert gain is not None  # every document has bytes
+        values = (f"{weighted(parts, name):.4f}" for name in named)
+        rows.append([SCORE_NAMES[score], *values, *_gain(gain)])
+    title = "bits per byte, weighted to FineWeb's lengths"
+    return Table([title, f"`{first.name}`", f"`{other.name}`", *GAIN], rows)
+
+
 def _verdict(first: Run, other: Run, gain: Gain, unit: Unit, how: str) -> str:
     better = "less" if gain.value > 0 else "more"
     said = f"With TTT `{other.name}` loses {abs(gain.value):.4f} {unit.name} {better}"
@@ -141,8 +162,8 @@ def _verdict(first: Run, other: Run, gain: Gain, unit: Unit, how: str) -> str:
 
 def _where(first: Run, other: Run, unit: Unit, number: int) -> list[Block]:
     """Gain with TTT by length of document and by position."""
-    lengths = by_length(first, other, unit)
-    positions = by_position(first, other, unit)
+    lengths = gain_by_length(first, other, unit)
+    positions = gain_by_position(first, other, unit)
     blocks: list[Block] = [Table(["tokens of a document", "share of text", *GAIN], _rows(lengths))]
     if positions:
         blocks.append(Table(["position in it", "share of text", *GAIN], _rows(positions)))
@@ -153,14 +174,14 @@ def _where(first: Run, other: Run, unit: Unit, number: int) -> list[Block]:
 Part = tuple[int, float, Gain]  # from 2^b tokens on, share of all tokens or bytes, gain there
 
 
-def by_length(first: Run, other: Run, unit: Unit) -> list[Part]:
+def gain_by_length(first: Run, other: Run, unit: Unit) -> list[Part]:
     """Gain with TTT by octave of the documents' lengths, in tokens of the first run."""
     saved, weights = unit.saved(first, other, TTT).sum(axis=1), unit.weights(first).sum(axis=1)
     octave = np.log2(first.scored[0].tokens.sum(axis=1)).astype(int)
     return _parts(lambda b: (saved[octave == b], weights[octave == b]), octave.max() + 1)
 
 
-def by_position(first: Run, other: Run, unit: Unit) -> list[Part]:
+def gain_by_position(first: Run, other: Run, unit: Unit) -> list[Part]:
     """Gain with TTT by octave of positions; none if the tokens differ."""
     if unit.key != "loss":
         return []

@@ -6,7 +6,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from pocketlm.report.blocks import label
-from pocketlm.report.compare import CURVES, PLACES, Part, Unit, by_length, by_position
+from pocketlm.report.compare import CURVES, PLACES, Part, Unit, gain_by_length, gain_by_position
 from pocketlm.report.compare_runs import Run
 from pocketlm.report.figures import COLOURS, GREY, LINES, STYLE, svg
 
@@ -21,8 +21,8 @@ def draw(runs: Sequence[Run], same_tokens: bool) -> dict[str, str]:
     for number, other in enumerate(others, 1):
         if first.scored and other.scored:
             parts = {
-                "length of the document (tokens)": by_length(first, other, unit),
-                "position in the document (tokens)": by_position(first, other, unit),
+                "length of the document (tokens)": gain_by_length(first, other, unit),
+                "position in the document (tokens)": gain_by_position(first, other, unit),
             }
             drawings[PLACES.format(number)] = _places(parts, unit.name)
     return drawings

@@ -69,6 +69,7 @@ def headline(summary: dict[str, Any], report_path: str) -> str:
     for score, name in SCORE_NAMES.items():
         values = [f"{run[score]['bpb']:.4f}" for run in summary["runs"]]
         rows.append([name, *values, _mean_std(summary[score], "bpb")])
+    rows.append(_fineweb_row(summary))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -80,6 +81,15 @@ def headline(summary: dict[str, Any], report_path: str) -> str:
     lines += ["", _plain(_gain_sentence(summary)), _plain(_verdict(summary))]
     lines += [_plain(sentence) for sentence in (*_overruns(summary), *_too_few(summary))]
     return "\n".join([*lines, f"report: {report_path}"]) + "\n"
+
+
+def _fineweb_row(summary: dict[str, Any], mean_first: bool = False) -> list[str]:
+    """The row of the result weighted to FineWeb's lengths of documents."""
+    lengths = summary["lengths"]
+    values = [f"{run['ttt']['bpb']:.4f}" for run in lengths["runs"]]
+    mean = _mean_std(lengths["ttt"], "bpb")
+    cells = [mean, *values] if mean_first else [*values, mean]
+    return ["the same, weighted to FineWeb's lengths", *cells]
 
 
 def result_table(summary: dict[str, Any]) -> list[Block]:
@@ -158,6 +168,7 @@ def _result_of_seeds(summary: dict[str, Any]) -> Table:
         for name, score, unit in measures
     ]
     gains = [f"{run['sliding']['loss'] - run['ttt']['loss']:+.4f}" for run in runs]
+    rows.insert(1, _fineweb_row(summary, mean_first=True))
     rows.append(
         ["TTT gain, nats per token", f"{summary['gain']['over_sliding_loss']:+.4f}", *gains]
     )
@@ -413,6 +424,36 @@ def _gain(summary: dict[str, Any]) -> list[Block]:
             "TTT gain by length of the document",
             "Mean gain per token of each document (dots, mean over the seeds) and of all documents "
             "of similar length (line).",
+        ),
+        *_lengths(summary["lengths"]),
+    ]
+
+
+def _lengths(lengths: dict[str, Any]) -> list[Block]:
+    """Bits per byte by length of document, and weighted to FineWeb's lengths."""
+    names = ("plain", "sliding", "ttt")
+    tokens = sum(row["tokens"] for row in lengths["rows"])
+    rows = [
+        [
+            f"to {row['most']:,}" if row["most"] else "more",
+            _count(row["documents"]),
+            f"{row['tokens'] / tokens:.1%}",
+            f"{row['fineweb_tokens']:.1%}",
+            *(f"{row[name]:.4f}" for name in names),
+            f"{row['sliding'] - row['ttt']:+.4f}",
+        ]
+        for row in lengths["rows"]
+    ]
+    gain = lengths["sliding"]["bpb"] - lengths["ttt"]["bpb"]
+    means = (_mean_std(lengths[name], "bpb") for name in names)
+    rows.append(["weighted", "", "", f"{lengths['covered']:.1%}", *means, f"{gain:+.4f}"])
+    header = ["tokens of a document", "documents", "share of tokens", "of FineWeb's"]
+    return [
+        Table([*header, "plain, bits/byte", "sliding", "with TTT", "gain"], rows),
+        Paragraph(
+            "Weighted: the mean of the rows by FineWeb's shares, as what TTT gains grows with "
+            "length. Lengths are in pieces of a vocabulary of 8,192, to which others are scaled; "
+            "the gain is that over the sliding evaluation."
         ),
     ]
 

@@ -48,17 +48,37 @@ def gain_by_documents(saved: np.ndarray, weights: np.ndarray, level: float) -> G
     saved: float64 (D,), nats or bits; weights: (D,), tokens or bytes, those of 0 are left out;
     level: confidence of the interval, in (0, 1).
     """
-    some = weights > 0
-    saved, weights = saved[some], weights[some].astype(np.float64)
-    if not weights.size:
+    return weighted_gain(saved, weights, np.zeros(len(weights), np.int64), [1.0], level)
+
+
+def weighted_gain(
+    saved: np.ndarray,
+    weights: np.ndarray,
+    strata: np.ndarray,
+    shares: Sequence[float],
+    level: float,
+) -> Gain | None:
+    """The mean over strata of what is saved per unit of weight, by the strata's shares.
+
+    saved, weights, level: as of `gain_by_documents`; strata: int (D,), each document's index in
+    `shares`. Strata without documents are left out. With s_b the shares of the others, divided by
+    their sum, the variance is Σ s_b² Var G_b, and t has Satterthwaite's degrees of freedom. There
+    is no interval where a stratum has a single document.
+    """
+    parts = [
+        (share, *_stratum(saved[inside], weights[inside]))
+        for number, share in enumerate(shares)
+        if (inside := (strata == number) & (weights > 0)).any()
+    ]
+    if not parts:
         return None
-    total = weights.sum()
-    gain = float(saved.sum() / total)
-    if weights.size == 1:
+    share, gains, errors, freedoms = np.array(parts).T
+    share /= share.sum()
+    gain, variances = float(share @ gains), (share * errors) ** 2
+    variance = float(variances.sum())
+    if np.isnan(variance):
         return Gain(gain)
-    residuals = saved - gain * weights
-    variance = float((residuals**2 / (1 - weights / total)).sum() / total**2)
-    freedom = float(total**2 / (weights**2).sum()) - 1
+    freedom = 1 / float(((variances / variance) ** 2 / freedoms).sum()) if variance else 1.0
     return _tested(gain, variance**0.5, freedom, level)
 
 
@@ -72,6 +92,18 @@ def seeds_apart(first: Sequence[float], second: Sequence[float], level: float) -
     test = ttest_ind(first, second, equal_var=False)
     interval = test.confidence_interval(level)
     return Gain(gain, float(test.pvalue), float(interval.low), float(interval.high))
+
+
+def _stratum(saved: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
+    """The gain in a stratum, its standard error and degrees of freedom; NaN of one document."""
+    weights = weights.astype(np.float64)
+    total = weights.sum()
+    gain = float(saved.sum() / total)
+    if weights.size == 1:
+        return gain, np.nan, np.nan
+    residuals = saved - gain * weights
+    variance = float((residuals**2 / (1 - weights / total)).sum() / total**2)
+    return gain, variance**0.5, float(total**2 / (weights**2).sum()) - 1
 
 
 def _tested(gain: float, error: float, freedom: float, level: float) -> Gain:

@@ -156,8 +156,8 @@ class TokenLosses:
     sums: nats of each way of scoring; tokens, bytes: what was scored.
     count: int64 (P,), tokens at each position inside their document; index 0 is unused.
     gain: float64 (P,), nats saved there by TTT: sliding minus ttt.
-    lengths: int64 (documents,), tokens of each document.
-    document_gain: float64 (documents,), nats saved in each.
+    lengths, sizes: int64 (documents,), tokens and bytes of each document.
+    document_nats: float64 (documents,), nats of each, by way of scoring.
     """
 
     sums: dict[str, float]
@@ -166,7 +166,13 @@ class TokenLosses:
     count: np.ndarray
     gain: np.ndarray
     lengths: np.ndarray
-    document_gain: np.ndarray
+    sizes: np.ndarray
+    document_nats: dict[str, np.ndarray]
+
+    @property
+    def document_gain(self) -> np.ndarray:
+        """Nats saved by TTT in each document, float64 (documents,)."""
+        return self.document_nats["sliding"] - self.document_nats[TTT]
 
     @property
     def documents(self) -> int:
@@ -310,8 +316,8 @@ def read_losses(without: Path, adapted: Path) -> TokenLosses:
     Read batch by batch. Raises InputError if they did not score the same tokens.
     """
     sums = dict.fromkeys((*WITHOUT_ADAPTATION, TTT), 0.0)
-    tokens = text_bytes = 0
-    sums_at = {name: (np.zeros(1, np.int64), np.zeros(1)) for name in ("position", "document")}
+    count, gain, lengths = np.zeros(1, np.int64), np.zeros(1), np.zeros(1, np.int64)
+    by_document = {name: np.zeros(1) for name in ("bytes", *sums)}
     tables = batches(without, WITHOUT_ADAPTATION), batches(adapted, (TTT,))
     for left, right in zip_longest(*tables):
         if not left or not right or any(_differ(left[name], right[name]) for name in ROW):
@@ -323,19 +329,19 @@ def read_losses(without: Path, adapted: Path) -> TokenLosses:
         for name in sums:
             path = adapted if name == TTT else without
             sums[name] += _finite_sum(rows[name], f"{path}: {name}")
-        tokens += rows["position"].size
-        text_bytes += int(rows["bytes"].sum(dtype=np.int64))
         saved = rows["sliding"].astype(np.float64) - rows[TTT]
-        for name, (count, gain) in sums_at.items():
-            sums_at[name] = (
-                _add(count, np.bincount(rows[name])),
-                _add(gain, np.bincount(rows[name], weights=saved)),
-            )
-    if tokens == 0:
+        count = _add(count, np.bincount(rows["position"]))
+        gain = _add(gain, np.bincount(rows["position"], weights=saved))
+        lengths = _add(lengths, np.bincount(rows["document"]))
+        for name, known in by_document.items():
+            by_document[name] = _add(known, np.bincount(rows["document"], weights=rows[name]))
+    if not lengths.any():
         raise InputError(f"{adapted}: has no rows", "check the validation documents")
-    if not sums_at["document"][0].all():
+    if not lengths.all():
         raise InputError(f"{adapted}: document: one has no rows", "run evaluate and ttt_eval again")
-    return TokenLosses(sums, tokens, text_bytes, *sums_at["position"], *sums_at["document"])
+    sizes = by_document.pop("bytes").astype(np.int64)
+    tokens, text_bytes = int(lengths.sum()), int(sizes.sum())
+    return TokenLosses(sums, tokens, text_bytes, count, gain, lengths, sizes, by_document)
 
 
 def batches(path: Path, scores: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from model.evaluation.length_weights import by_length, covered, weighted
 from model.evaluation.score import TTT, WITHOUT_ADAPTATION
 from model.runtime.errors import InputError
 from model.runtime.run_log import is_cpu
@@ -60,6 +61,7 @@ def summarize(
         "pipeline": _pipeline(results),
         "tensors": _tensors(results),
         "sample": {"seed": first.seed, "text": first.sample[:SAMPLE]},
+        "lengths": _lengths(results, params.model.vocabulary),
         "tail": _tail(pool([result.losses for result in results])),
         "origins": _origins(results),
     }
@@ -91,6 +93,29 @@ def beyond(values: np.ndarray) -> np.ndarray:
     return 1 - sums / sums[-1]
 
 
+def _lengths(results: Sequence[SeedResult], vocabulary: int) -> dict[str, Any]:
+    """Bits per byte by length of document, means over the seeds, and weighted to FineWeb's lengths.
+
+    covered: the share of FineWeb's tokens in documents of lengths that this text has.
+    """
+    seeds = [
+        by_length(one.losses.lengths, one.losses.sizes, one.losses.document_nats, vocabulary)
+        for one in results
+    ]
+    names = (*WITHOUT_ADAPTATION, TTT)
+    rows = [
+        {**alike[0], **{name: statistics.fmean(row[name] for row in alike) for name in names}}
+        for alike in zip(*seeds, strict=True)
+    ]
+    fineweb = [{name: {"bpb": weighted(one, name)} for name in names} for one in seeds]
+    return {
+        "rows": rows,
+        "covered": covered(rows),
+        "runs": fineweb,
+        **{name: _spread(fineweb, name, ("bpb",)) for name in names},
+    }
+
+
 def _run(result: SeedResult, code_bytes: int) -> dict[str, Any]:
     """What the tables show of one seed."""
     train, quantize, ttt = result.train, result.quantize, result.ttt
@@ -116,10 +141,12 @@ def _mean(runs: Sequence[dict[str, Any]], score: str, unit: str) -> float:
     return statistics.fmean(run[score][unit] for run in runs)
 
 
-def _spread(runs: Sequence[dict[str, Any]], score: str) -> dict[str, float | None]:
+def _spread(
+    runs: Sequence[dict[str, Any]], score: str, units: Sequence[str] = ("loss", "bpb")
+) -> dict[str, float | None]:
     """Mean over the seeds and sample standard deviation, None for a single seed."""
     spread: dict[str, float | None] = {}
-    for unit in ("loss", "bpb"):
+    for unit in units:
         sample = Sample(tuple(run[score][unit] for run in runs))
         spread[unit] = sample.mean
         spread[f"{unit}_std"] = sample.sample_std if sample.n > 1 else None

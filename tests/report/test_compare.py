@@ -130,6 +130,12 @@ def test_a_planted_gain_is_found_where_it_is(make: Callable[..., Path]) -> None:
         and block.header[0] in ("tokens of a document", "position in it")
     )
     assert {row[2] for row in (*lengths, *positions)} == {"+0.0500"}
+    (weighted,) = gains(blocks, "bits per byte, weighted to FineWeb's lengths")
+    assert [row[3] for row in weighted[:2]] == ["+0.0000"] * 2
+    per_byte = 0.05 / np.log(2) / 2.5  # token_losses has tokens of 1 to 4 bytes
+    assert float(weighted[2][3]) == pytest.approx(per_byte, rel=0.05)
+    low, high = map(float, weighted[2][4].split(" … "))
+    assert low < per_byte < high
     assert "| `ttt.lr` | 0.006 | 0.0003 |" in text
     assert "`train.steps`" not in text
 

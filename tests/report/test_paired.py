@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import ttest_1samp
 
-from pocketlm.report.paired import gain_by_documents, seeds_apart
+from pocketlm.report.paired import gain_by_documents, seeds_apart, weighted_gain
 
 LEVEL = 0.95
 
@@ -109,3 +109,28 @@ def test_one_seed_says_nothing_of_others() -> None:
     assert found.value == pytest.approx(0.5)
     assert found.p is not None
     assert found.p < 0.01
+
+
+def test_strata_are_weighted_by_their_shares_and_the_interval_covers() -> None:
+    """Strata of other gains, with other shares than the text has."""
+    generator = np.random.default_rng(9)
+    shares, gains, repetitions, found = [0.7, 0.2, 0.1], np.array([0.0, 0.02, 0.1]), 800, 0
+    strata = np.repeat([0, 1, 2], [10, 30, 40])
+    for _ in range(repetitions):
+        weights = documents(generator, len(strata), equal=False)
+        effect = generator.normal(gains[strata], 0.05)
+        gain = weighted_gain(effect * weights, weights, strata, shares, LEVEL)
+        assert gain is not None
+        assert gain.low is not None
+        assert gain.high is not None
+        found += gain.low <= np.dot(shares, gains) <= gain.high
+    assert abs(found / repetitions - LEVEL) < 5 * (LEVEL * (1 - LEVEL) / repetitions) ** 0.5
+
+
+def test_strata_of_one_document_have_no_interval_and_empty_ones_no_say() -> None:
+    saved, weights = np.array([1.0, 2.0, 9.0]), np.array([10, 10, 10])
+    alone = weighted_gain(saved, weights, np.array([0, 0, 1]), [0.5, 0.5], LEVEL)
+    assert alone is not None
+    assert (alone.value, alone.p) == (pytest.approx(0.525), None)
+    absent = weighted_gain(saved, weights, np.zeros(3, int), [0.2, 0.8], LEVEL)
+    assert absent == gain_by_documents(saved, weights, LEVEL)

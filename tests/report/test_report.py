@@ -18,6 +18,7 @@ import pytest
 import torch
 from scipy import stats
 
+from model.evaluation.length_weights import FINEWEB_TOKENS, MOST
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
 from model.runtime.files import SIDECAR, write_json
@@ -180,6 +181,24 @@ def test_gain_by_position_is_that_of_the_table(run, monkeypatch):
     far = table[table["position"] > 1000]
     assert beyond(losses.count)[1000] == pytest.approx(len(far) / len(table))
     assert beyond(losses.gain)[1000] == pytest.approx(far["gain"].sum() / table["gain"].sum())
+
+
+def test_scores_weighted_to_the_lengths_of_fineweb(run):
+    """As their definition says; where all documents gain the same, so does the weighted mean."""
+    lengths = make(parameters())["lengths"]
+    for seed, table in enumerate(run):
+        of_one = table.groupby("document").agg({"position": "count", "bytes": "sum", "ttt": "sum"})
+        scaled = of_one["position"] * 809 / 1240  # the demo has 1,024 pieces
+        classes = of_one.groupby(np.searchsorted(MOST[:-1], scaled))[["ttt", "bytes"]].sum()
+        shares = np.array(FINEWEB_TOKENS)[classes.index]
+        expected = np.average(classes["ttt"] / classes["bytes"] / math.log(2), weights=shares)
+        assert lengths["runs"][seed]["ttt"]["bpb"] == pytest.approx(expected)
+    assert lengths["covered"] == pytest.approx(sum(shares))
+    shown = f"{lengths['ttt']['bpb']:.4f}"
+    for file in ("headline.txt", "report.md"):
+        (line,) = re.findall("the same, weighted.*", Path("artifacts/report", file).read_text())
+        assert shown in line
+    assert re.search(rf"weighted .*{shown}.*\+", Path("artifacts/report/report.md").read_text())
 
 
 def test_the_tail_gives_more_than_its_share(run):
