@@ -15,7 +15,7 @@ the parameter-golf records (https://github.com/openai/parameter-golf), at 8,192 
 """
 
 from collections.abc import Mapping, Sequence
-from math import log, log2
+from math import exp, log, log2
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,13 @@ POWER = log(FINEWEB_MEAN[1024] / FINEWEB_MEAN[8192]) / log2(8192 / 1024)
 
 def class_of(lengths: np.ndarray, vocabulary: int) -> np.ndarray:
     """The class, int64 (D,), an index of MOST, of documents of so many tokens, (D,)."""
-    scale = np.exp(POWER * log2(vocabulary / 8192))
+    scale = FINEWEB_MEAN[8192] / fineweb_mean(vocabulary)
     return np.searchsorted(MOST[:-1], lengths * scale, side="left")
+
+
+def fineweb_mean(vocabulary: int) -> float:
+    """Tokens of a document of FineWeb's validation set, in pieces of a vocabulary of that size."""
+    return FINEWEB_MEAN[8192] * exp(-POWER * log2(vocabulary / 8192))
 
 
 def by_length(

@@ -9,6 +9,7 @@ import typer
 
 from model.runtime.errors import user_errors
 from pocketlm.cli import (
+    ablation,
     accept,
     audit,
     compare,
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(generate, score, export, compare, estimate, audit, doctor),
-    *(preset, sweep, accept, readme, submission),
+    *(preset, sweep, ablation, accept, readme, submission),
 )
 for command in COMMANDS:
     name = command.__name__.rpartition(".")[2]

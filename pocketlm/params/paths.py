@@ -10,6 +10,7 @@ ARTIFACT, TOKENIZER = "model.pocket", "tokenizer.model"  # names of the files
 REPORT = ARTIFACTS / "report"
 SUMMARY = REPORT / "summary.json"  # every number of the report
 SWEEP = ARTIFACTS / "sweep"
+ABLATION = ARTIFACTS / "ablation"
 COMPILE_CACHE = WORK / "compile-cache"
 
 # Beside every stage's outputs: its few numbers that DVC shows, and all of them.

@@ -14,7 +14,7 @@ from model.evaluation.length_weights import FINEWEB_TOKENS, by_length, class_of,
 from model.evaluation.score import TTT
 from pocketlm.report.blocks import Block, Figure, Heading, Paragraph, Table
 from pocketlm.report.compare_runs import SCORES, Run
-from pocketlm.report.paired import Gain, gain_by_documents, seeds_apart, weighted_gain
+from pocketlm.report.paired import Gain, gain_by_documents, seeds_apart, weighted_estimate
 
 TITLE = "Comparison"
 LEVEL = 0.95  # of the intervals
@@ -142,10 +142,10 @@ def fineweb(first: Run, other: Run) -> Table:
         parts = by_length(lengths, sizes, named, first.vocabulary)
         saved = (both[0] - both[1]) / log(2)
         classes = class_of(lengths, first.vocabulary)
-        gain = weighted_gain(saved, sizes, classes, FINEWEB_TOKENS, LEVEL)
+        gain = weighted_estimate(saved, sizes, classes, FINEWEB_TOKENS)
         assert gain is not None  # every document has bytes
         values = (f"{weighted(parts, name):.4f}" for name in named)
-        rows.append([SCORE_NAMES[score], *values, *_gain(gain)])
+        rows.append([SCORE_NAMES[score], *values, *_gain(gain.gain(LEVEL))])
     title = "bits per byte, weighted to FineWeb's lengths"
     return Table([title, f"`{first.name}`", f"`{other.name}`", *GAIN], rows)
 

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,32 @@ def gain_by_documents(saved: np.ndarray, weights: np.ndarray, level: float) -> G
     saved: float64 (D,), nats or bits; weights: (D,), tokens or bytes, those of 0 are left out;
     level: confidence of the interval, in (0, 1).
     """
-    return weighted_gain(saved, weights, np.zeros(len(weights), np.int64), [1.0], level)
+    found = weighted_estimate(saved, weights, np.zeros(len(weights), np.int64), [1.0])
+    return found.gain(level) if found else None
 
 
-def weighted_gain(
-    saved: np.ndarray,
-    weights: np.ndarray,
-    strata: np.ndarray,
-    shares: Sequence[float],
-    level: float,
-) -> Gain | None:
+@dataclass(frozen=True)
+class Estimate:
+    """A gain, its standard error and the degrees of freedom of that; NaN where none is known."""
+
+    value: float
+    error: float
+    freedom: float
+
+    def gain(self, level: float) -> Gain:
+        """With p and the interval of a confidence level in (0, 1), by Student's t."""
+        return _tested(self, level)
+
+
+def weighted_estimate(
+    saved: np.ndarray, weights: np.ndarray, strata: np.ndarray, shares: Sequence[float]
+) -> Estimate | None:
     """The mean over strata of what is saved per unit of weight, by the strata's shares.
 
-    saved, weights, level: as of `gain_by_documents`; strata: int (D,), each document's index in
-    `shares`. Strata without documents are left out. With s_b the shares of the others, divided by
-    their sum, the variance is Σ s_b² Var G_b, and t has Satterthwaite's degrees of freedom. There
-    is no interval where a stratum has a single document.
+    saved, weights: as of `gain_by_documents`; strata: int (D,), each document's index in `shares`.
+    Strata without documents are left out. With s_b the shares of the others, divided by their sum,
+    the variance is Σ s_b² Var G_b, with Satterthwaite's degrees of freedom. It is unknown where a
+    stratum has a single document.
     """
     parts = [
         (share, *_stratum(saved[inside], weights[inside]))
@@ -74,12 +85,15 @@ def weighted_gain(
         return None
     share, gains, errors, freedoms = np.array(parts).T
     share /= share.sum()
-    gain, variances = float(share @ gains), (share * errors) ** 2
-    variance = float(variances.sum())
-    if np.isnan(variance):
-        return Gain(gain)
-    freedom = 1 / float(((variances / variance) ** 2 / freedoms).sum()) if variance else 1.0
-    return _tested(gain, variance**0.5, freedom, level)
+    return Estimate(float(share @ gains), *combined(share * errors, freedoms))
+
+
+def combined(errors: ArrayLike, freedoms: ArrayLike) -> tuple[float, float]:
+    """Standard error and Satterthwaite's degrees of freedom of a sum of independent estimates."""
+    variances = np.square(np.asarray(errors, np.float64))
+    total = float(variances.sum())
+    shares = variances / total if total else np.ones(len(variances))
+    return total**0.5, 1 / float((shares**2 / np.asarray(freedoms)).sum())
 
 
 def seeds_apart(first: Sequence[float], second: Sequence[float], level: float) -> Gain:
@@ -106,11 +120,14 @@ def _stratum(saved: np.ndarray, weights: np.ndarray) -> tuple[float, float, floa
     return gain, variance**0.5, float(total**2 / (weights**2).sum()) - 1
 
 
-def _tested(gain: float, error: float, freedom: float, level: float) -> Gain:
-    """A gain with its standard error, by Student's t."""
+def _tested(found: Estimate, level: float) -> Gain:
     from scipy.stats import t
 
+    gain, error = found.value, found.error
+    if np.isnan(error):
+        return Gain(gain)
     if not error:  # the same difference in every document: none, if the runs are the same
         return Gain(gain, float(gain == 0), gain, gain)
-    margin = float(t.ppf((1 + level) / 2, freedom)) * error
-    return Gain(gain, float(2 * t.sf(abs(gain) / error, freedom)), gain - margin, gain + margin)
+    margin = float(t.ppf((1 + level) / 2, found.freedom)) * error
+    p = float(2 * t.sf(abs(gain) / error, found.freedom))
+    return Gain(gain, p, gain - margin, gain + margin)

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from model.runtime.errors import InputError
 from model.runtime.files import read_json
 from pocketlm.params.load import check_params, load_params, read_yaml
+from pocketlm.params.params import Params
 from pocketlm.report.records import check
 from pocketlm.report.sweep_page import Combination, Point, write_page
 from pocketlm.workflow.preconditions import require_experiments
@@ -73,16 +74,21 @@ def check_sweep(sweep: Sweep, path: Path) -> None:
     """
     params = load_params()
     for combination in combinations(sweep):
-        values = dataclasses.asdict(params)
-        for key, value in combination.items():
-            *sections, name = key.split(".")
-            place = values
-            for section in sections:
-                if not isinstance(place.get(section), dict):
-                    place[section] = {}  # the schema names what does not belong
-                place = place[section]
-            place[name] = value
-        check_params(values, str(path))
+        with_values(params, combination, str(path))
+
+
+def with_values(params: Params, combination: Combination, name: str) -> Params:
+    """Parameters with other values, by `section.key`; raises InputError, which names `name`."""
+    values = dataclasses.asdict(params)
+    for key, value in combination.items():
+        *sections, last = key.split(".")
+        place = values
+        for section in sections:
+            if not isinstance(place.get(section), dict):
+                place[section] = {}  # the schema names what does not belong
+            place = place[section]
+        place[last] = value
+    return check_params(values, name)
 
 
 def override(key: str, value: Any) -> str:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import ttest_1samp
 
-from pocketlm.report.paired import gain_by_documents, seeds_apart, weighted_gain
+from pocketlm.report.paired import gain_by_documents, seeds_apart, weighted_estimate
 
 LEVEL = 0.95
 
@@ -119,8 +119,9 @@ def test_strata_are_weighted_by_their_shares_and_the_interval_covers() -> None:
     for _ in range(repetitions):
         weights = documents(generator, len(strata), equal=False)
         effect = generator.normal(gains[strata], 0.05)
-        gain = weighted_gain(effect * weights, weights, strata, shares, LEVEL)
-        assert gain is not None
+        estimate = weighted_estimate(effect * weights, weights, strata, shares)
+        assert estimate is not None
+        gain = estimate.gain(LEVEL)
         assert gain.low is not None
         assert gain.high is not None
         found += gain.low <= np.dot(shares, gains) <= gain.high
@@ -129,8 +130,9 @@ def test_strata_are_weighted_by_their_shares_and_the_interval_covers() -> None:
 
 def test_strata_of_one_document_have_no_interval_and_empty_ones_no_say() -> None:
     saved, weights = np.array([1.0, 2.0, 9.0]), np.array([10, 10, 10])
-    alone = weighted_gain(saved, weights, np.array([0, 0, 1]), [0.5, 0.5], LEVEL)
+    alone = weighted_estimate(saved, weights, np.array([0, 0, 1]), [0.5, 0.5])
     assert alone is not None
-    assert (alone.value, alone.p) == (pytest.approx(0.525), None)
-    absent = weighted_gain(saved, weights, np.zeros(3, int), [0.2, 0.8], LEVEL)
-    assert absent == gain_by_documents(saved, weights, LEVEL)
+    assert (alone.value, alone.gain(LEVEL).p) == (pytest.approx(0.525), None)
+    absent = weighted_estimate(saved, weights, np.zeros(3, int), [0.2, 0.8])
+    assert absent is not None
+    assert absent.gain(LEVEL) == gain_by_documents(saved, weights, LEVEL)

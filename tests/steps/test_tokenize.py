@@ -75,7 +75,7 @@ def test_every_document_is_written_once_and_counted():
     expected: dict[str, list[str]] = {"train": [], "validation": []}
     for text in TEXTS:
         if normalized := tokenizer.normalize(text):
-            held = held_out(np.uint64(text_hash(normalized.encode())), 0.1)
+            held = held_out(np.array([text_hash(normalized.encode())], np.uint64), 0.1)
             expected["validation" if held else "train"].append(text)
     starts = np.flatnonzero(train == BOS)
     documents = {
