@@ -60,7 +60,7 @@ def comparison(runs: Sequence[Run], same_tokens: bool) -> list[Block]:
         if first.scored and other.scored:
             blocks += _where(first, other, unit, number)
     if all(run.results for run in runs):
-        caption = "Training loss over tokens, running means; thin lines are further seeds."
+        caption = "Training loss over tokens, smoothed; thin lines are further seeds."
         blocks += [Heading(2, "Training"), Figure(CURVES, "Loss curves", caption), _numbers(runs)]
     return [*blocks, Heading(2, "Parameters"), *_parameters(runs)]
 
@@ -226,8 +226,13 @@ def _numbers(runs: Sequence[Run]) -> Block:
         "quantization, seconds": lambda run: fmean(r.step_seconds["quantize"] for r in run.results),
         "TTT, seconds": lambda run: fmean(r.ttt.seconds.ttt for r in run.results),
     }
-    rows = [[name, *(f"{number(run):,.6g}" for run in runs)] for name, number in numbers.items()]
+    rows = [[name, *(_readable(number(run)) for run in runs)] for name, number in numbers.items()]
     return Table(["mean of the seeds", *(f"`{run.name}`" for run in runs)], rows)
+
+
+def _readable(number: float) -> str:
+    """Whole where it is large, three digits behind the point otherwise."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3f}"
 
 
 def _parameters(runs: Sequence[Run]) -> list[Block]:

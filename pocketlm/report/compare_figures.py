@@ -8,9 +8,7 @@ from matplotlib.figure import Figure
 from pocketlm.report.blocks import label
 from pocketlm.report.compare import CURVES, PLACES, Part, Unit, gain_by_length, gain_by_position
 from pocketlm.report.compare_runs import Run
-from pocketlm.report.figures import COLOURS, GREY, LINES, STYLE, svg
-
-SMOOTHED = 40  # a running mean of one in so many lines of a curve
+from pocketlm.report.figures import COLOURS, GREY, LINES, STYLE, smoothed, svg
 
 
 def draw(runs: Sequence[Run], same_tokens: bool) -> dict[str, str]:
@@ -35,9 +33,7 @@ def _curves(runs: Sequence[Run]) -> str:
         for index, run in enumerate(runs):
             color, style = COLOURS[index % len(COLOURS)], LINES[index % len(LINES)]
             for place, result in enumerate(run.results):
-                loss = result.curve["loss"]
-                window = max(1, len(loss) // SMOOTHED)
-                smooth = loss.rolling(window, center=True, min_periods=1).mean()
+                smooth = smoothed(result.curve["loss"].to_numpy())
                 name, width = ("_", 0.8) if place else (label(run.name), 1.8)
                 axis.plot(
                     result.curve["tokens"], smooth, style, color=color, label=name, linewidth=width
