@@ -1,6 +1,7 @@
 """Blocks of texts to pieces: the work of the tokenize stage that several processes share."""
 
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Self
 
@@ -10,6 +11,8 @@ from model.data.shards import BOS
 from model.data.sources import Block, fingerprints
 from model.data.tokenizer import Tokenizer
 from model.runtime.errors import InputError
+
+NOTHING = np.empty((0, 2), np.uint16)
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,15 @@ class Encoded:
     lengths: np.ndarray
     hashes: np.ndarray
 
+    def each(self) -> list[np.ndarray]:
+        """The pieces of each document, views of `pieces`."""
+        ends = np.cumsum(self.lengths)
+        bounds = zip((ends - self.lengths).tolist(), ends.tolist(), strict=True)
+        return [self.pieces[begin:end] for begin, end in bounds]
+
     def select(self, chosen: np.ndarray) -> Self:
         """The documents for which `chosen`, bool (D,), holds."""
-        pieces = self.pieces[np.repeat(chosen, self.lengths)]
+        pieces = np.concatenate([NOTHING, *compress(self.each(), chosen)])
         return type(self)(pieces, self.lengths[chosen], self.hashes[chosen])
 
 
@@ -54,7 +63,7 @@ class Encoder:
             if size
         ]
         lengths = np.array([len(document) for document in documents], np.int64)
-        pieces = np.concatenate([np.empty((0, 2), np.uint16), *documents])
+        pieces = np.concatenate([NOTHING, *documents])
         return EncodedBlock(Encoded(pieces, lengths, hashes[sizes > 0]), block.given, block.read)
 
     def _document(self, text: str, size: int) -> np.ndarray:

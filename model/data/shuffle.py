@@ -59,15 +59,15 @@ class Shuffled:
         """Take documents."""
         keys = shuffle_keys(documents.hashes, self.seed)
         buckets = keys // np.uint64(2**64 // BUCKETS)
+        entries = np.empty(len(keys), ENTRY)
+        entries["key"], entries["length"] = keys, documents.lengths
         with writing(self.folder):
-            for number in np.unique(buckets).tolist():
-                chosen = buckets == number
-                part = documents.select(chosen)
-                entries = np.empty(len(part.lengths), ENTRY)
-                entries["key"], entries["length"] = keys[chosen], part.lengths
+            for number, document, entry in zip(
+                buckets.tolist(), documents.each(), entries, strict=True
+            ):
                 pieces, index = self._files[number]
-                pieces.write(part.pieces.astype(PIECE.base).tobytes())
-                index.write(entries.tobytes())
+                pieces.write(document.astype(PIECE.base).tobytes())
+                index.write(entry.tobytes())
 
     def in_order(self) -> Iterator[np.ndarray]:
         """Yield all documents by their keys, some at a time, as rows of `Encoded.pieces`."""
