@@ -9,7 +9,7 @@ from pocketlm.params.paths import ABLATION
 
 
 def main(
-    file: Annotated[Path, Argument(help="factors and their values, like conf/ablation/h100.yaml")],
+    file: Annotated[Path, Argument(help="factors and their values, like conf/ablation/best.yaml")],
     output: Annotated[Path, Option(help="folder of the table, the page and the figure")] = ABLATION,
     jobs: Annotated[
         int | None, Option(help="runs at once; else as many as GPUs suffice for")

@@ -50,7 +50,7 @@ from pocketlm.workflow.sweep import with_values
 
 PLACE = WORK / "ablation"
 OUTPUT = "output.txt"  # in a run's folder: what its stages print
-EXAMPLE = "conf/ablation/h100.yaml"
+EXAMPLE = "conf/ablation/best.yaml"
 # The same for all runs: the text and its tokens, and what a run may cost.
 FIXED = (
     *("data.", "tokenizer.", "model.vocabulary", "evaluate.", "execution.", "seeds"),

@@ -29,7 +29,7 @@ def shuffled(folder: Path, parts: list[list[int]], seed: int) -> np.ndarray:
     return np.concatenate([np.empty((0, 2), np.uint16), *pieces])
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(
     hashes=st.lists(st.integers(0, 2**64 - 1), max_size=40),
     cuts=st.lists(st.integers(0, 40), max_size=4),

@@ -34,7 +34,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "preset"), [("h100", "h100"), ("demo", "demo")])
+@pytest.mark.parametrize(("name", "preset"), [("best", "best"), ("demo", "demo")])
 def test_every_run_of_a_committed_ablation_is_valid(
     name: str, preset: str, experiment: Path
 ) -> None:
