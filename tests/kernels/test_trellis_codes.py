@@ -33,6 +33,7 @@ build(
      "LENGTH": "i32"},
     {"BLOCK": 32},
     num_warps=1,
+    enable_fp_fusion=False,
 )
 """
 
