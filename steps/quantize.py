@@ -153,7 +153,7 @@ class Quantization:
         if not (params.fisher or params.row_rates):
             return Calibration(hessians)
         with self.timed("fisher"):
-            noise = self.noise(3 * text.shape[1])[:, 2 * text.shape[1] :]
+            text, noise = self.for_gradients(text, 2)
             solvable = {name: damped(h, params.damping) for name, h in hessians.items()}
             found = fisher_factors(self.model, solvable, text, noise, group)
         rows = {name: row_factors(f.rows, params.row_rates) for name, f in found.items()}
@@ -161,14 +161,23 @@ class Quantization:
             hessians = {n: blended(hessians[n], f.inputs, params.fisher) for n, f in found.items()}
         return Calibration(hessians, rows if params.row_rates else {})
 
+    def for_gradients(self, text: Tensor, use: int) -> tuple[Tensor, Tensor]:
+        """This process's share of the sequences for gradients, and random numbers for targets.
+
+        They are others for every `use`, and than those that sampled the text (0).
+        """
+        group, length = self.stage.group, text.shape[1]
+        limit = min(self.params.sensitivity_sequences, self.params.calibration_sequences)
+        rows = len(range(group.rank, limit, group.size))
+        return text[:rows], self.noise((use + 1) * length)[:rows, use * length :]
+
     def allocation(self, text: Tensor, calibration: Calibration) -> Allocation:
         """Rate and distortion of each tensor, measured at the probe step sizes."""
         group, weights = self.stage.group, rounded_weights(self.model)
         step_sizes = probe_step_sizes(weights)
         rounded = quantize_weights(self.model, step_sizes, calibration, self.params, group)
         errors = rounding_errors(self.model, rounded, group)
-        # Other random numbers than those that sampled the text.
-        noise = self.noise(2 * text.shape[1])[:, text.shape[1] :]
+        text, noise = self.for_gradients(text, 1)
         losses = sensitivities(self.model, errors, text, noise, group)
         self.stage.log.event("sensitivities", nats={k: round(v, 9) for k, v in losses.items()})
         solved = largest_code(rounding_of(self.params).bits)

@@ -27,6 +27,11 @@ class QuantizeConfig(Settings):
     calibration_seed: int = setting(
         "of the sampling, here and for sensitivities", ge=0, le=2**32 - 1
     )
+    sensitivity_sequences: int = setting(
+        "of these documents, on which gradients are taken: for the bit allocation, and by row",
+        ge=1,
+        le=10**6,
+    )
     damping: float = setting("added to the Hessian's diagonal", "share of its mean", gt=0, le=1e6)
     block_columns: int = setting("columns GPTQ solves at once", "columns", ge=1, le=2**16)
     column_rates: float = setting(
