@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.artifact.quantizer import column_codes, column_factors
 from model.data.packing import Documents
 from model.evaluation.generation import draw
 from model.network.gpt import GPT
@@ -81,12 +82,14 @@ def fisher_factors(
 
 
 def row_factors(costs: Tensor, power: float) -> Tensor:
-    """Factors of the rows' step sizes, fp32, 1 in geometric mean: costs (rows,) to −power/2.
+    """Factors of the rows' step sizes, fp32, about 1 in geometric mean: costs (rows,) to −power/2.
 
-    Rows cost at least `ROW_DAMPING` of the mean, as what the text did not show may occur.
+    Rows cost at least `ROW_DAMPING` of the mean, as what the text did not show may occur. The
+    factors are as coarse as those of columns: few different step sizes compress well.
     """
     logarithms = (costs + ROW_DAMPING * costs.mean()).clamp(min=1e-300).log()
-    return (-0.5 * power * (logarithms - logarithms.mean())).exp().float()
+    factors = (-0.5 * power * (logarithms - logarithms.mean())).exp()
+    return column_factors(column_codes(factors))
 
 
 def blended(hessian: Tensor, fisher: Tensor, share: float) -> Tensor:
