@@ -36,7 +36,6 @@ TECHNIQUES: list[dict[str, Any]] = [
     {"layer_order": [0, 1, 2, 1, 2, 3]},
     {"parallel_from_layer": 2},
     {"output_gate": True},
-    {"mlp_slope": 0.3},
     {"exclusive_init": 1.0},
     {"token_smear_gate": True},
     {"mudd_skips": True},
