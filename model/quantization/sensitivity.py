@@ -30,7 +30,7 @@ from model.evaluation.generation import draw
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 
-ROW_DAMPING = 0.05
+ROW_DAMPING = 0.1
 
 
 def sensitivities(
