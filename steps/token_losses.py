@@ -61,13 +61,22 @@ class Evaluation:
         self.tokens = sum(document.size for document in self.documents)
         self.losses: dict[str, Losses] = {}
         self.seconds: dict[str, float] = {}
+        self.busy: dict[str, float] = {}  # this process's part of them, until it had no work left
 
     def score(self, name: str, evaluate: Evaluate) -> None:
         """Score and time all documents in one way, with a progress bar."""
-        began = time.perf_counter()
+        began = last = time.perf_counter()
         with progress(f"{name}: tokens", self.tokens, self.stage.group.is_main) as bar:
-            self.losses[name] = evaluate(bar.advance if bar else None)
+
+            def report(targets: int) -> None:
+                nonlocal last
+                last = time.perf_counter()
+                if bar:
+                    bar.advance(targets)
+
+            self.losses[name] = evaluate(report)
         self.seconds[name] = time.perf_counter() - began
+        self.busy[name] = last - began
         self.stage.log.event("scored", name=name, tokens=self.tokens, took=self.seconds[name])
 
     def publish(
@@ -82,6 +91,7 @@ class Evaluation:
         """
         stage = self.stage
         memory = stage.group.gather_objects(peak_memory_mib(stage.group.device))
+        busy = stage.group.gather_objects(self.busy)
         if not stage.group.is_main:
             return
         sizes = [self.tokenizer.sizes(targets_of(document)) for document in self.documents]
@@ -109,6 +119,7 @@ class Evaluation:
             "fineweb_bpb": {name: weighted(lengths, name) for name in scores},
             "by_length": lengths,
             "seconds": {**self.seconds, "total": time.perf_counter() - stage.started},
+            "busy_seconds": {name: [one[name] for one in busy] for name in scores},
             "peak_memory_mib": max(memory),
             "world_size": stage.group.size,
         }

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import common, floors
+from benchmarks import common, floors, scaling
 from benchmarks.train import category, with_speedup
 from model.data.packing import Documents
 from model.runtime.files import read_json
@@ -162,6 +162,26 @@ def test_a_section_is_aborted_and_the_next_one_runs(capsys):
     assert "slow: failed: OutOfTime: aborted after 1 s" in said
     assert "broken: failed: ValueError: wrong" in said
     assert "good: 0.0 s" in said
+
+
+def test_overhead_is_what_sharing_does_not_explain():
+    steps = {1: 800.0, 2: 400 + 3 + 4 / 2, 4: 200 + 3 + 4 * 3 / 4}
+    assert scaling.overheads(steps) == {1: 0, 2: pytest.approx(5), 4: pytest.approx(6)}
+    expected = 100 / (100 + 3 + 4 * 7 / 8)
+    assert scaling.predicted_efficiency(steps, 8) == pytest.approx(expected)
+    assert scaling.predicted_efficiency({1: 800.0, 2: 405.0}, 8) is None
+
+
+@pytest.mark.campaign
+def test_scaling_measures_every_number_of_processes(tiny, tmp_path):
+    path = tmp_path / "scaling.json"
+    options = ("--preset", str(tiny), "--gpus", "1", "2", "--steps", "2", "--json", str(path))
+    said = run("scaling", tmp_path, *options)
+    figures = read_json(path)
+    assert figures["tokens_per_s_per_gpu"].keys() == {"1", "2"}
+    assert figures["efficiency_2"] > 0
+    assert figures["cold_start_s"] > 0
+    assert "efficiency" in said
 
 
 def test_quantize_times_the_calibration_text_alone(tiny, tmp_path):

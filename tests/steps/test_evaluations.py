@@ -174,6 +174,9 @@ def test_metrics_are_the_sums_of_the_table(results: Results) -> None:
         assert metrics["bytes"] == table["bytes"].sum()
         assert metrics["documents"] == 4
         assert metrics["world_size"] == processes
+        for name, busy in metrics["busy_seconds"].items():
+            assert len(busy) == processes
+            assert 0 < max(busy) <= metrics["seconds"][name]
         assert set(metrics["seconds"]) == {*STEPS[step], "total"}
         for name in STEPS[step]:
             score, loss = metrics.get(name, metrics), table[name].astype(np.float64).sum()
