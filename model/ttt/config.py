@@ -47,6 +47,13 @@ class TTTConfig(Settings):
         ge=0,
         le=10**9,
     )
+    lr_warmup_tokens: int = setting(
+        "lr rises linearly over the first tokens of a document, so many; 0 = at once",
+        "tokens",
+        off=0,
+        ge=0,
+        le=10**9,
+    )
     beta2: float = setting("decay of the second moment", ge=0, lt=1)
     epsilon: float = setting("added to the root of the second moment", gt=0, le=1)
     weight_decay: float = setting("decoupled", "1/(lr*step)", ge=0, le=1e6)

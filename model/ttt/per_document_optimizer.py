@@ -85,12 +85,15 @@ class DocumentParameters(Mapping[str, Tensor]):
 def step_scalars(ttt: TTTConfig, starts: Sequence[int], factor: float = 1.0) -> Tensor:
     """Learning rate, weight decay and bias correction of each step; starts: of each chunk.
 
-    fp32 (chunks·steps, 3), on the CPU. The rate factor·ttt.lr falls with the tokens read: it is
-    divided by 1 + start / ttt.lr_decay_tokens. It does not depend on the size of the chunk.
+    fp32 (chunks·steps, 3), on the CPU. The rate factor·ttt.lr changes with the tokens read: it is
+    times min(1, (start + ttt.chunk) / ttt.lr_warmup_tokens), and divided by
+    1 + start / ttt.lr_decay_tokens. It does not depend on the size of the chunk.
     """
     steps = torch.arange(len(starts) * ttt.steps, dtype=torch.float64)
     position = torch.tensor(starts, dtype=torch.float64).repeat_interleave(ttt.steps)
     decay = 1 + position / ttt.lr_decay_tokens if ttt.lr_decay_tokens else torch.ones_like(steps)
     rate = factor * ttt.lr / decay
+    if ttt.lr_warmup_tokens:
+        rate *= ((position + ttt.chunk) / ttt.lr_warmup_tokens).clamp(max=1)
     correction = (1 - ttt.beta2 ** (steps + 1)).rsqrt()
     return torch.stack((rate, 1 - rate * ttt.weight_decay, correction), 1).float()

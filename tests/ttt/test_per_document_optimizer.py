@@ -104,6 +104,12 @@ def test_rates_fall_with_the_tokens_read() -> None:
     torch.testing.assert_close(correction, (1 - 0.9 ** torch.arange(1, 7)) ** -0.5)
 
 
+def test_rates_rise_over_the_first_tokens() -> None:
+    ttt = ttt_params(lr=0.1, lr_warmup_tokens=32, lr_decay_tokens=16, chunk=8)
+    rate, *_ = step_scalars(ttt, [0, 8, 24, 48]).unbind(1)
+    torch.testing.assert_close(rate, 0.1 * torch.tensor([1 / 4, 1 / 2 / 1.5, 1 / 2.5, 1 / 4]))
+
+
 def test_autograd_refuses_to_differentiate_through_weights_that_a_step_has_overwritten() -> None:
     parameters = DocumentParameters({"one": torch.ones(4)}, 2, torch.float32)
     loss = parameters["one"].square().sum()

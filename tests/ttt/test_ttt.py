@@ -186,7 +186,8 @@ class Naive:
                 scores.append(self.losses(start, end))
             for group in optimizer.param_groups:
                 decay = 1 + start / ttt.lr_decay_tokens if ttt.lr_decay_tokens else 1
-                group["lr"] = group["factor"] * ttt.lr / decay
+                warm = (start + ttt.chunk) / ttt.lr_warmup_tokens if ttt.lr_warmup_tokens else 1
+                group["lr"] = group["factor"] * ttt.lr / decay * min(1, warm)
             for _ in range(ttt.steps if end < len(self.tokens) else 0):
                 optimizer.zero_grad()
                 self.losses(start, end).mean().backward()
@@ -313,7 +314,7 @@ class NaiveCached(Naive):
             "hash_buckets": 16,
             "hash_rate": 3.0,
         },
-        {"chunk": 4, "largest_chunk": 16, "lr_decay_tokens": 9},
+        {"chunk": 4, "largest_chunk": 16, "lr_decay_tokens": 9, "lr_warmup_tokens": 10},
         {"mode": "cached", "chunk": 4, "largest_chunk": 16, "context": 40, "refresh": 5},
         {"mode": "cached", "chunk": 5, "context": 29, "bptt_chunks": 2, "hash_buckets": 16},
         {
