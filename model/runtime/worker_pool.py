@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
+from types import ModuleType
 from typing import Any, TypeVar
 
 from model.runtime.errors import InputError
@@ -38,7 +39,7 @@ def map_in_order(
         yield from map(build(), items)
         return
     context = get_context("forkserver")
-    context.set_forkserver_preload(_main_module())
+    context.set_forkserver_preload(_imported_by_main())
     pool = ProcessPoolExecutor(processes, context, _begin, (build,))
     waiting: deque[Future[Result]] = deque()
     try:
@@ -58,10 +59,18 @@ def map_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _main_module() -> list[str]:
-    """The program's module, which every worker loads: imported once, by the fork server."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name] if spec else []
+def _imported_by_main() -> list[str]:
+    """The modules from which the program, which every worker loads, has its names.
+
+    The fork server imports them once. Not the program itself: Python warns if it is there before.
+    """
+    names = vars(sys.modules["__main__"]).values()
+    found = {
+        one.__name__ if isinstance(one, ModuleType) else one.__module__
+        for one in names
+        if isinstance(one, ModuleType) or hasattr(one, "__module__")
+    }
+    return sorted(name for name in found if isinstance(name, str) and name != "__main__")
 
 
 def _begin(build: Callable[[], Callable[[Any], Any]]) -> None:
