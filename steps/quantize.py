@@ -43,7 +43,14 @@ from model.quantization.quantize_model import (
     store,
     store_model,
 )
-from model.quantization.sensitivity import blended, fisher_factors, row_factors, sensitivities
+from model.quantization.sensitivity import (
+    ROW_DAMPING,
+    TOKEN_DAMPING,
+    blended,
+    fisher_factors,
+    row_factors,
+    sensitivities,
+)
 from model.quantization.tuning import tune, tuned_names
 from model.runtime.cuda_graphs import graph_runner
 from model.runtime.files import csv_text, read_json, write_bytes
@@ -156,7 +163,14 @@ class Quantization:
             text, noise = self.for_gradients(text, 2)
             solvable = {name: damped(h, params.damping) for name, h in hessians.items()}
             found = fisher_factors(self.model, solvable, text, noise, group)
-        rows = {name: row_factors(f.rows, params.row_rates) for name, f in found.items()}
+        rows = {
+            name: row_factors(
+                factors.rows,
+                params.row_rates,
+                TOKEN_DAMPING if name == "embedding" else ROW_DAMPING,
+            )
+            for name, factors in found.items()
+        }
         if params.fisher:
             hessians = {n: blended(hessians[n], f.inputs, params.fisher) for n, f in found.items()}
         return Calibration(hessians, rows if params.row_rates else {})

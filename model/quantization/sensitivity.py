@@ -30,7 +30,8 @@ from model.evaluation.generation import draw
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 
-ROW_DAMPING = 0.1
+# Of the costs of rows. A row of a table is a token's, and the text may hardly have it.
+ROW_DAMPING, TOKEN_DAMPING = 0.02, 0.1
 
 
 def sensitivities(
@@ -81,13 +82,13 @@ def fisher_factors(
     }
 
 
-def row_factors(costs: Tensor, power: float) -> Tensor:
+def row_factors(costs: Tensor, power: float, damping: float) -> Tensor:
     """Factors of the rows' step sizes, fp32, about 1 in geometric mean: costs (rows,) to −power/2.
 
-    Rows cost at least `ROW_DAMPING` of the mean, as what the text did not show may occur. The
+    damping: share of the mean that is added to all costs, as the text does not show everything. The
     factors are as coarse as those of columns: few different step sizes compress well.
     """
-    logarithms = (costs + ROW_DAMPING * costs.mean()).clamp(min=1e-300).log()
+    logarithms = (costs + damping * costs.mean()).clamp(min=1e-300).log()
     factors = (-0.5 * power * (logarithms - logarithms.mean())).exp()
     return column_factors(column_codes(factors))
 

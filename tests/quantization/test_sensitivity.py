@@ -90,11 +90,11 @@ def test_fisher_factors_are_the_mean_squares_of_the_gradients():
 def test_rows_that_cost_more_are_finer():
     costs = torch.tensor([1.0, 4.0, 16.0, 0.0], dtype=torch.float64).repeat(10)
     for power in (0.5, 1.0):
-        factors = row_factors(costs, power)[:4]
+        factors = row_factors(costs, power, 0.01)[:4]
         assert factors.log2().argsort().tolist() == [2, 1, 0, 3]
         assert (factors[0] / factors[2]).item() == pytest.approx(16 ** (power / 2), rel=0.25)
-    assert torch.equal(row_factors(costs, 0.0), torch.ones(40))
-    assert torch.isfinite(row_factors(torch.zeros(5, dtype=torch.float64), 1.0)).all()
+    assert torch.equal(row_factors(costs, 0.0, 0.01), torch.ones(40))
+    assert torch.isfinite(row_factors(torch.zeros(5, dtype=torch.float64), 1.0, 0.01)).all()
 
 
 def test_a_blend_keeps_the_trace():
