@@ -5,10 +5,14 @@ or fails does not stop the others.
 """
 
 import argparse
+import os
 import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from rich.table import Table
 
 from model.data.loader import CU_SEQLENS_MULTIPLE
 from model.data.packing import Documents
+from model.runtime.files import read_json
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
 from pocketlm.params.presets import compose
@@ -50,6 +55,25 @@ def say(text: str, show: bool = True) -> None:
     """Print and flush."""
     if show:
         print(text, flush=True)
+
+
+def child(module: Sequence[str], limit: int, variables: Mapping[str, str]) -> dict[str, Any]:
+    """Run a benchmark's module with its options, and return the figures that it writes by --json.
+
+    limit: seconds; variables: of its environment, besides those here.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory) / "figures.json"
+        run = subprocess.run(
+            [sys.executable, "-m", *module, "--json", str(result)],
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+        if run.returncode:
+            raise RuntimeError(run.stderr[-2000:])
+        return read_json(result)
 
 
 class OutOfTime(Exception):

@@ -14,9 +14,6 @@ is fitted by least squares to what was measured, and predicts a larger number.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import common
 from benchmarks.common import section, table
 from model.runtime.files import read_json, write_json
 from model.runtime.run_log import environment
@@ -44,20 +42,10 @@ Figures = Mapping[str, Any]
 
 def measured(preset: str, gpus: int, steps: int, cache: Path, limit: int) -> dict[str, Any]:
     """Figures of `benchmarks.train` with so many processes, whose compiled code lies in `cache`."""
-    result = cache / f"train{gpus}.json"
-    options = ["--preset", preset, "--steps", str(steps), "--brief", "--json", str(result)]
+    options = ["--preset", preset, "--steps", str(steps), "--brief"]
     places = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     start = ["--standalone", "--nproc-per-node", str(gpus), "-m", "benchmarks.train"]
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *start, *options],
-        env=os.environ | places,
-        capture_output=True,
-        text=True,
-        timeout=limit,
-    )
-    if run.returncode:
-        raise RuntimeError(run.stderr[-2000:])
-    return read_json(result)
+    return common.child(["torch.distributed.run", *start, *options], limit, places)
 
 
 def overheads(steps: Mapping[int, float]) -> dict[int, float]:

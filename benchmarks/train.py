@@ -8,9 +8,6 @@ MFU = model FLOPs (`pocketlm.workflow.flops`) / seconds of the whole step / peak
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -250,19 +247,7 @@ def start_up(preset: str, limit: int) -> dict[str, float]:
 
 def child(preset: str, limit: int, *options: str, **variables: str) -> dict[str, Any]:
     """Run this program in a separate process and return its figures."""
-    with tempfile.TemporaryDirectory() as directory:
-        result = Path(directory) / "train.json"
-        command = [sys.executable, "-m", "benchmarks.train", "--preset", preset]
-        run = subprocess.run(
-            [*command, *options, "--json", str(result)],
-            env=os.environ | variables,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-        )
-        if run.returncode:
-            raise RuntimeError(run.stderr[-2000:])
-        return read_json(result)
+    return common.child(["benchmarks.train", "--preset", preset, *options], limit, variables)
 
 
 def write_figures(run: Run, path: Path | None) -> dict[str, Any]:
