@@ -27,15 +27,19 @@ def held(path: Path, waiting: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read(1000).strip()
-            print(f"{waiting} ({holder})" if holder else waiting, file=sys.stderr, flush=True)
+            by = holder(path)
+            print(f"{waiting} ({by})" if by else waiting, file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         with writing(path):
             lock.truncate(0)
             lock.write(f"{this_process()}, since {time.strftime('%F %T')}\n")
             lock.flush()
         yield
+
+
+def holder(path: Path) -> str:
+    """Who holds the lock file `path`, in words; empty if nobody does, or nobody has said."""
+    return path.read_text(errors="replace")[:1000].strip() if is_held(path) else ""
 
 
 def host_name() -> str:

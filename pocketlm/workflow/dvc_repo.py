@@ -200,9 +200,25 @@ def _state(stage: Any, values: Mapping[str, Any]) -> State:
             state.absent.append(path)
         elif out.changed_checksum():
             state.modified.append(path)
+        elif is_cut(out):  # DVC believes what it has brought here itself; so is its cached copy
+            state.absent.append(path)
+            state.uncached.append(path)
+            continue
         if out.use_cache and out.changed_cache():
             state.uncached.append(path)
     return state
+
+
+def is_cut(out: Any) -> bool:
+    """Whether an output that DVC takes for the recorded one has fewer bytes.
+
+    So looks what a push or a pull leaves that was interrupted.
+    """
+    if out.meta.size is None:
+        return False
+    path = Path(str(out))
+    files = (one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    return sum(one.stat().st_size for one in files) < int(out.meta.size)
 
 
 def _changes(dep: Any, values: Mapping[str, Any]) -> dict[str, str]:
@@ -417,9 +433,19 @@ def fetch(outputs: Mapping[str, str]) -> list[str]:
 
     def bring(repo: "Repo") -> None:
         (out,) = repo.find_outs_by_path(path)
+        if out.exists and is_cut(out):
+            out.remove()
         drop_damaged([out])
         if repo.config["core"].get("remote"):
             repo.fetch(targets=[path])
+            if drop_damaged([out]):
+                remote = repo.cloud.get_remote_odb()
+                place = remote.oid_to_path(out.hash_info.value)
+                print(
+                    f"{path}: so is the remote's, as a push that was interrupted leaves it: delete "
+                    f"{place} and `dvc push` from where the result is whole",
+                    file=sys.stderr,
+                )
         repo.checkout(targets=[path])
 
     for path, target in outputs.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.runtime.errors import InputError, reading
+from model.runtime.lock import holder
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
 from pocketlm.workflow import corpus, dvc_repo
@@ -24,7 +25,7 @@ from pocketlm.workflow.memory import require_memory
 from pocketlm.workflow.plan import VARIABLE, Plan, explain, fetch_needed, make_plan, set_markers
 from pocketlm.workflow.plan import marker as marker
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
-from pocketlm.workflow.stages import seeds_of, stages, target_name, upstream
+from pocketlm.workflow.stages import RUN_LOCK, seeds_of, stages, target_name, upstream
 
 CALL = "call.json"  # in the folder of markers: what the processes of a call must know of it
 BIN = Path("profiles/slurm/bin")  # sbatch and squeue that outlast an outage of the controller
@@ -60,6 +61,14 @@ def begin(workflow: Any) -> Params:
         require_memory(params, {plan.graph[target].stage: None for target in plan.reasons})
     if plan.reasons:
         print(explain(plan), file=sys.stderr, flush=True)
+    for target in plan.reasons:
+        if by := holder(plan.graph[target].work / RUN_LOCK):
+            print(
+                f"{target}: an earlier call runs it ({by}); it is waited for. If that call has "
+                "ended and the directory is still locked: `snakemake --unlock`",
+                file=sys.stderr,
+                flush=True,
+            )
     if str(corpus.LISTING) in plan.reasons.get("tokenize", ""):
         print(f"text: {', '.join(corpus.since_tokenized())}", file=sys.stderr, flush=True)
     set_markers(plan)
