@@ -11,7 +11,7 @@ import torch
 
 from model.runtime.distributed import require_gpus
 from model.runtime.errors import InputError
-from model.runtime.lock import held
+from model.runtime.lock import held, holder
 from pocketlm.workflow import nodes, scheduler
 from pocketlm.workflow.gpus import claim_gpus
 from pocketlm.workflow.nodes import NOTE, meet, srun
@@ -116,6 +116,54 @@ def test_slots_of_another_host_are_other_gpus(tmp_path, monkeypatch) -> None:
         assert [Path(file.name).parent.name for file in files] == [host] * 2
 
 
+FAILS_ONCE = """#!/bin/sh
+[ -e {place}/answers ] && echo 7 && exit
+touch {place}/answers
+echo 'sbatch: error: Batch job submission failed: {reason}' >&2
+exit 1
+"""
+
+
+def cluster_command(name: str, place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of profiles/slurm/bin, beside which those of `place` stand for Slurm's."""
+    for command in place.iterdir():
+        command.chmod(0o755)
+    own = ROOT / "profiles/slurm/bin"
+    return subprocess.run(
+        [name, *words],
+        cwd=place.parent,
+        env=os.environ | {"PATH": f"{own}:{place}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_commands_of_the_profile_outlast_the_controller_and_its_memory(tmp_path) -> None:
+    place = tmp_path / "slurm"
+    place.mkdir()
+    (place / "sleep").write_text("#!/bin/sh\n")
+    away = "Unable to contact slurm controller (connect failure)"
+    (place / "sbatch").write_text(FAILS_ONCE.format(place=place, reason=away))
+    submitted = cluster_command("sbatch", place, "--parsable", "--job-name", "call", "-t", "5")
+    assert (submitted.returncode, submitted.stdout, submitted.stderr) == (0, "7\n", "")
+    asked = ["--format=%i|%T", "--states=all", "--noheader", "--name"]
+    (place / "squeue").write_text("#!/bin/sh\necho '8|RUNNING'\n")
+    forgotten = cluster_command("squeue", place, *asked, "call")
+    assert forgotten.stdout.split() == ["8|RUNNING", "7|COMPLETED"]
+    assert cluster_command("squeue", place, *asked, "other").stdout.split() == ["8|RUNNING"]
+    (place / "sacct").write_text("#!/bin/sh\necho 'storage is disabled' >&2\nexit 1\n")
+    words = ["-X", "--endtime", "now", "--name", "call"]
+    assert cluster_command("sacct", place, *words).stdout == forgotten.stdout
+    (place / "squeue").write_text("#!/bin/sh\nexit 3\n")
+    assert cluster_command("squeue", place, *asked, "call").returncode == 3
+
+    (place / "answers").unlink()
+    (place / "sbatch").write_text(FAILS_ONCE.format(place=place, reason="Invalid partition"))
+    refused = cluster_command("sbatch", place, "--job-name", "call")
+    assert refused.returncode == 1
+    assert "Invalid partition" in refused.stderr
+
+
 def test_who_waits_is_told_who_holds_the_lock(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "node3")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
@@ -135,3 +183,4 @@ def test_who_waits_is_told_who_holds_the_lock(tmp_path, monkeypatch) -> None:
     assert process.wait() == 0
     assert f"wait (node3, process {os.getpid()}, job 12 of Slurm, since " in said
     process.stderr.close()
+    assert holder(tmp_path / "l") == ""
