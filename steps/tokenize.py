@@ -157,6 +157,12 @@ def make_tokenizer(params: Params, corpus: Corpus, path: Path) -> Tokenizer:
     if config.model:
         tokenizer = Tokenizer(config.model)
         check_vocabulary(tokenizer, config.vocabulary, "give another tokenizer.model")
+        if tokenizer.case_ops != config.case_ops:
+            raise InputError(
+                f"tokenizer.case_ops: {config.case_ops}, but {config.model} was trained "
+                f"{'with' if tokenizer.case_ops else 'without'} it",
+                f"set tokenizer.case_ops to {str(tokenizer.case_ops).lower()}",
+            )
         write_bytes(path, Path(config.model).read_bytes())
         return tokenizer
     found: Counter[Split | None] = Counter()
@@ -172,7 +178,9 @@ def make_tokenizer(params: Params, corpus: Corpus, path: Path) -> Tokenizer:
             if not found["train"]:
                 require_documents(params.data, found["train"], found["validation"], found[None])
 
-        return train_tokenizer(texts(), config.vocabulary, config.training_megabytes, path)
+        return train_tokenizer(
+            texts(), config.vocabulary, config.training_megabytes, path, config.case_ops
+        )
 
 
 def require_documents(data: DataConfig, train: int, validation: int, dropped: int) -> None:

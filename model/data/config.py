@@ -88,5 +88,6 @@ class TokenizerConfig(Settings):
         "a given SentencePiece model, a file in tokenizers/; null: train one"
     )
     vocabulary: int = setting("pieces; the published vocabulary has 1024", "tokens", ge=1, le=2**18)
+    case_ops: bool = setting("write capitals as marks before words in small letters")
     training_megabytes: float = setting("text the tokenizer is trained on", "MB", gt=0, le=1e6)
     shard_tokens: int = setting("tokens per shard file", "tokens", ge=1, le=2**31 - 1)

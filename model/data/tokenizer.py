@@ -16,6 +16,9 @@ three of it. So U+2581 is asked for in training, and a tokenizer that fails on a
 
 Because the pieces spell the normalized text, two texts have the same tokens if and only if they are
 equal once normalized; so what is held out can be decided before there is a tokenizer.
+
+With `case_ops` capitals are written as marks (`model.data.case_ops`): SentencePiece gets normalized
+and marked text, and changes nothing. A mark is a piece of its own and adds 0.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from model.data.case_ops import MARKS, mark, unmark
 from model.data.config import LARGEST_VOCABULARY
 from model.data.shards import BOS
 from model.runtime.errors import InputError, reading
@@ -47,6 +51,13 @@ SETTINGS: dict[str, Any] = {
     "unk_id": 3,
     "hard_vocab_limit": False,
 }
+# With marks: the text is normalized before, and a mark is always a piece of its own.
+CASE_OPS: dict[str, Any] = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "user_defined_symbols": list(MARKS),
+}
+EXPANSION = 18  # characters that normalization makes of one, at most
 # The trainer aborts on words of 2**16 characters, and NFKC expands one character to up to 18, so
 # that texts are cut into sentences of so many characters.
 SENTENCE = 2048
@@ -64,6 +75,7 @@ class Tokenizer:
 
     Raises InputError if the file is absent or foreign, or if shards of it would be wrong: BOS is
     not id 1, ids do not fit into uint16, or the bytes of its tokens are not those of the text.
+    case_ops: whether it has pieces for marks of capitals.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -89,6 +101,10 @@ class Tokenizer:
     def _unsuitable(self) -> str | None:
         """Say why shards of this tokenizer would be wrong, None if they would not."""
         self.vocabulary: int = self._model.vocab_size()
+        self.case_ops = all(
+            self._model.id_to_piece(self._model.piece_to_id(one)) == one for one in MARKS
+        )
+        self._normalize = normalizer() if self.case_ops else self._model.normalize
         if self.vocabulary > LARGEST_VOCABULARY:
             return f"more than {LARGEST_VOCABULARY} pieces"
         if self._model.bos_id() != BOS:
@@ -107,15 +123,18 @@ class Tokenizer:
 
         The result does not depend on `threads`.
         """
+        if self.case_ops:
+            texts = [mark(self._normalize(text)) for text in texts]
         return self._model.encode(texts, num_threads=threads, return_type="numpy")
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text that tokens spell, control tokens left out."""
-        return self._model.decode(tokens)
+        text = self._model.decode(tokens)
+        return unmark(text) if self.case_ops else text
 
     def normalize(self, text: str) -> str:
         """Return the text that the pieces of `text` spell; its UTF-8 length is what bpb counts."""
-        return _with_spaces(self._model.normalize(text))
+        return _with_spaces(self._normalize(text))
 
     @cached_property
     def control(self) -> np.ndarray:
@@ -137,7 +156,8 @@ class Tokenizer:
             piece = self._model.id_to_piece(token)
             if self.is_byte(token):
                 return bytes([int(piece[1:-1], 16)])  # <0xE2>
-            return b"" if self.control[token] else piece.replace(SPACE, " ").encode()
+            silent = self.control[token] or self._is_mark(piece)
+            return b"" if silent else piece.replace(SPACE, " ").encode()
 
         return [text(token) for token in range(self.vocabulary)]
 
@@ -147,6 +167,9 @@ class Tokenizer:
         spelled = enumerate(self.spelled)
         return [None if self.is_byte(token) else text or None for token, text in spelled]
 
+    def _is_mark(self, piece: str) -> bool:
+        return self.case_ops and piece in MARKS
+
     def token_bytes(self) -> tuple[np.ndarray, np.ndarray]:
         """Return bytes without a leading space, int16 (V,), and whether there is one, bool (V,)."""
         sizes = np.zeros(self.vocabulary, np.int16)
@@ -155,7 +178,7 @@ class Tokenizer:
             piece = self._model.id_to_piece(token)
             if self._model.is_byte(token):
                 sizes[token] = 1
-            elif not self.control[token]:
+            elif not self.control[token] and not self._is_mark(piece):
                 leading_space[token] = piece.startswith(SPACE)
                 sizes[token] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
         return sizes, leading_space
@@ -193,10 +216,15 @@ def _with_spaces(normalized: str) -> str:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocabulary: int, megabytes: float, path: str | Path
+    texts: Iterable[str],
+    vocabulary: int,
+    megabytes: float,
+    path: str | Path,
+    case_ops: bool = False,
 ) -> Tokenizer:
     """Train a tokenizer of `vocabulary` pieces on the first `megabytes` of `texts`; write it.
 
+    case_ops: with capitals as marks.
     The same texts give the same file. Raises InputError if there is no text, or not enough for
     so many pieces.
     """
@@ -208,7 +236,10 @@ def train_tokenizer(
             f"use at most {LARGEST_VOCABULARY}",
         )
     failures: list[Exception] = []
-    sentences = _collect_errors(_sample(texts, megabytes), failures)
+    sample = _sample(texts, megabytes)
+    if case_ops:
+        sample = filter(None, map(mark, map(normalizer(), sample)))
+    sentences = _collect_errors(sample, failures)
     first = next(sentences, None)
     if failures:
         raise failures[0]
@@ -226,9 +257,9 @@ def train_tokenizer(
             sentence_iterator=chain([first], sentences),
             model_writer=model,
             vocab_size=vocabulary,
-            max_sentence_length=4 * SENTENCE,
+            max_sentence_length=4 * SENTENCE * (EXPANSION if case_ops else 1),
             minloglevel=2,
-            **SETTINGS,
+            **{**SETTINGS, **(CASE_OPS if case_ops else {})},
         )
     except RuntimeError as error:
         failures.append(

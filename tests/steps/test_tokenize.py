@@ -228,6 +228,20 @@ def test_a_given_tokenizer_is_used_as_it_is():
     assert "tokenizers/given.model" in read_json(OUTPUT.parent / "provenance.json")["inputs"]
 
 
+def test_capitals_as_marks_count_the_same_bytes_and_decode_to_the_same_texts():
+    texts = [text.title() if n % 2 else text.upper() for n, text in enumerate(sentences(300))]
+    write_json_lines(Path("corpus/a.jsonl"), texts)
+    plain, marked = run_step(), run_step("tokenizer.case_ops=true")
+    for split in ("train", "validation"):
+        assert plain.totals(split)["bytes"] == marked.totals(split)["bytes"]
+    tokenizer = Tokenizer(marked.tokenizer)
+    decoded = [tokenizer.decode(one.tolist()) for one in validation_documents(marked)]
+    assert set(decoded) <= {tokenizer.normalize(text) for text in texts}
+    Path("tokenizers/given.model").write_bytes(marked.tokenizer.read_bytes())
+    with pytest.raises(InputError, match=r"tokenizer\.case_ops: False, but .* was trained with it"):
+        run_step("tokenizer.model=tokenizers/given.model")
+
+
 def test_a_given_tokenizer_of_another_size_is_refused():
     small_tokenizer(Path("tokenizers/given.model"), vocabulary=300)
     with pytest.raises(InputError, match="320 pieces asked for, but the tokenizer has 300"):
