@@ -63,12 +63,7 @@ def begin(workflow: Any) -> Params:
         print(explain(plan), file=sys.stderr, flush=True)
     for target in plan.reasons:
         if by := holder(plan.graph[target].work / RUN_LOCK):
-            print(
-                f"{target}: an earlier call runs it ({by}); it is waited for. If that call has "
-                "ended and the directory is still locked: `snakemake --unlock`",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"{target}: an earlier call runs it ({by}); that is waited for", file=sys.stderr)
     if str(corpus.LISTING) in plan.reasons.get("tokenize", ""):
         print(f"text: {', '.join(corpus.since_tokenized())}", file=sys.stderr, flush=True)
     set_markers(plan)

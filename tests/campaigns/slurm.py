@@ -9,7 +9,7 @@ several of these befall it:
     requeue      a job is put back into the queue
     signal       the steps of a job get SIGTERM, as before a time limit and a preemption
     controller   slurmctld is away for some time
-    kill         SIGKILL to Snakemake, whose jobs go on; it is called again, as its message says
+    kill         SIGKILL to Snakemake, whose jobs go on; it is called again
     status       `dvc status` and `snakemake -n` from outside, on what a node has in work
 
 In some runs training runs into its time limit, too. At the end, at most two more calls of Snakemake
@@ -99,15 +99,11 @@ class Run:
         assert self.call is not None
         self.call.kill()
         self.call.wait()
-        said = self.checkout.start(*CALL).communicate()[0]
-        if "snakemake --unlock" not in said:
-            raise AssertionError(f"a call after SIGKILL does not name the repair: {said[-TAIL:]}")
-        self.checkout.run("snakemake", "--unlock")
         self.start()
 
     def status(self, _: str) -> None:
         self.checkout.start("dvc", "status").communicate()
-        self.checkout.start("snakemake", "-n", "--nolock", "report").communicate()
+        self.checkout.start("snakemake", "-n", "report").communicate()
 
 
 def disturbed(run: Run, number: int) -> None:

@@ -52,7 +52,7 @@ def test_two_nodes_make_what_one_host_makes_while_others_look(tokenized, tmp_pat
     while call.poll() is None:
         if tokenized.record.read_text().strip():
             tokenized.run("dvc", "status")
-            tokenized.run("snakemake", "-n", "--nolock", "report")
+            tokenized.run("snakemake", "-n", "report")
             looks += 1
     said = call.communicate()[0]
     assert call.returncode == 0, said + logs(tokenized)
@@ -128,6 +128,7 @@ def test_after_sigkill_of_snakemake_its_jobs_go_on_and_are_found(tokenized, clus
     run.kill("")
     assert run.call is not None
     assert run.call.wait() == 0
+    assert "train@0: an earlier call runs it (node" in run.said()
     assert tokenized.record.read_text().split().count("train@0") == 1
 
 
