@@ -88,7 +88,7 @@ def kept(one: Node, found: dvc_repo.Start) -> str:
         return "was computed before from the same inputs; the result is kept"
     if recorded and not state.absent and is_whole(one, Path()):
         return "the result is here as it was recorded, and goes back to the cache"
-    if recorded and not dvc_repo.download(state.absent):
+    if recorded and not dvc_repo.download(state.absent) and is_whole(one, Path()):
         return "the result was fetched from the remote"
     return ""
 
