@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.data.packing import Documents
 from model.network.gpt import GPT
+from model.quantization.quantize_model import store
 from model.runtime.distributed import Group
 
 
@@ -76,8 +77,7 @@ def tune(
         for weight in weights:
             weight.grad = None
             weight.requires_grad_(False)
-            half = weight.half()
-            weight.copy_(group.broadcast(half if half.isfinite().all() else weight).float())
+            weight.copy_(group.broadcast(store(weight)))
     return losses
 
 

@@ -22,7 +22,7 @@ from model.data.shards import Manifest, ShardWriter
 from model.data.tokenizer import Tokenizer
 from model.runtime.files import link_file
 from pocketlm.audit.checks import Check
-from pocketlm.audit.rounding import Rounding, apart
+from pocketlm.audit.rounding import Rounding, apart, largest
 
 MODE = "ttt"  # the way of scoring that counts
 SYSTEM = (
@@ -204,7 +204,7 @@ def same_losses(
         problem = f"the bundle ended with status {trace.status}: {' '.join(lines)}"
         return Check("bundle", "run in an empty folder, isolated from this directory", (problem,))
     differences = [apart(left, right) for left, right in zip(losses, expected, strict=True)]
-    excess = next(filter(None, (rounding.excess(*pair) for pair in differences)), "")
+    excess = rounding.excess(*largest(differences))
     problems = [f"losses differ by up to {excess}"] if excess else []
     evidence = (
         f"{len(losses)} documents, {sum(map(len, losses))} targets scored with TTT in an empty "

@@ -19,9 +19,9 @@ class Rounding:
 
     def seen(self, differences: Iterable[tuple[float, float]]) -> str:
         """The largest differences of several comparisons by `apart`, for the evidence."""
-        largest, mean = map(max, zip(*differences, strict=True))
+        one, mean = largest(differences)
         return (
-            f"at most {largest:.1e} nats in one loss and {mean:.1e} in a document's mean "
+            f"at most {one:.1e} nats in one loss and {mean:.1e} in a document's mean "
             f"(tolerance {self.one:g} and {self.mean:g})"
         )
 
@@ -34,6 +34,12 @@ class Rounding:
 
 # By device.
 ROUNDING = {"cpu": Rounding(2e-3, 1e-5), "cuda": Rounding(0.5, 5e-3)}
+
+
+def largest(differences: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """The largest difference of one loss and the largest of a mean, of several by `apart`."""
+    ones, means = zip(*differences, strict=True)
+    return max(ones), max(means)
 
 
 def apart(left: np.ndarray, right: np.ndarray) -> tuple[float, float]:

@@ -190,17 +190,11 @@ def _rate(run: Run, recurrent: bool) -> float | None:
 
 def _evaluation_seconds(run: Run) -> float:
     """Seconds of TTT on FineWeb's validation set by eight processes, by the rate on this text."""
-    tokens = FINEWEB_DOCUMENTS * fineweb_mean(run.vocabulary)
-    return (
-        tokens
-        / 8
-        * _mean(
-            run,
-            lambda one: (
-                one.ttt.seconds.ttt * one.provenance["ttt_eval"].world_size / one.ttt.tokens
-            ),
-        )
-    )
+
+    def per_token(one: SeedResult) -> float:
+        return one.ttt.seconds.ttt * one.provenance["ttt_eval"].world_size / one.ttt.tokens
+
+    return FINEWEB_DOCUMENTS * fineweb_mean(run.vocabulary) / 8 * _mean(run, per_token)
 
 
 def page(

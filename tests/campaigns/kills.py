@@ -89,6 +89,12 @@ def processes_of(run: subprocess.Popen[str]) -> list[psutil.Process]:
         return []
 
 
+def differing(checkout: Checkout, expected: dict[str, str]) -> list[str]:
+    """The outputs that are absent or other ones than in the run whose `digests` are given."""
+    found = digests(checkout)
+    return sorted(path for path in expected if found.get(path) != expected[path])
+
+
 def stop(run: subprocess.Popen[str], way: str, chance: random.Random) -> None:
     """Stop a run in the given way and wait until all of its processes have ended."""
     processes = processes_of(run)
@@ -136,10 +142,9 @@ def campaign(kills: int, seeds: int, seed: int, place: Path) -> list[Round]:
     for number in range(kills):
         name = chance.choice(STARTS)
         result = one_round(starts[name], seconds[name], place / "round", chance)
-        found = digests(Checkout(place / "round"))
-        differing = sorted(path for path in expected if found.get(path) != expected[path])
-        if not result.problem and differing:
-            result.problem = f"differ from an undisturbed run: {differing}"
+        others = differing(Checkout(place / "round"), expected)
+        if not result.problem and others:
+            result.problem = f"differ from an undisturbed run: {others}"
         rounds.append(result)
         print(
             f"{number:4} from {result.start:8} {result.engine:9} {result.way:10} after "

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.campaigns.kills import digests
+from tests.campaigns.kills import differing, digests
 from tests.helpers.checkout import Checkout, make_checkout
 from tests.helpers.slurm import Cluster, running
 
@@ -170,10 +170,9 @@ def campaign(
         if limited:
             run.befell.append("time limit")
         disturbed(run, each)
-        found = digests(copy)
-        differing = sorted(path for path in expected if found.get(path) != expected[path])
-        if not run.problem and differing:
-            run.problem = f"differ from an undisturbed run: {differing}"
+        others = differing(copy, expected)
+        if not run.problem and others:
+            run.problem = f"differ from an undisturbed run: {others}"
         stops = saved(copy)
         done.append(run)
         print(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.campaigns.kills import digests
+from tests.campaigns.kills import differing, digests
 from tests.helpers.checkout import Checkout
 from tests.helpers.remotes import REMOTES, Remote
 
@@ -54,8 +54,7 @@ def test_results_come_whole_or_not_at_all(checkout: Checkout, remote: Remote, tm
     assert f"{MODEL}: so is the remote's" in said or "://" not in remote.url, said
     assert "train, seed 0: " in said
     assert "train, seed 1" not in said
-    found, expected = digests(damaged), digests(checkout)
-    assert {path for path in expected if found.get(path) != expected[path]} == set(), said
+    assert differing(damaged, digests(checkout)) == [], said
 
 
 def test_what_is_wrong_with_a_remote_is_said(checkout: Checkout, remote: Remote, tmp_path) -> None:

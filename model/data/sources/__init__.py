@@ -87,10 +87,11 @@ class HoldOut:
             return ~none, none
         if len(self._given) > 1:
             self._given = [np.sort(np.concatenate(self._given))]
-        for known in self._given:
-            place = np.searchsorted(known, hashes).clip(max=len(known) - 1)
-            return none, known[place] == hashes
-        return held_out(hashes, self.fraction), none
+        if not self._given:
+            return held_out(hashes, self.fraction), none
+        known = self._given[0]
+        place = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+        return none, known[place] == hashes
 
 
 @dataclass(frozen=True)
