@@ -28,7 +28,7 @@ from pocketlm.workflow.preconditions import check_checkout, complete_environment
 from pocketlm.workflow.stages import RUN_LOCK, seeds_of, stages, target_name, upstream
 
 CALL = "call.json"  # in the folder of markers: what the processes of a call must know of it
-BIN = Path("profiles/slurm/bin")  # sbatch and squeue that outlast an outage of the controller
+BIN = Path("profiles/slurm/bin")  # Slurm's commands, made to outlast an outage of its controller
 GOALS = {"submission": ("report", "audit")}  # rules that are no stages, and the stages they need
 
 

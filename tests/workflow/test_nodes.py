@@ -124,7 +124,9 @@ exit 1
 """
 
 
-def cluster_command(name: str, place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def cluster_command(
+    name: str, place: Path, *words: str, given: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run a command of profiles/slurm/bin, beside which those of `place` stand for Slurm's."""
     for command in place.iterdir():
         command.chmod(0o755)
@@ -133,6 +135,7 @@ def cluster_command(name: str, place: Path, *words: str) -> subprocess.Completed
         [name, *words],
         cwd=place.parent,
         env=os.environ | {"PATH": f"{own}:{place}:{os.environ['PATH']}"},
+        input=given,
         capture_output=True,
         text=True,
     )
@@ -162,6 +165,24 @@ def test_commands_of_the_profile_outlast_the_controller_and_its_memory(tmp_path)
     refused = cluster_command("sbatch", place, "--job-name", "call")
     assert refused.returncode == 1
     assert "Invalid partition" in refused.stderr
+
+
+PING = """#!/bin/sh
+[ -e {place}/up ] && echo 'Slurmctld(primary) at here is UP' && exit
+touch {place}/up
+echo 'Slurmctld(primary) at here is DOWN'
+"""
+
+
+def test_a_step_waits_for_the_controller_and_gets_its_input(tmp_path) -> None:
+    place = tmp_path / "slurm"
+    place.mkdir()
+    (place / "sleep").write_text(f"#!/bin/sh\necho waited >> {place}/slept\n")
+    (place / "scontrol").write_text(PING.format(place=place))
+    (place / "srun").write_text('#!/bin/sh\necho "$@"\ncat\nexit 5\n')
+    step = cluster_command("srun", place, "-n1", "two words", given="a script\n")
+    assert (step.returncode, step.stdout) == (5, "-n1 two words\na script\n")
+    assert (place / "slept").read_text() == "waited\n"
 
 
 def test_who_waits_is_told_who_holds_the_lock(tmp_path, monkeypatch) -> None:
