@@ -68,13 +68,19 @@ def _as_dvc_writes(text: str) -> str:
     editor = YAML()
     editor.default_flow_style = False
     values = editor.load(text)
-    for section in (values, *(one for one in values.values() if isinstance(one, dict))):
-        for value in section.values():
-            if isinstance(value, CommentedSeq) and value:
-                value.fa.set_block_style()
+    _use_blocks(values)
     written = StringIO()
     editor.dump(values, written)
     return written.getvalue()
+
+
+def _use_blocks(value: Any) -> None:
+    """Let every list within `value` that is not empty be written an item a line."""
+    if isinstance(value, CommentedSeq) and value:
+        value.fa.set_block_style()
+    for one in value.values() if isinstance(value, dict) else value:
+        if isinstance(one, dict | CommentedSeq):
+            _use_blocks(one)
 
 
 def _lines(section: Settings, indent: str) -> list[str]:
