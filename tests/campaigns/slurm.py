@@ -193,9 +193,12 @@ def saved(checkout: Checkout) -> int:
 
 
 def limit(checkout: Checkout) -> None:
-    """Give training a minute, with the signal 30 s before."""
+    """Give training a minute, with the signal 30 s before, or as Slurm likes up to a minute sooner.
+
+    So jobs may end at their start, and on a busy machine it takes many.
+    """
     path = checkout.path / "profiles/slurm/config.yaml"
-    text = path.read_text().replace("TERM@120", "TERM@30")
+    text = path.read_text().replace("TERM@120", "TERM@30").replace("retries: 3", "retries: 20")
     path.write_text(re.sub(r"(train_seed: \{.*runtime:) \d+", r"\1 1", text))
 
 

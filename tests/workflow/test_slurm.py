@@ -82,7 +82,7 @@ def test_one_step_over_two_nodes_is_that_of_two_processes(tokenized, tmp_path) -
 
 def test_training_into_its_time_limit_resumes(tokenized, tmp_path) -> None:
     only_seed(tokenized)
-    tokenized.set("train.steps", 1500)
+    tokenized.set("train.steps", 1000)
     limit(tokenized)
     alone = tokenized.copy(tmp_path / "alone")
     said = tokenized.run("snakemake", "train", "--workflow-profile", "profiles/slurm")
