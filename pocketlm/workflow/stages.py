@@ -74,6 +74,11 @@ def deps(stage: str) -> list[str]:
     return [_pattern(dep) for dep in stages()[stage]["deps"]]
 
 
+def reads_value(stage: str, key: str) -> bool:
+    """Whether a stage reads a value of params.yaml, given as `section.key`."""
+    return any(key == one or key.startswith(f"{one}.") for one in stages()[stage]["params"])
+
+
 def seeds_of(stage: str, seeds: Sequence[int]) -> list[int | None]:
     """The seeds for which a stage runs, or None once."""
     return list(seeds) if "matrix" in stages()[stage] else [None]

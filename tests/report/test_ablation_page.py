@@ -1,14 +1,19 @@
-"""Factorial designs: orthogonal, planted effects found with intervals that hold, pages."""
+"""Designs and variants: planted effects found with intervals that hold, choice, pages."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from model.evaluation.score import TTT
-from pocketlm.report.ablation_page import NAMES, Factor, page, plot
+from model.runtime.errors import InputError
+from pocketlm.report.ablation_page import NAMES, page, recipe, write
 from pocketlm.report.blocks import to_markdown
+from pocketlm.report.compare_runs import Run, Scored
+from pocketlm.report.effects import Effect, chosen_and_reported, factors, halves, variants
 from pocketlm.report.factorial import design, detectable, fit
 
 
@@ -67,16 +72,243 @@ def test_the_detectable_effect_is_found_as_often_as_it_says() -> None:
     assert np.mean(found > t.ppf(0.975, freedom) * seen) == pytest.approx(0.8, abs=0.03)
 
 
-def factor(name: str, bpb: float) -> Factor:
-    return Factor(name, 0.01, bpb, 0.002, 0.003, 0.001, 0.002, 1.5, -100.0)
+class Made(Run):
+    """A run whose results are made up."""
+
+    vocabulary = 8192
 
 
-def test_undecided_is_a_row_of_its_own(tmp_path: Path) -> None:
-    found = [factor("MLP|4", 0.004), factor("gate", 0.0019), factor("smear", -0.0021)]
+def made(
+    name: str, nats: np.ndarray, weights: list[str] | None = None, trained: float = 1.0
+) -> Made:
+    """A run of some seeds; nats: (seeds, D), of documents of 100 tokens and 300 bytes each.
+
+    weights: names of the trained weights of each seed, by default its own.
+    """
+    seeds, documents = range(len(nats)), nats.shape[1]
+    columns: dict[str, Any] = {
+        "tokens": np.full((documents, 1), 100),
+        "bytes": np.full((documents, 1), 300),
+        "digests": [],
+    }
+    results: list[Any] = [
+        SimpleNamespace(
+            train=SimpleNamespace(bpb=trained + 0.01 * seed, seconds=20.0, steps=100),
+            quantize=SimpleNamespace(bpb=trained + 0.03, artifact_bytes=5000 + seed),
+            ttt=SimpleNamespace(seconds=SimpleNamespace(ttt=2.0), tokens=1000),
+            curve=np.empty(0),
+            provenance={
+                "train": SimpleNamespace(
+                    outputs={
+                        "train/model.safetensors": (weights or [f"{name} {s}" for s in seeds])[seed]
+                    },
+                    device="one",
+                    versions={},
+                    commit=None,
+                    world_size=1,
+                ),
+                "ttt_eval": SimpleNamespace(world_size=1),
+            },
+        )
+        for seed in seeds
+    ]
+    by_score = [dict.fromkeys(("plain", "sliding", TTT), row[:, None]) for row in nats]
+    scored = [Scored(nats=one, **columns) for one in by_score]
+    return Made(name, list(seeds), {}, (documents, 0, 0), {}, results, scored)
+
+
+BITS = 300 * np.log(2)  # nats of a document of which every byte costs a bit
+
+
+def drawn(
+    generator: np.random.Generator, seeds: int, effect: np.ndarray, spread: float = 0.01
+) -> np.ndarray:
+    """Nats of documents, (seeds, D): 1 bit per byte less an effect, and the luck of each seed."""
+    luck = generator.normal(0, spread, (seeds, 1))
+    return BITS * (1 - effect + luck)
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (2, 2), (1, 4)])
+def test_intervals_cover_what_a_variant_gains_with_other_seeds_and_documents(
+    counts: tuple[int, int],
+) -> None:
+    """Also if only the baseline has several seeds."""
+    generator, covered, repetitions = np.random.default_rng(sum(counts)), 0, 600
+    for _ in range(repetitions):
+        effect = generator.normal(0.01, 0.02, 40)
+        runs = [
+            made("other", drawn(generator, counts[0], effect)),
+            made("base", drawn(generator, counts[1], np.zeros(40))),
+        ]
+        (found,) = variants(runs, "base", halves(runs[0])[1])
+        assert found.noise is not None
+        covered += abs(found.bpb - 0.01) <= found.noise
+        assert found.seeds == "included"
+    share = covered / repetitions
+    assert share > 0.95 - 4 * (0.95 * 0.05 / repetitions) ** 0.5
+    assert share < 0.985
+
+
+def test_the_noise_of_seeds_is_students_where_documents_agree() -> None:
+    from scipy.stats import ttest_ind
+
+    generator = np.random.default_rng(0)
+    nats = [drawn(generator, 3, np.zeros(30)), drawn(generator, 4, np.full(30, 0.02))]
+    runs = [made(name, one) for name, one in zip(("base", "other"), nats, strict=True)]
+    (found,) = variants(runs, "base", halves(runs[0])[1])
+    test = ttest_ind(*(one[:, 0] / BITS for one in nats))
+    low, high = test.confidence_interval(0.95)
+    assert found.bpb == pytest.approx((low + high) / 2)
+    assert found.noise == pytest.approx((high - low) / 2)
+    # A third variant, of the trainings of another one, tells nothing new of seeds.
+    runs.append(made("again", nats[1] - 0.5, [f"other {seed}" for seed in range(4)]))
+    both = {one.name: one for one in variants(runs, "base", halves(runs[0])[1])}
+    assert both["other"] == found
+    assert both["again"].noise == pytest.approx(found.noise)
+
+
+def test_variants_of_the_same_trainings_are_paired_and_have_no_noise_of_seeds() -> None:
+    """They are compared with the baseline's same seeds, of which there may be more."""
+    generator = np.random.default_rng(1)
+    base = drawn(generator, 3, np.zeros(60), spread=1.0)
+    effect = generator.normal(0.01, 0.02, 60)
+    runs = [
+        made("base", base),
+        made("other", base[1:2] - BITS * effect, ["base 1"]),
+        made("alone", base[1:2] - BITS * effect),
+    ]
+    _, documents = halves(runs[0])
+    same, alone = variants(runs, "base", documents)
+    odd = effect[1::2]
+    assert (same.seeds, alone.seeds) == ("same trainings", "included")
+    assert same.bpb == pytest.approx(odd.mean())
+    assert same.noise == pytest.approx(2.045 * odd.std(ddof=1) / 30**0.5, rel=1e-3)
+    assert same.trained_noise == 0
+    assert alone.noise is not None
+    assert alone.noise > 1
+
+
+def test_without_a_second_seed_the_page_says_that_their_noise_is_not_included() -> None:
+    generator = np.random.default_rng(2)
+    runs = [
+        made("base", drawn(generator, 1, np.zeros(40))),
+        made("other", drawn(generator, 1, generator.normal(0.2, 0.02, 40))),
+        made("slow", drawn(generator, 1, generator.normal(0, 0.02, 40)), ["base 0"]),
+    ]
+    found = variants(runs, "base", halves(runs[0])[1])
+    assert [one.seeds for one in found] == ["not included", "same trainings"]
+    assert found[0].trained_noise is None
+    described = {one.name: "`a` 1" for one in found}
+    text = to_markdown(page("title", found, described, runs[0], runs[:2]))
+    assert "NOT included, as no training has two. Another seed may change" in text
+    assert "(other)" in text
+    assert "(slow)" in text
+    with pytest.raises(InputError, match="baseline, others, has failed"):
+        variants(runs, "others", halves(runs[0])[1])
+
+
+@pytest.mark.parametrize("documents", [20, 41])
+def test_even_documents_choose_and_odd_ones_are_reported(documents: int) -> None:
+    """What is best on the even ones comes first, whatever the odd ones say, and the reverse."""
+    generator = np.random.default_rng(documents)
+    base = np.full((1, documents), BITS)
+    effects = generator.normal(0, 0.02, (5, 1, documents))
+    effects[3, :, ::2] += 0.1
+    effects[4, :, 1::2] += 0.1
+
+    def measured(effects: np.ndarray) -> tuple[list[Effect], list[Effect]]:
+        others = [made(str(i), base - BITS * one) for i, one in enumerate(effects)]
+        runs = [made("base", base), *others]
+        return chosen_and_reported(lambda some: variants(runs, "base", some), runs[0])
+
+    ranked, found = measured(effects)
+    assert [one.name for one in ranked] == [one.name for one in found]
+    assert ranked[0].name == "3"
+    assert found[0].bpb == pytest.approx(effects[3, 0, 1::2].mean())
+    effects[:, :, ::2] *= -1
+    flipped, again = measured(effects)
+    assert [one.name for one in flipped] == [one.name for one in reversed(ranked)]
+    assert sorted(found, key=lambda one: one.name) == sorted(again, key=lambda one: one.name)
+
+
+def test_fewer_than_twenty_documents_are_not_divided_and_the_page_says_so() -> None:
+    run = made("base", np.full((1, 19), BITS))
+    first, second = halves(run)
+    assert first is second
+    assert len(first.chosen) == 19
+    assert "All 19 documents" in to_markdown(page("title", [], {}, run, []))
+    run = made("base", np.full((1, 21), BITS))
+    assert "on 11 documents, every second one; all figures come from the other 10" in to_markdown(
+        page("title", [], {}, run, [])
+    )
+
+
+def test_planted_factors_are_found_with_all_that_they_add() -> None:
+    generator = np.random.default_rng(3)
+    levels = design(3, 8)
+    gains = np.array([0.05, 0.0, -0.05])
+    runs = [
+        made(
+            f"run {i}",
+            drawn(generator, 2, row @ gains / 2 + generator.normal(0, 0.01, 60), 0.001),
+            trained=1.5 + row @ gains / 2,
+        )
+        for i, row in enumerate(levels)
+    ]
+    found = factors(runs, levels, ["up", "none", "down"], halves(runs[0])[1])
     assert [one.verdict for one in found] == ["helps", "undecided", "hurts"]
-    text = to_markdown(page("title", found, {one.name: "`a` 1 → 2" for one in found}, []))
-    assert [line.count("undecided") for line in text.splitlines()].count(1) == 1
+    for one, gain in zip(found, gains, strict=True):
+        assert one.bpb == pytest.approx(gain, abs=0.01)
+        assert one.trained_bpb == pytest.approx(-gain)
+        assert one.bytes == pytest.approx(0, abs=1e-6)
+        assert one.seeds == "included"
+
+
+def effect(name: str, bpb: float, noise: float | None = 0.002) -> Effect:
+    return Effect(
+        name=name,
+        nats=0.01,
+        bpb=bpb,
+        noise=noise,
+        detectable=noise and 0.003,
+        trained_bpb=0.001,
+        trained_noise=noise,
+        gap=0.0001,
+        ms_per_step=1.5,
+        bytes=-100.0,
+        seeds="included",
+    )
+
+
+def test_rows_and_figures_of_the_page_and_of_recipe_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs/train").mkdir(parents=True)
+    for seed in (0, 1):
+        (tmp_path / f"logs/train/seed{seed}.jsonl").write_text("")
+    found = [
+        effect("MLP|4", 0.004),
+        effect("gate", 0.0019),
+        effect("smear", -0.0021),
+        effect("lost", 0.5, None),
+    ]
+    assert [one.verdict for one in found] == ["helps", "undecided", "hurts", "undecided"]
+    generator = np.random.default_rng(4)
+    before, best = (made(name, drawn(generator, 2, np.zeros(40))) for name in ("base", "best"))
+    described = {one.name: "`a` 1 → 2" for one in found}
+    write(tmp_path, "title", found, described, before, [before, best], 300)
+    text = (tmp_path / NAMES[1]).read_text()
+    assert [line.count("undecided") for line in text.splitlines()].count(1) == 2
     assert "+0.0040 | 0.0020 | 0.0030 | helps" in text
-    drawing = plot(found)
-    assert "<svg" in drawing
-    assert json.dumps([NAMES, TTT])
+    assert "+0.5000 | - | - | undecided" in text
+    assert "The baseline and the best: base, best" in text
+    assert "<svg" in (tmp_path / NAMES[2]).read_text()
+    said = json.loads((tmp_path / NAMES[0]).read_text())
+    _, odd = halves(before)
+    assert said["baseline_ttt_bpb"] == pytest.approx(np.mean(odd.scores(before)))
+    assert said["best_ttt_bpb"] == pytest.approx(np.mean(odd.scores(best)))
+    assert said["best_total_bytes"] == 5001 + 300
+    assert said["ablation"][3]["noise"] is None
+    assert [row["verdict"] for row in said["ablation"]] == [one.verdict for one in found]
+    assert recipe(found, before, [], 300)["best_ttt_bpb"] is None
