@@ -56,4 +56,4 @@ def main(
         both = ablation.compared(plan, file, runs, ranked, choose or [], jobs)
     title = f"{file}: {len(runs)} of {len(planned)} runs"
     code, _ = code_bytes(planned[0].params)
-    show(write(output, title, found, plan.described, runs[0], both, code), Console())
+    show(write(output, title, found, plan.described, runs, both, code), Console())

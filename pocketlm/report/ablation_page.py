@@ -33,17 +33,17 @@ SEEDS = {
 
 
 def recipe(
-    found: Sequence[Effect], base: Run, compared: Sequence[Run], code_bytes: int
+    found: Sequence[Effect], runs: Sequence[Run], compared: Sequence[Run], code_bytes: int
 ) -> dict[str, Any]:
     """The content of recipe.json.
 
-    base: one of the runs; compared: the baseline and the best, or none: then what was not measured
-    is None. code_bytes: of what is shipped beside an artifact.
+    runs: those that have succeeded; compared: the baseline and the best, or none: then what was not
+    measured is None. code_bytes: of what is shipped beside an artifact.
     """
-    made = base.results[0].provenance["train"]
+    made = runs[0].results[0].provenance["train"]
     before, best = compared or (None, None)
     artifact = best and max(result.quantize.artifact_bytes for result in best.results)
-    _, documents = halves(base)
+    _, documents = halves(runs[0])
     return {
         **{key: getattr(made, key) for key in ("device", "versions", "commit")},
         "baseline_trained_bpb": before and _mean(before, lambda result: result.train.bpb),
@@ -55,6 +55,25 @@ def recipe(
         "tokens_per_s_per_gpu_recurrent": best and _rate(best, recurrent=True),
         "evaluation_seconds_8_gpus": best and _evaluation_seconds(best),
         "ablation": [{**asdict(one), "verdict": one.verdict} for one in found],
+        "runs": [{"name": run.name, **reached(run)} for run in runs],
+    }
+
+
+def reached(run: Run) -> dict[str, float]:
+    """What a run has reached, means over its seeds.
+
+    train_seconds: of the clock; gap_nats: loss per token after quantization minus before;
+    ttt_bpb: of the documents to report, weighted to FineWeb's lengths.
+    """
+    _, documents = halves(run)
+    return {
+        "parameters": sum(tensor.parameters for tensor in run.results[0].tensors),
+        "train_seconds": _mean(run, lambda result: result.train.seconds),
+        "bits_per_weight": _mean(run, lambda result: result.quantize.bits_per_weight),
+        "trained_bpb": _mean(run, lambda result: result.train.bpb),
+        "quantized_bpb": _mean(run, lambda result: result.quantize.bpb),
+        "gap_nats": _mean(run, lambda result: result.quantize.loss - result.train.loss),
+        "ttt_bpb": fmean(documents.scores(run)),
     }
 
 
@@ -95,10 +114,10 @@ def page(
     title: str,
     found: Sequence[Effect],
     described: Mapping[str, str],
-    base: Run,
+    runs: Sequence[Run],
     compared: Sequence[Run],
 ) -> list[Block]:
-    """The page; described: what each factor or variant sets; base, compared: as of `recipe`."""
+    """The page; described: what each factor or variant sets; runs, compared: as of `recipe`."""
     header = ["name", "settings", "gain, bpb", "± noise", "detectable", "verdict", "nats"]
     rows = [
         [
@@ -127,10 +146,10 @@ def page(
             f"probability {POWER:g}. Of many without effect one in twenty misses 0 by chance."
         ),
         *(Paragraph(f"Noise {text}.") for text in _noises(found)),
-        Paragraph(_documents(base)),
+        Paragraph(_documents(runs[0])),
         Figure(NAMES[2], "Gain of each", "Gains with their intervals, in bits per byte."),
     ]
-    return [*blocks, *_compared(*compared)] if compared else blocks
+    return [*blocks, *_reached(runs), *(_compared(*compared) if compared else [])]
 
 
 def _number(value: float | None) -> str:
@@ -164,6 +183,29 @@ def _documents(run: Run) -> str:
     )
 
 
+def _reached(runs: Sequence[Run]) -> list[Block]:
+    """What each run has reached."""
+    header = ["run", "parameters", "training, s", "bits a weight", "trained, bpb", "quantized, bpb"]
+    rows = []
+    for run in runs:
+        one = reached(run)
+        rows.append(
+            [
+                run.name,
+                f"{one['parameters']:,}",
+                f"{one['train_seconds']:.0f}",
+                f"{one['bits_per_weight']:.2f}",
+                *(f"{one[name]:.4f}" for name in ("trained_bpb", "quantized_bpb")),
+                f"{one['gap_nats']:.4f}",
+                f"{one['ttt_bpb']:.4f}",
+            ]
+        )
+    return [
+        Heading(2, "What each run reached"),
+        Table([*header, "gap, nats", "with TTT, bpb"], rows),
+    ]
+
+
 def _compared(before: Run, best: Run) -> list[Block]:
     """The baseline and the chosen combination or variant, each with its seeds."""
     _, documents = halves(before)
@@ -195,13 +237,13 @@ def write(
     title: str,
     found: Sequence[Effect],
     described: Mapping[str, str],
-    base: Run,
+    runs: Sequence[Run],
     compared: Sequence[Run],
     code_bytes: int,
 ) -> list[Block]:
     """Write recipe.json, .md and .svg to `directory`; returns the blocks of the page."""
-    blocks = page(title, found, described, base, compared)
-    write_json(directory / NAMES[0], recipe(found, base, compared, code_bytes))
+    blocks = page(title, found, described, runs, compared)
+    write_json(directory / NAMES[0], recipe(found, runs, compared, code_bytes))
     write_bytes(directory / NAMES[1], to_markdown(blocks).encode())
     write_bytes(directory / NAMES[2], plot(found).encode())
     return blocks

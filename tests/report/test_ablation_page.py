@@ -93,8 +93,11 @@ def made(
     }
     results: list[Any] = [
         SimpleNamespace(
-            train=SimpleNamespace(bpb=trained + 0.01 * seed, seconds=20.0, steps=100),
-            quantize=SimpleNamespace(bpb=trained + 0.03, artifact_bytes=5000 + seed),
+            train=SimpleNamespace(bpb=trained + 0.01 * seed, loss=2.0, seconds=20.0, steps=100),
+            quantize=SimpleNamespace(
+                bpb=trained + 0.03, loss=2.0625, artifact_bytes=5000 + seed, bits_per_weight=3.5
+            ),
+            tensors=[SimpleNamespace(parameters=60), SimpleNamespace(parameters=40)],
             ttt=SimpleNamespace(seconds=SimpleNamespace(ttt=2.0), tokens=1000),
             curve=np.empty(0),
             provenance={
@@ -199,7 +202,7 @@ def test_without_a_second_seed_the_page_says_that_their_noise_is_not_included() 
     assert [one.seeds for one in found] == ["not included", "same trainings"]
     assert found[0].trained_noise is None
     described = {one.name: "`a` 1" for one in found}
-    text = to_markdown(page("title", found, described, runs[0], runs[:2]))
+    text = to_markdown(page("title", found, described, runs, runs[:2]))
     assert "NOT included, as no training has two. Another seed may change" in text
     assert "(other)" in text
     assert "(slow)" in text
@@ -236,10 +239,10 @@ def test_fewer_than_twenty_documents_are_not_divided_and_the_page_says_so() -> N
     first, second = halves(run)
     assert first is second
     assert len(first.chosen) == 19
-    assert "All 19 documents" in to_markdown(page("title", [], {}, run, []))
+    assert "All 19 documents" in to_markdown(page("title", [], {}, [run], []))
     run = made("base", np.full((1, 21), BITS))
     assert "on 11 documents, every second one; all figures come from the other 10" in to_markdown(
-        page("title", [], {}, run, [])
+        page("title", [], {}, [run], [])
     )
 
 
@@ -297,7 +300,7 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     generator = np.random.default_rng(4)
     before, best = (made(name, drawn(generator, 2, np.zeros(40))) for name in ("base", "best"))
     described = {one.name: "`a` 1 → 2" for one in found}
-    write(tmp_path, "title", found, described, before, [before, best], 300)
+    write(tmp_path, "title", found, described, [before, best], [before, best], 300)
     text = (tmp_path / NAMES[1]).read_text()
     assert [line.count("undecided") for line in text.splitlines()].count(1) == 2
     assert "+0.0040 | 0.0020 | 0.0030 | helps" in text
@@ -311,4 +314,9 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     assert said["best_total_bytes"] == 5001 + 300
     assert said["ablation"][3]["noise"] is None
     assert [row["verdict"] for row in said["ablation"]] == [one.verdict for one in found]
-    assert recipe(found, before, [], 300)["best_ttt_bpb"] is None
+    assert [row["name"] for row in said["runs"]] == ["base", "best"]
+    assert (said["runs"][0]["parameters"], said["runs"][0]["gap_nats"]) == (100, 0.0625)
+    assert "base | 100 | 20 | 3.50 | " in text
+    assert said["runs"][1]["ttt_bpb"] == said["best_ttt_bpb"]
+    assert said["runs"][0]["trained_bpb"] == said["baseline_trained_bpb"]
+    assert recipe(found, [before], [], 300)["best_ttt_bpb"] is None
