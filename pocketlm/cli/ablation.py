@@ -31,7 +31,7 @@ def main(
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="only say what would run")] = False,
 ) -> None:
-    """Run a factorial design, or variants of settings; write what each is worth."""
+    """Compare settings, by a design or as variants; write their worth."""
     from rich.console import Console
 
     from pocketlm.report.ablation_page import write
