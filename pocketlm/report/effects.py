@@ -195,10 +195,10 @@ def variants(runs: Sequence[Run], baseline: str, documents: Documents) -> list[E
     for run in runs:
         if run is base:
             continue
-        shared = [i for i, made in enumerate(trainings(base)) if made in trainings(run)]
-        same = set(trainings(run)) <= set(trainings(base))
-        before = [_seeds(base)[i] for i in shared] if same else _seeds(base)
-        after = _seeds(run)
+        before, after, made = _seeds(base), _seeds(run), trainings(run)
+        same = set(made) <= set(trainings(base))
+        if same:
+            before = [one for one, of in zip(before, trainings(base), strict=True) if of in made]
         means = [np.mean([by_document(one) for _, one in side], axis=0) for side in (before, after)]
         weight = 1 / len(before) + 1 / len(after)
         found.append(

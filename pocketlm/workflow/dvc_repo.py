@@ -30,7 +30,7 @@ from model.runtime.files import write_bytes, write_json, writing
 from model.runtime.lock import is_held
 from pocketlm.params.params import flat
 from pocketlm.workflow.preconditions import dvc_option
-from pocketlm.workflow.stages import RUN_LOCK, covers, node
+from pocketlm.workflow.stages import RUN_LOCK, covers, is_among, node
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -230,15 +230,11 @@ def _changes(dep: Any, values: Mapping[str, Any]) -> dict[str, str]:
 
     path = str(dep)
     if isinstance(dep, ParamsDependency):
-        now = {key: v for key, v in values.items() if any(_within(key, one) for one in dep.params)}
+        now = {key: v for key, v in values.items() if is_among(key, dep.params)}
         return _changed_values(flat(dep.hash_info.value or {}), now)
     if not dep.exists:
         return {path: f"{path} is missing"}
     return {path: f"{path} changed"} if dep.changed_checksum() else {}
-
-
-def _within(key: str, section: str) -> bool:
-    return key == section or key.startswith(f"{section}.")
 
 
 def _changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

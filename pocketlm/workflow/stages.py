@@ -76,7 +76,12 @@ def deps(stage: str) -> list[str]:
 
 def reads_value(stage: str, key: str) -> bool:
     """Whether a stage reads a value of params.yaml, given as `section.key`."""
-    return any(key == one or key.startswith(f"{one}.") for one in stages()[stage]["params"])
+    return is_among(key, stages()[stage]["params"])
+
+
+def is_among(key: str, names: Iterable[str]) -> bool:
+    """Whether a value of params.yaml is among `names`, of sections and of single keys."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def seeds_of(stage: str, seeds: Sequence[int]) -> list[int | None]:
