@@ -18,15 +18,20 @@ from model.runtime.files import writing
 
 
 @contextmanager
-def held(path: Path, waiting: str) -> Iterator[None]:
-    """Hold the lock file `path` for the block; while another process has it, say so and wait."""
+def held(path: Path, waiting: str) -> Iterator[bool]:
+    """Hold the lock file `path` for the block; while another process has it, say so and wait.
+
+    Yields whether it had to wait.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "a+")  # noqa: SIM115
+    waits = False
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            waits = True
             by = holder(path)
             print(f"{waiting} ({by})" if by else waiting, file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -34,7 +39,7 @@ def held(path: Path, waiting: str) -> Iterator[None]:
             lock.truncate(0)
             lock.write(f"{this_process()}, since {time.strftime('%F %T')}\n")
             lock.flush()
-        yield
+        yield waits
 
 
 def holder(path: Path) -> str:

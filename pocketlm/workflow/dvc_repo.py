@@ -30,7 +30,7 @@ from model.runtime.files import write_bytes, write_json, writing
 from model.runtime.lock import is_held
 from pocketlm.params.params import flat
 from pocketlm.workflow.preconditions import dvc_option
-from pocketlm.workflow.stages import RUN_LOCK, covers, is_among, node
+from pocketlm.workflow.stages import DVC_WAITS, RUN_LOCK, covers, is_among, node
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -262,13 +262,16 @@ class Start:
 def start(target: str, restore: bool) -> Start:
     """Look at a stage; restore: bring its result back if the run cache knows it.
 
-    To restore, this process must hold the lock of the stage's runs. Raises InputError if an input
-    is missing.
+    To restore, this process must hold the lock of the stage's runs; it waits until a `dvc` that
+    has run this stage, or one before it, has recorded the result. Raises InputError
+    if an input is missing.
     """
     from dvc.utils.serialize import load_path
 
     def look(repo: "Repo") -> Start:
         (stage,) = repo.stage.collect(target)
+        if restore:
+            require_free(repo, stage)
         state = _state(stage, flat(load_path("params.yaml", repo.fs)))
         if missing := [str(dep) for dep in stage.deps if not dep.exists]:
             raise InputError(
@@ -376,16 +379,25 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
-def finish(target: str, before: dict[str, Any], record: bool, holding: bool = False) -> None:
+def finish(
+    target: str,
+    before: dict[str, Any],
+    record: bool,
+    holding: bool = False,
+    again: Callable[[], object] = lambda: None,
+) -> None:
     """Compare what a stage reads with `before`; record: write its result into cache and dvc.lock.
 
     Raises InputError, with nothing recorded, if an input has changed. Waits while another command
-    of DVC uses the stage's files. holding: as of `when_free`.
+    of DVC uses the stage's files. holding: as of `when_free`. again: brings back outputs that a
+    `dvc repro` of this stage, which waits for this one, has removed at its start.
     """
 
     def save(repo: "Repo") -> None:
         (stage,) = repo.stage.collect(target)
         if record:
+            if not all(out.exists for out in stage.outs):
+                again()
             stage.save(run_cache=False)
         else:  # DVC records it
             stage.save_deps()
@@ -480,11 +492,22 @@ def has_remote() -> bool:
 # Locks
 
 
+def require_free(repo: "Repo", stage: Any) -> None:
+    """Raise DVC's LockError while another command of DVC makes what the stage reads or writes."""
+    from dvc.rwlock import rwlock
+
+    reads, writes = ([one.fs_path for one in files] for files in (stage.deps, stage.outs))
+    with rwlock(repo.tmp_dir, repo.fs, " ".join(sys.argv), reads, writes, hardlink=False):
+        pass
+
+
 def when_free(target: str, action: "Callable[[Repo], Any]", holding: bool = False) -> Any:
     """Do something with DVC's repository once no other command uses the target's files.
 
     Entries of processes that are other programs here are dropped, unless a run of the stage is
-    going on somewhere. holding: this process holds the lock of the stage's runs itself.
+    going on somewhere. holding: this process holds the lock of the stage's runs itself; then those
+    of a `dvc` whose run of the stage waits for that lock are dropped, too, for both would wait for
+    ever.
     """
     from dvc.lock import LockError
 
@@ -495,25 +518,46 @@ def when_free(target: str, action: "Callable[[Repo], Any]", holding: bool = Fals
         except InputError as error:
             if not any(isinstance(cause, LockError) for cause in _chain(error)):
                 raise
-        is_running = not holding and is_held(node(target).work / RUN_LOCK)
-        if is_running or not _drop_false_entries():
+        one = node(target)
+        if holding and is_held(one.work / DVC_WAITS):
+            dropped = _drop_entries_of_writers(one.outs)
+        else:
+            is_running = not holding and is_held(one.work / RUN_LOCK)
+            dropped = not is_running and _drop_false_entries()
+        if not dropped:
             _say_once(f"{target}: another DVC command is using its files; waiting for it")
             time.sleep(1)
 
 
 def _drop_false_entries() -> bool:
     """Drop entries whose number is that of another program here; whether there were any."""
-    dropped = []
     with _edit_lock_entries() as entries:
-        for path, entry in list(entries.get("write", {}).items()):
-            if not _is_running(entry):
-                dropped.append(entries["write"].pop(path))
-        for path, readers in entries.get("read", {}).items():
-            dropped += [entry for entry in readers if not _is_running(entry)]
-            entries["read"][path] = [entry for entry in readers if _is_running(entry)]
+        dropped = _drop(entries, lambda path, entry: not _is_running(entry))
     for name in sorted({f"{entry['cmd']} (process {entry['pid']})" for entry in dropped}):
         print(f"{RWLOCK}: dropped {name}, which is not running here", file=sys.stderr)
     return bool(dropped)
+
+
+def _drop_entries_of_writers(outs: Sequence[str]) -> bool:
+    """Drop what a command that writes these outputs has marked of them; whether there was any."""
+    paths = {str(Path(out).absolute()) for out in outs}
+    with _edit_lock_entries() as entries:
+        writers = [entry for path, entry in entries.get("write", {}).items() if path in paths]
+        return bool(_drop(entries, lambda path, entry: path in paths and entry in writers))
+
+
+def _drop(
+    entries: dict[str, Any], is_dropped: Callable[[str, dict[str, Any]], bool]
+) -> list[dict[str, Any]]:
+    """Take entries out of DVC's list of files in use; returns them."""
+    dropped = []
+    for path, entry in list(entries.get("write", {}).items()):
+        if is_dropped(path, entry):
+            dropped.append(entries["write"].pop(path))
+    for path, readers in entries.get("read", {}).items():
+        dropped += [entry for entry in readers if is_dropped(path, entry)]
+        entries["read"][path] = [entry for entry in readers if not is_dropped(path, entry)]
+    return dropped
 
 
 def _is_running(entry: dict[str, Any]) -> bool:

@@ -38,7 +38,7 @@ from pocketlm.workflow import corpus, dvc_repo
 from pocketlm.workflow.memory import require_memory
 from pocketlm.workflow.nodes import srun
 from pocketlm.workflow.preconditions import check_checkout, complete_environment
-from pocketlm.workflow.stages import RUN_LOCK, Node, node, stages, target_name
+from pocketlm.workflow.stages import DVC_WAITS, RUN_LOCK, Node, node, stages, target_name
 
 FINISHED = "finished"  # in `Node.work`: what the last run has made, and what it had read
 RECORD = "record.json"
@@ -55,23 +55,43 @@ def launch(
     run, SystemExit with the stage's status if it fails.
     """
     one = node(target)
-    waiting = f"{target}: another run of this stage is going on; waiting for it"
-    with held(one.work / RUN_LOCK, waiting), ExitStack() as signals:
+    started_by, entries = engine(), dvc_repo.lock_entries()
+    with its_turn(one, record) as waited, ExitStack() as at_end:
+        if started_by and engine() != started_by:
+            sys.exit(128 + signal.SIGTERM)  # the engine was killed while this one waited
+        if not record:
+            at_end.callback(dvc_repo.keep_lock_entries, entries, started_by)
         found = dvc_repo.start(target, record and not force)
-        entries = {} if record else dvc_repo.lock_entries()
         if record and not force and (found.restored or found.state.is_fresh):
             how = "restored from DVC's run cache" if found.restored else "up to date"
             print(f"{target}: {how}", file=sys.stderr, flush=True)
             return
-        if not force and (reason := kept(one, found)):
+        if waited and not record and found.state.is_fresh:
+            print(f"{target}: the other run has made it", file=sys.stderr, flush=True)
+        elif not force and (reason := kept(one, found)):
             print(f"{target}: {reason}", file=sys.stderr, flush=True)
         else:
             require_memory(load_params(), [one.stage])
-            run(one, processes, nodes, signals)
+            run(one, processes, nodes, at_end)
             keep(one, found.inputs)
-        dvc_repo.finish(target, found.inputs, record, holding=True)
+        again = partial(put_back, one, found.inputs)
+        dvc_repo.finish(target, found.inputs, record, holding=True, again=again)
+
+
+@contextmanager
+def its_turn(one: Node, record: bool) -> Iterator[bool]:
+    """Hold the lock of the stage's runs for the block; yields whether another run was waited for.
+
+    record: as of `launch`. DVC has marked the outputs of a stage that it has started as in use. So
+    that the other run can record them nevertheless, it is told that this one waits.
+    """
+    waiting = f"{one.target}: another run of this stage is going on; waiting for it"
+    with ExitStack() as until_its_turn:
         if not record:
-            dvc_repo.keep_lock_entries(entries, engine())
+            until_its_turn.enter_context(held(one.work / DVC_WAITS, waiting))
+        with held(one.work / RUN_LOCK, waiting) as waited:
+            until_its_turn.close()
+            yield waited
 
 
 def kept(one: Node, found: dvc_repo.Start) -> str:
@@ -152,6 +172,8 @@ def _files(place: Path) -> dict[str, list[int]]:
 
 def _link(source: Path, target: Path) -> None:
     """Let `target`, a file or folder, have the content of `source`; a copy if links cannot be."""
+    if source.is_file() and target.is_file() and target.samefile(source):
+        return
     if target.is_dir():
         shutil.rmtree(target)
     target.unlink(missing_ok=True)

@@ -15,7 +15,8 @@ import yaml
 from model.runtime.errors import InputError
 from pocketlm.params.paths import WORK
 
-RUN_LOCK = "run.lock"  # in `Node.work`; held while the stage runs
+# In `Node.work`: held while the stage runs, and while a stage that DVC has started waits for that.
+RUN_LOCK, DVC_WAITS = "run.lock", "dvc-waits.lock"
 
 
 @dataclass(frozen=True)

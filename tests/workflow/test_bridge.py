@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import psutil
 import pytest
 import yaml
 
+from model.runtime.lock import is_held
+from pocketlm.workflow.stages import DVC_WAITS, RUN_LOCK
 from tests.helpers.checkout import (
     ENGINES,
     FROM_TRAIN,
@@ -37,9 +40,13 @@ ALL_AFTER_TRAIN = (
 
 def wait_for(step: str, checkout: Checkout, seconds: float = 120) -> None:
     """Wait until a step has been started."""
+    wait_until(lambda: step in checkout.record.read_text().split(), seconds)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
-    while step not in checkout.record.read_text().split():
-        assert time.monotonic() < deadline, f"{step} was not started"
+    while not is_so():
+        assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
 
 
@@ -218,6 +225,69 @@ def test_steps_end_with_a_killed_engine(checkout: Checkout, name: str) -> None:
         time.sleep(0.2)
     assert set(checkout.steps_run_by(*ENGINES[name])) <= set(FROM_TRAIN)
     assert "up to date" in checkout.run("dvc", "status", "--with-deps", "report")
+
+
+def stopped_step(checkout: Checkout, *engine: str) -> tuple[subprocess.Popen[str], psutil.Process]:
+    """An engine that was started, and its step ttt_eval@0, which is stopped (SIGSTOP)."""
+    checkout.record.write_text("")
+    checkout.set("ttt.lr", "5e-4")
+    run = checkout.start(*engine)
+    wait_for("ttt_eval@0", checkout)
+    words = ["-m", "steps.ttt_eval", "--seed", "0"]
+    below = psutil.Process(run.pid).children(recursive=True)
+    (step,) = [process for process in below if process.cmdline()[1:] == words]
+    step.send_signal(signal.SIGSTOP)
+    return run, step
+
+
+@pytest.mark.campaign
+def test_dvc_waits_for_a_stage_of_snakemake(checkout: Checkout) -> None:
+    """DVC has marked the stage's outputs as in use and removed them; both runs end well."""
+    first, step = stopped_step(checkout, *SNAKEMAKE)
+    second = checkout.start(*ENGINES["dvc"])
+    wait_until(lambda: is_held(checkout.path / ".work/ttt_eval/seed0" / DVC_WAITS))
+    step.send_signal(signal.SIGCONT)
+    for run in (second, first):
+        output = run.communicate()[0]
+        assert run.returncode == 0, output
+    assert sorted(checkout.record.read_text().split()) == AFTER_TTT  # each once
+    assert "up to date" in checkout.run("dvc", "status", "--with-deps", "report")
+    assert "Nothing to be done" in checkout.run(*PLAN)
+
+
+@pytest.mark.campaign
+def test_snakemake_waits_until_dvc_has_recorded(checkout: Checkout) -> None:
+    first, step = stopped_step(checkout, "dvc", "repro", "--single-item", "ttt_eval@0")
+    lock = checkout.path / ".work/ttt_eval/seed0" / RUN_LOCK
+    holder = lock.read_text()
+    second = checkout.start(*SNAKEMAKE)
+    wait_for("ttt_eval@1", checkout)
+    first.send_signal(signal.SIGSTOP)  # so that it records late
+    step.send_signal(signal.SIGCONT)
+    wait_until(lambda: lock.read_text() not in ("", holder))
+    folder = checkout.path / "artifacts/ttt_eval/seed0"
+    before = folder.stat()
+    assert (folder / "losses.parquet").exists()
+    time.sleep(5)
+    assert folder.stat() == before  # nothing was removed or put there
+    first.send_signal(signal.SIGCONT)
+    for run in (first, second):
+        output = run.communicate()[0]
+        assert run.returncode == 0, output
+    assert sorted(checkout.record.read_text().split()) == AFTER_TTT
+
+
+@pytest.mark.campaign
+def test_a_run_that_waits_ends_with_its_engine(checkout: Checkout) -> None:
+    first, step = stopped_step(checkout, *SNAKEMAKE)
+    second = checkout.start("dvc", "repro", "--single-item", "ttt_eval@0")
+    wait_until(lambda: is_held(checkout.path / ".work/ttt_eval/seed0" / DVC_WAITS))
+    second.kill()
+    step.send_signal(signal.SIGCONT)
+    output = first.communicate()[0]
+    assert first.returncode == 0, output
+    wait_until(lambda: not processes_in(checkout.path))
+    assert sorted(checkout.record.read_text().split()) == AFTER_TTT
 
 
 @pytest.mark.campaign

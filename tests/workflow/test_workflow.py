@@ -175,12 +175,10 @@ def test_row_9_a_step_dies(checkout: Checkout, engine: list[str]) -> None:
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize(
-    "pair", [("snakemake", "snakemake"), ("dvc", "dvc"), ("snakemake", "dvc")], ids="-".join
-)
-def test_row_10_two_runs_at_once(checkout: Checkout, pair: tuple[str, str]) -> None:
+def test_row_10_two_runs_at_once(checkout: Checkout, engine: list[str]) -> None:
+    """Of the same engine; of both: test_bridge.py."""
     checkout.set("ttt.lr", "5e-4")
-    runs = [checkout.start(*ENGINES[name]) for name in pair]
+    runs = [checkout.start(*engine) for _ in range(2)]
     outputs = [run.communicate()[0] for run in runs]
     clear = ("cannot be locked", "is busy", "Unable to acquire lock", "waiting for it")
     for run, output in zip(runs, outputs, strict=True):
