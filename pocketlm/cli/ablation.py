@@ -34,13 +34,19 @@ def main(
     """Compare settings, by a design or as variants; write their worth."""
     from rich.console import Console
 
+    from pocketlm.params.load import load_params
     from pocketlm.report.ablation_page import write
+    from pocketlm.report.compare_runs import Run
     from pocketlm.report.effects import chosen_and_reported
     from pocketlm.report.terminal import show
     from pocketlm.submission.bundle import code_bytes
     from pocketlm.workflow import ablation
     from pocketlm.workflow.preconditions import complete_environment
     from pocketlm.workflow.shared_stages import run_jobs
+    from pocketlm.workflow.sweep import with_values
+
+    def shipped(run: Run) -> int:
+        return code_bytes(with_values(load_params(), dict(run.params), run.name))[0]
 
     plan = ablation.read_ablation(file)
     ablation.check_options(plan, file, confirm, choose or [])
@@ -55,5 +61,5 @@ def main(
     if confirm or isinstance(plan, ablation.Variants):
         both = ablation.compared(plan, file, runs, ranked, choose or [], jobs)
     title = f"{file}: {len(runs)} of {len(planned)} runs"
-    code, _ = code_bytes(planned[0].params)
-    show(write(output, title, found, plan.described, runs, both, code), Console())
+    blocks = write(output, title, found, plan.described, runs, both, shipped)
+    show(blocks, Console())

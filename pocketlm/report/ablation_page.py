@@ -33,16 +33,21 @@ SEEDS = {
 
 
 def recipe(
-    found: Sequence[Effect], runs: Sequence[Run], compared: Sequence[Run], code_bytes: int
+    found: Sequence[Effect],
+    runs: Sequence[Run],
+    compared: Sequence[Run],
+    code_bytes: Callable[[Run], int],
 ) -> dict[str, Any]:
     """The content of recipe.json.
 
     runs: those that have succeeded; compared: the baseline and the best, or none: then what was not
-    measured is None. code_bytes: of what is shipped beside an artifact.
+    measured is None. code_bytes: of the code that is shipped beside a run's artifact.
     """
     made = runs[0].results[0].provenance["train"]
     before, best = compared or (None, None)
-    artifact = best and max(result.quantize.artifact_bytes for result in best.results)
+    total_bytes = best and (
+        max(result.quantize.artifact_bytes for result in best.results) + code_bytes(best)
+    )
     _, documents = halves(runs[0])
     return {
         **{key: getattr(made, key) for key in ("device", "versions", "commit")},
@@ -50,7 +55,7 @@ def recipe(
         "best_trained_bpb": best and _mean(best, lambda result: result.train.bpb),
         "baseline_ttt_bpb": before and fmean(documents.scores(before)),
         "best_ttt_bpb": best and fmean(documents.scores(best)),
-        "best_total_bytes": artifact and artifact + code_bytes,
+        "best_total_bytes": total_bytes,
         "tokens_per_s_per_gpu": best and _rate(best, recurrent=False),
         "tokens_per_s_per_gpu_recurrent": best and _rate(best, recurrent=True),
         "evaluation_seconds_8_gpus": best and _evaluation_seconds(best),
@@ -239,7 +244,7 @@ def write(
     described: Mapping[str, str],
     runs: Sequence[Run],
     compared: Sequence[Run],
-    code_bytes: int,
+    code_bytes: Callable[[Run], int],
 ) -> list[Block]:
     """Write recipe.json, .md and .svg to `directory`; returns the blocks of the page."""
     blocks = page(title, found, described, runs, compared)

@@ -300,7 +300,9 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     generator = np.random.default_rng(4)
     before, best = (made(name, drawn(generator, 2, np.zeros(40))) for name in ("base", "best"))
     described = {one.name: "`a` 1 → 2" for one in found}
-    write(tmp_path, "title", found, described, [before, best], [before, best], 300)
+    code = {"base": 200, "best": 300}
+    runs = [before, best]
+    write(tmp_path, "title", found, described, runs, runs, lambda run: code[run.name])
     text = (tmp_path / NAMES[1]).read_text()
     assert [line.count("undecided") for line in text.splitlines()].count(1) == 2
     assert "+0.0040 | 0.0020 | 0.0030 | helps" in text
@@ -319,4 +321,4 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     assert "base | 100 | 20 | 3.50 | " in text
     assert said["runs"][1]["ttt_bpb"] == said["best_ttt_bpb"]
     assert said["runs"][0]["trained_bpb"] == said["baseline_trained_bpb"]
-    assert recipe(found, [before], [], 300)["best_ttt_bpb"] is None
+    assert recipe(found, [before], [], lambda run: 300)["best_ttt_bpb"] is None
