@@ -14,8 +14,10 @@ ifneq ($(wildcard .venv),)
 $(INSTALLED): $(shell $(BIN)/python -I -c '$(OWN)' 2>/dev/null || echo unusable)
 endif
 
-# As many workers as cores, each with whole files of tests; whole-workflow tests begin.
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+# As many workers as cores, each with whole files of tests; whole-workflow tests begin. Campaigns get one
+# worker more, as those on a cluster wait more than they compute.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count()))')
+PYTEST := $(BIN)/pytest --dist loadgroup --no-loadscope-reorder --numprocesses
 
 .PHONY: report test test-all campaigns checks setup unusable
 .DEFAULT_GOAL := report
@@ -26,12 +28,12 @@ report: $(INSTALLED)
 	@cat artifacts/report/headline.txt
 
 test: checks
-	$(PYTEST) -m "not campaign"
+	$(PYTEST) $(WORKERS) -m "not campaign"
 
 test-all: test campaigns
 
 campaigns: $(INSTALLED)
-	$(PYTEST) -m campaign
+	$(PYTEST) $$(($(WORKERS) + 1)) -m campaign
 
 checks: $(INSTALLED)
 	$(BIN)/ruff format --check .

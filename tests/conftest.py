@@ -15,13 +15,16 @@ settings.load_profile("untimed")
 if not torch.cuda.is_available():  # kernels are interpreted; read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+MEANWHILE, ON_SLURM = "tests/ttt/test_ttt.py", "tests/workflow/test_slurm.py"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none; share the tests out among several workers.
 
     Tests of a file share fixtures and run in one worker (pytest-xdist, `--dist loadgroup`). Those
     of the whole workflow share theirs through files (`tests.helpers.shared`), so any worker may
-    take one; they are the longest and begin.
+    take one; they are the longest and begin, those on Slurm first, as they follow each other.
+    While the first makes what they share, the second worker has a long file of others.
     """
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
@@ -29,6 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "workflow" not in item.keywords:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
     items.sort(key=lambda item: "workflow" not in item.keywords)
+    items[1:] = sorted(items[1:], key=lambda item: not item.nodeid.startswith(MEANWHILE))
+    items.sort(key=lambda item: not item.nodeid.startswith(ON_SLURM))
 
 
 @pytest.fixture

@@ -93,6 +93,7 @@ def write_bundle(path: Path, params: Params) -> None:
     write_bytes(path, bundle(settings_of(params)))
 
 
+@cache
 def minified(source: str) -> str:
     """Python source without comments, docstrings and empty lines, indented by single spaces.
 

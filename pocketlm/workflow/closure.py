@@ -15,6 +15,7 @@ from this, be one missing or too wide.
 import ast
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -85,19 +86,25 @@ def imports(file: Path, ops: Collection[str]) -> set[Path]:
     """The files of the project that one file imports; ops: keys that choose kernels, or `ops`."""
     if file.suffix == TEMPLATE:
         return set()
-    names, templates = set[str](), set[Path]()
-    for node in _running(ast.parse(file.read_text(encoding="utf-8"))):
+    named = _named(file.read_text(encoding="utf-8"), frozenset(ops))
+    templates = {file.with_name(name) for name in named if name.endswith(TEMPLATE)}
+    return {file for name in named for file in _files(name)} | set(filter(Path.is_file, templates))
+
+
+@cache
+def _named(source: str, ops: frozenset[str]) -> set[str]:
+    """Dotted names of what a source imports, and those that its texts may mean."""
+    names = set[str]()
+    for node in _running(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Constant) and re.fullmatch(r"\w+(\.\w+)+", str(node.value)):
             names.add(str(node.value))
-            templates.add(file.with_name(str(node.value)))
         elif isinstance(node, ast.Call) and len(row := _texts(node)) == 3:
             names |= _chosen_kernel(node, row, ops)
-    found = {template for template in templates if template.suffix == TEMPLATE}
-    return {file for name in names for file in _files(name)} | set(filter(Path.is_file, found))
+    return names
 
 
 def code_deps(stage: str) -> list[str]:

@@ -368,7 +368,7 @@ def only_input_errors(path):
 
 
 @pytest.mark.parametrize(
-    "examples", [150, pytest.param(20_000, marks=pytest.mark.campaign)], ids=["short", "long"]
+    "examples", [150, pytest.param(8_000, marks=pytest.mark.campaign)], ids=["short", "long"]
 )
 def test_damaged_files_are_named_or_read(examples):
     fuzz(examples, only_input_errors)

@@ -198,6 +198,7 @@ def test_operations_keep_what_they_promise_the_compiler(parts, monkeypatch):
     torch.library.opcheck(ca.chunk_attention_backward.sealed, (dy, *operands, *found, True))
 
 
+@pytest.mark.campaign
 def test_kernels_compile_for_hopper(tmp_path):
     program = """
 from model.kernels.cached_attention_triton import *

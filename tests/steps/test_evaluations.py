@@ -176,7 +176,8 @@ def test_metrics_are_the_sums_of_the_table(results: Results) -> None:
         assert metrics["world_size"] == processes
         for name, busy in metrics["busy_seconds"].items():
             assert len(busy) == processes
-            assert 0 < max(busy) <= metrics["seconds"][name]
+            # The clocks of two processes do not start in the same moment.
+            assert 0 < max(busy) <= metrics["seconds"][name] + 0.1
         assert set(metrics["seconds"]) == {*STEPS[step], "total"}
         for name in STEPS[step]:
             score, loss = metrics.get(name, metrics), table[name].astype(np.float64).sum()

@@ -297,6 +297,7 @@ def test_stopped_processes_of_a_group_save_one_state(tokens, tmp_path, to_all):
     assert curve(found[0]) == curve(found[1])
 
 
+@pytest.mark.campaign
 def test_recurrence_begins_on_the_way_and_again_after_a_kill(tokens, tmp_path):
     order = [0, 1, 2, 1, 2, 3]
     places = [workplace(tmp_path / name, tokens) for name in ("whole", "killed")]

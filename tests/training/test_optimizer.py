@@ -53,7 +53,7 @@ def with_and_without_clipping(group: Group) -> list[dict[str, torch.Tensor]]:
     return [two_steps(group, clip) for clip in (0.01, None)]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.campaign), 3])
 def test_any_number_of_processes_gives_the_weights_of_one(size):
     alone = with_and_without_clipping(ALONE)
     for result in run_processes(size, with_and_without_clipping):

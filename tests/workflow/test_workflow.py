@@ -53,6 +53,7 @@ def test_row_1_snakemake_then_dvc(checkout: Checkout) -> None:
     assert checkout.results() == before
 
 
+@pytest.mark.campaign
 def test_row_1_dvc_then_snakemake(fresh: Checkout, tmp_path: Path) -> None:
     checkout = fresh.copy(tmp_path / "checkout")
     assert checkout.steps_run_by(*ENGINES["dvc"]) == sorted(["tokenize", *FROM_TRAIN])
@@ -138,7 +139,8 @@ def test_row_8_edit_quantization_then_the_report(checkout: Checkout, engine: lis
     assert checkout.steps_run_by(*engine) == REPORT
 
 
-@pytest.mark.campaign  # what a changed value of train runs, row 3, by the same way
+@pytest.mark.campaign
+@pytest.mark.parametrize("engine", ["snakemake"], indirect=True)  # of DVC row 3 is the same
 def test_row_8_edit_the_model(checkout: Checkout, engine: list[str]) -> None:
     checkout.append("model/network/gpt.py", "# edited\n")
     assert checkout.steps_run_by(*engine) == FROM_TRAIN
@@ -204,7 +206,7 @@ def test_row_12_how_a_run_is_executed(checkout: Checkout, engine: list[str]) -> 
     assert checkout.steps_run_by(*engine) == []
 
 
-@second_engine_in_campaign
+@pytest.mark.campaign
 def test_row_13_accept_an_edit_that_changes_nothing(checkout: Checkout, engine: list[str]) -> None:
     checkout.append("model/training/trainer.py", "# edited\n")
     said = checkout.run(*ACCEPT, "train")
@@ -261,6 +263,7 @@ def test_a_killed_run_can_be_continued(checkout: Checkout) -> None:
     assert "up to date" in checkout.run("dvc", "status", "--with-deps", "report")
 
 
+@pytest.mark.campaign
 def test_force_runs_a_step_again(checkout: Checkout) -> None:
     assert checkout.steps_run_by(*SNAKEMAKE, "--forcerun", "report") == REPORT
     assert checkout.steps_run_by("dvc", "repro", "-f", "-s", "report") == REPORT
