@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -63,11 +62,13 @@ time.sleep(0.02)
 for before in {{"train": [], "quantize": ["train"]}}.get(stage, ["quantize"]):
     pathlib.Path("artifacts", before, "seed" + seed, "provenance.json").read_text()
 waits = os.environ.get("WAITS", "none |").split("|")
-ends = time.monotonic() + 30
-while all(word in said for word in waits[0].split(",")) and time.monotonic() < ends:
+ends = time.monotonic() + 120
+while all(word in said for word in waits[0].split(",")):
     notes = [note.read_text() for note in lock.parent.glob("*.note")]
     if any(all(word in note for word in waits[1].split(",")) for note in notes):
         break
+    if time.monotonic() > ends:
+        sys.exit("waited in vain")
     time.sleep(0.02)
 lock.rmdir()
 (lock.parent / f"{{time.time_ns()}}-{{os.getpid()}}.note").write_text(said)
@@ -336,9 +337,7 @@ def test_trainings_go_first_and_no_gpu_waits_for_one(
     other = other.replace("  plain: {}", "  plain: {train.matrix_lr: 0.01}")
     monkeypatch.setenv("WAITS", "train,matrix_lr: 0.01|ttt_eval,budget_seconds: 8.0")
     found = planned(other)
-    began = time.monotonic()
     assert run_jobs(found, at_once=2) == found
-    assert time.monotonic() - began < 30  # then it would have waited in vain
 
 
 def test_what_is_interrupted_goes_on(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
