@@ -18,6 +18,7 @@ if not torch.cuda.is_available():  # kernels are interpreted; read when triton i
 MEANWHILE, ON_SLURM = "tests/ttt/test_ttt.py", "tests/workflow/test_slurm.py"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none; share the tests out among several workers.
 
@@ -34,6 +35,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "workflow" not in item.keywords)
     items[1:] = sorted(items[1:], key=lambda item: not item.nodeid.startswith(MEANWHILE))
     items.sort(key=lambda item: not item.nodeid.startswith(ON_SLURM))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse versions in which groups of tests are torn apart without a word."""
+    grouped = session.config.getoption("loadgroup", False)
+    if grouped and not all("@" in item.nodeid for item in session.items if _in_group(item)):
+        raise pytest.UsageError("pytest-xdist does not group tests: use pytest of constraints.txt")
+
+
+def _in_group(item: pytest.Item) -> bool:
+    return item.get_closest_marker("xdist_group") is not None
 
 
 @pytest.fixture
