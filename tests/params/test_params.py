@@ -463,6 +463,7 @@ def numbers(schema: Any, path: str = "") -> Iterable[tuple[str, dict[str, Any]]]
 
 SCHEMA = json.loads((ROOT / "conf/params.schema.json").read_text())
 NUMBERS = dict(numbers(SCHEMA))
+ENDS = ("minimum", "maximum")
 HUGE = st.one_of(
     st.integers(1, 400).map(lambda digits: 10**digits),
     st.integers(1, 400).map(lambda digits: -(10**digits)),
@@ -474,8 +475,8 @@ HUGE = st.one_of(
 def test_every_number_has_bounds_on_both_sides() -> None:
     assert len(NUMBERS) > 70
     for key, bounds in NUMBERS.items():
-        assert {"minimum", "exclusiveMinimum"} & set(bounds), key
-        assert {"maximum", "exclusiveMaximum"} & set(bounds), key
+        for end in ENDS:
+            assert {end, f"exclusive{end.capitalize()}"} & set(bounds), key
 
 
 @settings(deadline=None, max_examples=60)
@@ -487,9 +488,9 @@ def test_a_number_of_any_size_is_accepted_within_its_bounds_or_named(key: str, n
     except InputError as error:
         said = str(error)
     else:
-        bounds = NUMBERS.get(key, {"maximum": 2**32})
-        most = bounds["maximum"] if "maximum" in bounds else bounds["exclusiveMaximum"]
-        assert 0 <= n <= most
+        bounds = NUMBERS.get(key, {"minimum": 0, "maximum": 2**32})
+        least, most = (bounds.get(end, bounds.get(f"exclusive{end.capitalize()}")) for end in ENDS)
+        assert least <= n <= most
         return
     assert len(said) < 1000
     assert key.split(".")[-1] in said or key.split(".")[0] in said
