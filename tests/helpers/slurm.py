@@ -166,13 +166,13 @@ class Cluster:
 
 def start_munge() -> None:
     """Start munged unless it runs; it stays, as other programs may use it."""
-    if Path("/run/munge/munge.socket.2").is_socket():
+    if subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
         return
     Path("/run/munge").mkdir(exist_ok=True)
     shutil.chown("/run/munge", "munge", "munge")
     if not Path("/etc/munge/munge.key").exists():
         subprocess.run(["mungekey", "--create"], check=True)
-    subprocess.run(["runuser", "-u", "munge", "--", "munged"], check=True)
+    subprocess.run(["runuser", "-u", "munge", "--", "munged", "--force"], check=True)
 
 
 @contextmanager
