@@ -33,7 +33,7 @@ test: checks
 test-all: test campaigns
 
 campaigns: $(INSTALLED)
-	$(PYTEST) $$(($(WORKERS) + 1)) -m campaign
+	$(PYTEST) $$(($(WORKERS) + 1)) -rs -m campaign
 
 checks: $(INSTALLED)
 	$(BIN)/ruff format --check .
