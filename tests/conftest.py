@@ -38,10 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "workflow" not in item.keywords:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
     if UNTIL:
-        items.sort(key=lambda item: zlib.crc32(f"{UNTIL} {item.nodeid}".encode()))
+        items.sort(key=lambda item: "campaign" in item.keywords and _drawn(item.nodeid))
     items.sort(key=lambda item: "workflow" not in item.keywords)
     items[1:] = sorted(items[1:], key=lambda item: not item.nodeid.startswith(MEANWHILE))
     items.sort(key=lambda item: not item.nodeid.startswith(ON_SLURM))
+
+
+def _drawn(name: str) -> int:
+    return zlib.crc32(f"{UNTIL} {name}".encode())
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
