@@ -22,12 +22,15 @@ from tests.helpers.checkout import Checkout
 
 ETC = Path("/etc/slurm")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "unshare", "runuser")
+# A node of its own: a namespace of processes, which not every container allows.
+APART = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 needs_slurm = pytest.mark.skipif(
     os.geteuid() != 0
     or not all(map(shutil.which, PROGRAMS))
+    or subprocess.run([*APART, "true"], capture_output=True).returncode != 0
     or (ETC / "slurm.conf").exists()
     or find_spec("snakemake_executor_plugin_slurm") is None,
-    reason="needs root, Debian's slurm-wlm and munge not in use, and pocketlm[slurm]",
+    reason="needs root, namespaces, Debian's slurm-wlm not in use, and pocketlm[slurm]",
 )
 NODES = ("node1", "node2")
 CONFIGURATION = """
@@ -98,9 +101,8 @@ class Cluster:
         lines = f"NodeName=node[1-2] Name=gpu File={self.place}/gpu[0-1]\n"
         (ETC / "gres.conf").write_text(lines)
         self.start_controller()
-        apart = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
         for name in NODES:
-            self.nodes.append(self._start([*apart, "slurmd", "-D", "-N", name], name))
+            self.nodes.append(self._start([*APART, "slurmd", "-D", "-N", name], name))
         self.wait_for_nodes()
 
     def _start(self, words: list[str], name: str) -> subprocess.Popen[bytes]:
