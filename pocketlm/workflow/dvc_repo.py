@@ -263,15 +263,15 @@ def start(target: str, restore: bool) -> Start:
     """Look at a stage; restore: bring its result back if the run cache knows it.
 
     To restore, this process must hold the lock of the stage's runs; it waits until a `dvc` that
-    has run this stage, or one before it, has recorded the result. Raises InputError
-    if an input is missing.
+    has run this stage, or one before it, has recorded the result. Raises InputError if an input is
+    missing.
     """
     from dvc.utils.serialize import load_path
 
     def look(repo: "Repo") -> Start:
         (stage,) = repo.stage.collect(target)
         if restore:
-            require_free(repo, stage)
+            require_free(stage)
         state = _state(stage, flat(load_path("params.yaml", repo.fs)))
         if missing := [str(dep) for dep in stage.deps if not dep.exists]:
             raise InputError(
@@ -492,13 +492,11 @@ def has_remote() -> bool:
 # Locks
 
 
-def require_free(repo: "Repo", stage: Any) -> None:
+def require_free(stage: Any) -> None:
     """Raise DVC's LockError while another command of DVC makes what the stage reads or writes."""
-    from dvc.rwlock import rwlock
+    from dvc.stage.decorators import rwlocked
 
-    reads, writes = ([one.fs_path for one in files] for files in (stage.deps, stage.outs))
-    with rwlock(repo.tmp_dir, repo.fs, " ".join(sys.argv), reads, writes, hardlink=False):
-        pass
+    rwlocked(read=["deps"], write=["outs"])(lambda stage: None)(stage)
 
 
 def when_free(target: str, action: "Callable[[Repo], Any]", holding: bool = False) -> Any:

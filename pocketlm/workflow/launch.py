@@ -55,12 +55,7 @@ def launch(
     run, SystemExit with the stage's status if it fails.
     """
     one = node(target)
-    started_by, entries = engine(), dvc_repo.lock_entries()
-    with its_turn(one, record) as waited, ExitStack() as at_end:
-        if started_by and engine() != started_by:
-            sys.exit(128 + signal.SIGTERM)  # the engine was killed while this one waited
-        if not record:
-            at_end.callback(dvc_repo.keep_lock_entries, entries, started_by)
+    with its_turn(one, record) as waited, ExitStack() as signals:
         found = dvc_repo.start(target, record and not force)
         if record and not force and (found.restored or found.state.is_fresh):
             how = "restored from DVC's run cache" if found.restored else "up to date"
@@ -72,7 +67,7 @@ def launch(
             print(f"{target}: {reason}", file=sys.stderr, flush=True)
         else:
             require_memory(load_params(), [one.stage])
-            run(one, processes, nodes, at_end)
+            run(one, processes, nodes, signals)
             keep(one, found.inputs)
         again = partial(put_back, one, found.inputs)
         dvc_repo.finish(target, found.inputs, record, holding=True, again=again)
@@ -83,15 +78,23 @@ def its_turn(one: Node, record: bool) -> Iterator[bool]:
     """Hold the lock of the stage's runs for the block; yields whether another run was waited for.
 
     record: as of `launch`. DVC has marked the outputs of a stage that it has started as in use. So
-    that the other run can record them nevertheless, it is told that this one waits.
+    that the other run can record them nevertheless, it is told that this one waits; what it drops
+    of these marks is put back at the end.
     """
+    started_by, entries = engine(), {} if record else dvc_repo.lock_entries()
     waiting = f"{one.target}: another run of this stage is going on; waiting for it"
     with ExitStack() as until_its_turn:
         if not record:
             until_its_turn.enter_context(held(one.work / DVC_WAITS, waiting))
         with held(one.work / RUN_LOCK, waiting) as waited:
             until_its_turn.close()
-            yield waited
+            if started_by and engine() != started_by:
+                sys.exit(128 + signal.SIGTERM)  # the engine was killed while this one waited
+            try:
+                yield waited
+            finally:
+                if not record:
+                    dvc_repo.keep_lock_entries(entries, started_by)
 
 
 def kept(one: Node, found: dvc_repo.Start) -> str:

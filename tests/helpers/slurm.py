@@ -19,15 +19,14 @@ import psutil
 import pytest
 
 from tests.helpers.checkout import Checkout
+from tests.helpers.namespaces import APART, can_be_apart
 
 ETC = Path("/etc/slurm")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "unshare", "runuser")
-# A node of its own: a namespace of processes, which not every container allows.
-APART = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 needs_slurm = pytest.mark.skipif(
     os.geteuid() != 0
     or not all(map(shutil.which, PROGRAMS))
-    or subprocess.run([*APART, "true"], capture_output=True).returncode != 0
+    or not can_be_apart()
     or (ETC / "slurm.conf").exists()
     or find_spec("snakemake_executor_plugin_slurm") is None,
     reason="needs root, namespaces, Debian's slurm-wlm not in use, and pocketlm[slurm]",

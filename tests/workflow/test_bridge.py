@@ -26,6 +26,7 @@ from tests.helpers.checkout import (
     Checkout,
     second_engine_in_campaign,
 )
+from tests.helpers.namespaces import APART, can_be_apart
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(600)]
 PLAN = ("snakemake", "-n")
@@ -41,14 +42,27 @@ ALL_AFTER_TRAIN = (
 
 def wait_for(step: str, checkout: Checkout, seconds: float = 120) -> None:
     """Wait until a step has been started."""
-    wait_until(lambda: step in checkout.record.read_text().split(), seconds)
+    wait_until(
+        lambda: step in checkout.record.read_text().split(),
+        seconds,
+        lambda: f"{step} was not started",
+    )
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(
+    is_so: Callable[[], bool],
+    seconds: float = 120,
+    failure: Callable[[], object] = lambda: "waited in vain",
+) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, failure()
         time.sleep(0.05)
+
+
+def wait_for_end(path: Path) -> None:
+    """Wait until no process works in a directory any more."""
+    wait_until(lambda: not processes_in(path), 30, lambda: processes_in(path))
 
 
 def processes_in(path: Path) -> list[str]:
@@ -189,10 +203,9 @@ def test_a_run_in_another_container_is_left_alone(checkout: Checkout) -> None:
     checkout.record.write_text("")
     checkout.set("ttt.lr", "5e-4")
     inside = "echo 3000000 > /proc/sys/kernel/ns_last_pid; dvc repro -s ttt_eval@0 & wait $!"
-    namespace = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+    if not can_be_apart():
         pytest.skip("no namespace of processes can be made here")
-    run = checkout.start(*namespace, "bash", "-c", inside)
+    run = checkout.start(*APART, "bash", "-c", inside)
     wait_for("ttt_eval@0", checkout)
     checkout.run("dvc", "status")
     assert "ttt.lr 0.0003 → 0.0005" in checkout.run(*PLAN)
@@ -221,10 +234,7 @@ def test_steps_end_with_a_killed_engine(checkout: Checkout, name: str) -> None:
     wait_for("train@0", checkout)
     engine.send_signal(signal.SIGKILL)
     engine.wait()
-    deadline = time.monotonic() + 30
-    while left := processes_in(checkout.path):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
+    wait_for_end(checkout.path)
     assert set(checkout.steps_run_by(*ENGINES[name])) <= set(FROM_TRAIN)
     assert "up to date" in checkout.run("dvc", "status", "--with-deps", "report")
 
@@ -288,7 +298,7 @@ def test_a_run_that_waits_ends_with_its_engine(checkout: Checkout) -> None:
     step.send_signal(signal.SIGCONT)
     output = first.communicate()[0]
     assert first.returncode == 0, output
-    wait_until(lambda: not processes_in(checkout.path))
+    wait_for_end(checkout.path)
     assert sorted(checkout.record.read_text().split()) == AFTER_TTT
 
 
