@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from tests.helpers.checkout import (
     second_engine_in_campaign,
 )
 from tests.helpers.namespaces import APART, can_be_apart
+from tests.helpers.waiting import stop, wait_for, wait_for_end, wait_until
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(600)]
 PLAN = ("snakemake", "-n")
@@ -38,43 +38,6 @@ ALL_AFTER_TRAIN = (
     "ttt_eval, seeds 0, 1: after quantize\n"
     "report: after train, quantize, evaluate, ttt_eval\n"
 )
-
-
-def wait_for(step: str, checkout: Checkout, seconds: float = 120) -> None:
-    """Wait until a step has been started."""
-    wait_until(
-        lambda: step in checkout.record.read_text().split(),
-        seconds,
-        lambda: f"{step} was not started",
-    )
-
-
-def wait_until(
-    is_so: Callable[[], bool],
-    seconds: float = 120,
-    failure: Callable[[], object] = lambda: "waited in vain",
-) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, failure()
-        time.sleep(0.05)
-
-
-def wait_for_end(path: Path) -> None:
-    """Wait until no process works in a directory any more."""
-    wait_until(lambda: not processes_in(path), 30, lambda: processes_in(path))
-
-
-def processes_in(path: Path) -> list[str]:
-    """Command lines of the processes that work in a directory."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        try:
-            if Path(process.cwd()) == path and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.info["cmdline"] or []))
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 def recorded(checkout: Checkout, target: str) -> dict[str, object]:
@@ -244,12 +207,7 @@ def stopped_step(checkout: Checkout, *engine: str) -> tuple[subprocess.Popen[str
     checkout.record.write_text("")
     checkout.set("ttt.lr", "5e-4")
     run = checkout.start(*engine)
-    wait_for("ttt_eval@0", checkout)
-    words = ["-m", "steps.ttt_eval", "--seed", "0"]
-    below = psutil.Process(run.pid).children(recursive=True)
-    (step,) = [process for process in below if process.cmdline()[1:] == words]
-    step.send_signal(signal.SIGSTOP)
-    return run, step
+    return run, stop(checkout, "ttt_eval@0")
 
 
 @pytest.mark.campaign

@@ -1,5 +1,6 @@
 """The workflow on a real Slurm of two nodes, where one is installed (tests/helpers/slurm.py)."""
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from tests.campaigns.kills import digests
 from tests.campaigns.slurm import CALL, Run, campaign, limit, saved
 from tests.helpers.checkout import FROM_TRAIN, Checkout
 from tests.helpers.slurm import Cluster, needs_slurm, running
+from tests.helpers.waiting import let_go_when_sent, stop, stop_in_training, wait_until
 
 pytestmark = [
     needs_slurm,
@@ -84,10 +86,15 @@ def test_one_step_over_two_nodes_is_that_of_two_processes(tokenized, tmp_path) -
 
 def test_training_into_its_time_limit_resumes(tokenized, tmp_path) -> None:
     only_seed(tokenized)
-    tokenized.set("train.steps", 1000)
+    tokenized.set("train.steps", 201)
     limit(tokenized)
     alone = tokenized.copy(tmp_path / "alone")
-    said = tokenized.run("snakemake", "train", "--workflow-profile", "profiles/slurm")
+    tokenized.record.write_text("")
+    call = tokenized.start("snakemake", "train", "--workflow-profile", "profiles/slurm")
+    process = stop_in_training(tokenized, seed=0, steps=201)  # which could end before the limit
+    let_go_when_sent(process, signal.SIGTERM)
+    said = call.communicate()[0]
+    assert call.returncode == 0, said + logs(tokenized)
     assert saved(tokenized) > 0, said + logs(tokenized)
     assert "stopped by SIGTERM at step" in logs(tokenized)
     alone.run("snakemake", "train", "--cores", "1")
@@ -99,8 +106,7 @@ def test_a_controller_that_is_away_is_waited_for(tokenized, cluster) -> None:
     only_seed(tokenized)
     tokenized.set("train.steps", 30)
     call = tokenized.start("snakemake", "quantize", "--workflow-profile", "profiles/slurm")
-    while not cluster.jobs():
-        time.sleep(0.5)
+    wait_until(lambda: cluster.jobs() != [])
     cluster.stop_controller()
     time.sleep(60)
     assert call.poll() is None
@@ -125,12 +131,12 @@ def test_after_sigkill_of_snakemake_its_jobs_go_on_and_are_found(tokenized, clus
     tokenized.record.write_text("")
     run = Run(tokenized, cluster, None)  # type: ignore[arg-type]
     run.start()
-    while "train@0" not in tokenized.record.read_text():
-        time.sleep(0.2)
+    process = stop(tokenized, "train@0")
     run.kill("")
+    wait_until(lambda: "train@0: an earlier call runs it (node" in run.said())
+    process.send_signal(signal.SIGCONT)
     assert run.call is not None
     assert run.call.wait() == 0
-    assert "train@0: an earlier call runs it (node" in run.said()
     assert tokenized.record.read_text().split().count("train@0") == 1
 
 
