@@ -41,7 +41,8 @@ def simulate(
     used = run = 0
     times = []
     for lengths, plan in batches:
-        used += sum(documents_left(plan.passes, np.array(lengths)))
+        rates = plan.scalars.shape[-2]
+        used += rates * sum(documents_left(plan.passes, np.array(lengths)))
         run += sum(plan.rows)
         pairs = zip(plan.rows, plan.passes, strict=True)
         times.append(sum(seconds(rows, one.start, one.end) for rows, one in pairs))

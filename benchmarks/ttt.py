@@ -65,6 +65,7 @@ from model.ttt.warmup import excerpts, warm_up_kernels
 from pocketlm.params.load import checked
 from pocketlm.params.params import Params
 from pocketlm.params.paths import COMPILE_CACHE, TOKENS
+from pocketlm.workflow.estimate import read_by_ttt
 from pocketlm.workflow.flops import attention_flops
 
 QUEUE_SIZES = (1, 2, 8)
@@ -156,7 +157,7 @@ def measure(
     tokens, readings, rows, here = sum(lengths), [], [], environment()
     for reading in read_all(wanted, options, model, documents, alone):
         readings.append(reading)
-        rows.append(reading.row(tokens, read_tokens(lengths, reading.ttt)))
+        rows.append(reading.row(tokens, read_by_ttt(lengths, reading.ttt)))
         figures = {
             **here,
             **summary(readings, lengths),
@@ -220,7 +221,7 @@ def summary(readings: Sequence["Reading"], lengths: Sequence[int]) -> dict[str, 
     ]
     nats, best_nats = lowest(plain), lowest(window)
     chosen, strict = (fastest(cached, limit) for limit in (nats, best_nats))
-    read = [read_tokens(lengths, r.ttt) / r.seconds for r in window]
+    read = [read_by_ttt(lengths, r.ttt) / r.seconds for r in window]
     return {
         "published_window_nats": lowest(published),
         "window_tokens_per_s": max(read, default=None),
@@ -304,16 +305,6 @@ def mean_loss(losses: Sequence[np.ndarray]) -> float:
     return total / sum(loss.size for loss in losses)
 
 
-def read_tokens(lengths: Sequence[int], ttt: TTTConfig) -> int:
-    """Tokens that must run through the blocks: every window's in mode window, each once in cached.
-
-    Padding of windows is not counted.
-    """
-    if ttt.mode == "cached":
-        return sum(lengths)
-    return sum(min(end, ttt.context) for length in lengths for _, end in chunks(length, ttt))
-
-
 def floor_work(model: GPT, ttt: TTTConfig, lengths: Sequence[int]) -> tuple[float, float]:
     """FLOPs and bytes of a reading, as counted in the module's docstring."""
     adapted = values_per_document(model.config, ttt)
@@ -329,10 +320,10 @@ def floor_work(model: GPT, ttt: TTTConfig, lengths: Sequence[int]) -> tuple[floa
             window = seen * (seen + 1) // 2
             past = seen - (end - start)
             pairs += window if ttt.mode == "window" else window - past * (past + 1) // 2
-    flops = read_tokens(lengths, ttt) * per_token + attention_flops(model.config, pairs)
-    return flops * ttt.steps, adapted * trained_chunks * (
-        16.0 + 5 * model.dtype.itemsize
-    ) * ttt.steps
+    rates = len(ttt.lr_factors)
+    flops = read_by_ttt(lengths, ttt) * per_token + rates * attention_flops(model.config, pairs)
+    moved = adapted * trained_chunks * (16.0 + 5 * model.dtype.itemsize)
+    return flops * ttt.steps, moved * rates * ttt.steps
 
 
 def compare(

@@ -339,9 +339,10 @@ def rmsprop_step(
 ) -> None:
     """A step of AdamW with β₁ = 0, in place, of values that documents adapt.
 
-    values, second_moments: fp32, contiguous; gradients, copies: of the same shape, in the dtype
-    of the activations (`copies` may be `values` itself); scalars: fp32 (3,), the learning rate η,
-    1 − η·weight decay, and the bias correction 1/sqrt(1 − β₂ᵗ).
+    values, second_moments: fp32 (rows, n), contiguous; gradients, copies: of the same shape, in
+    the dtype of the activations (`copies` may be `values` itself); scalars: fp32 (rates, 3), the
+    learning rate η, 1 − η·weight decay, and the bias correction 1/sqrt(1 − β₂ᵗ): row r of the
+    values takes those of rate r mod rates.
     """
     step = kernel("rmsprop_step", values.device) or reference.rmsprop_step
     step(values, second_moments, gradients, copies, scalars, beta2, epsilon)

@@ -211,7 +211,8 @@ def rmsprop_step(
     epsilon: float,
 ) -> None:
     """See `model.kernels.dispatch.rmsprop_step`."""
-    rate, shrink, correction = scalars.unbind()
+    of_row = torch.arange(values.shape[0], device=values.device) % scalars.shape[0]
+    rate, shrink, correction = scalars[of_row].unsqueeze(1).unbind(2)
     gradients = gradients.float()
     second_moments.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
     root = second_moments.sqrt().mul_(correction).add_(epsilon)

@@ -1,10 +1,10 @@
-"""One pass of AdamW with β₁ = 0 (Loshchilov & Hutter 2019) over a flat buffer of values (Triton).
+"""One pass of AdamW with β₁ = 0 (Loshchilov & Hutter 2019) over rows of values (Triton).
 
     v ← β₂v + (1 − β₂)g²;  θ ← (1 − η·λ)θ − η·g / (c·sqrt(v) + ε),  c = 1 / sqrt(1 − β₂ᵗ)
 
 A copy of θ in the dtype of the activations is written in the same pass: 20 bytes a value with bf16
 copies. What changes from step to step, (η, 1 − η·λ, c), is read from the device, so that a captured
-step can be replayed.
+step can be replayed. Rows may have several rates η, which follow each other in turn.
 """
 
 import triton
@@ -21,18 +21,22 @@ def rmsprop_kernel(
     gradients,
     copies,
     scalars,
-    count,
+    width,
+    rates,
     beta2,
     new_share,
     epsilon,
     BLOCK: tl.constexpr,
 ):
-    """One program updates BLOCK values; new_share = 1 − beta2, subtracted in double precision."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    rate = tl.load(scalars)
-    shrink = tl.load(scalars + 1)
-    correction = tl.load(scalars + 2)
+    """One program updates BLOCK values of a row; new_share = 1 − beta2, in double precision."""
+    row = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at = row.to(tl.int64) * width + column
+    own = scalars + 3 * (row % rates)
+    rate = tl.load(own)
+    shrink = tl.load(own + 1)
+    correction = tl.load(own + 2)
     g = tl.load(gradients + at, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(second_moments + at, mask=inside, other=0.0)
     v = beta2 * v + new_share * g * g
@@ -53,7 +57,8 @@ def rmsprop_step(
     epsilon: float,
 ) -> None:
     """See `model.kernels.dispatch.rmsprop_step`."""
-    count = values.numel()
+    rows, width = values.shape
     buffers = (values, second_moments, gradients, copies, scalars)
-    grid = (triton.cdiv(count, BLOCK),)
-    rmsprop_kernel[grid](*buffers, count, beta2, 1 - beta2, epsilon, BLOCK=BLOCK)
+    grid = (triton.cdiv(width, BLOCK), rows)
+    sizes = (width, scalars.shape[0])
+    rmsprop_kernel[grid](*buffers, *sizes, beta2, 1 - beta2, epsilon, BLOCK=BLOCK)

@@ -49,9 +49,9 @@ class CachedReader:
 
     @staticmethod
     def shapes(
-        over: Sequence[Pass], documents: int, ttt: TTTConfig, device: torch.device, captured: bool
+        over: Sequence[Pass], rows: int, ttt: TTTConfig, device: torch.device, captured: bool
     ) -> list[Shape]:
-        """The same for any number of documents."""
+        """The same for any number of rows."""
         slots = [cache_capacity(ttt)] * len(over)
         if not dispatch.skips_empty_slots(device):
             slots = [slots_at(one.first, ttt.chunk, slots[0]) for one in over]

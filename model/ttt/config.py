@@ -5,6 +5,8 @@ from typing import Literal
 
 from model.runtime.settings import Settings, require, setting
 
+MIXED = 8  # adapters of a document, at most
+
 
 @dataclass(frozen=True)
 class TTTConfig(Settings):
@@ -54,6 +56,18 @@ class TTTConfig(Settings):
         ge=0,
         le=10**9,
     )
+    lr_mixture: list[float] = setting(
+        "as many adapters per document, of lr times these; their probabilities are mixed; [] = off",
+        off=[],
+        max_length=MIXED,
+    )
+    mixture_tokens: int = setting(
+        "mean age of the losses by which lr_mixture weighs its adapters",
+        "tokens",
+        off=9,
+        ge=1,
+        le=10**6,
+    )
     beta2: float = setting("decay of the second moment", ge=0, lt=1)
     epsilon: float = setting("added to the root of the second moment", gt=0, le=1)
     weight_decay: float = setting("decoupled", "1/(lr*step)", ge=0, le=1e6)
@@ -88,12 +102,24 @@ class TTTConfig(Settings):
             f"{self.context} is shorter than largest_chunk·(1 + bptt_chunks), {self.longest_pass}",
             "make context at least (1 + bptt_chunks)·largest_chunk",
         )
+        for factor in self.lr_mixture:
+            require(
+                0 <= factor <= 1e3,
+                "lr_mixture",
+                f"{factor} is no factor of lr between 0 and 1000",
+                "name factors such as [0.5, 1.0, 2.0]",
+            )
         require(
             bool(self.sites) or self.hash_buckets > 0,
             "sites",
             "is empty and hash_buckets is 0: nothing would adapt",
             "name at least one site",
         )
+
+    @property
+    def lr_factors(self) -> list[float]:
+        """Factors of lr, one for each of a document's adapters."""
+        return self.lr_mixture or [1.0]
 
     @property
     def longest_pass(self) -> int:

@@ -46,7 +46,7 @@ def values_per_document(model: ModelConfig, ttt: TTTConfig) -> int:
 def optimizer_scalars(ttt: TTTConfig, starts: Sequence[int]) -> Tensor:
     """What `DocumentAdapters.step` takes, for each step of the chunks that begin at `starts`.
 
-    fp32 (chunks, steps, groups, 3), on the CPU.
+    fp32 (chunks, steps, groups, rates, 3), on the CPU.
     """
     factors = [1.0] * bool(ttt.sites) + [ttt.hash_rate] * bool(ttt.hash_buckets)
     groups = [step_scalars(ttt, starts, factor) for factor in factors]
@@ -54,9 +54,9 @@ def optimizer_scalars(ttt: TTTConfig, starts: Sequence[int]) -> Tensor:
 
 
 class DocumentAdapters:
-    """Adapters of up to `capacity` documents and their optimizer.
+    """Adapters of up to `capacity` rows, each of a document or one of its rates; their optimizer.
 
-    tensors: what the model takes, views of the parameters of the present documents.
+    tensors: what the model takes, views of the parameters of the present rows.
     """
 
     tensors: Adapters
@@ -74,20 +74,20 @@ class DocumentAdapters:
         ]
         self._make_tensors()
 
-    def reset(self, documents: int) -> None:
-        """Begin so many documents with fresh adapters."""
+    def reset(self, rows: int) -> None:
+        """Begin so many rows with fresh adapters."""
         for group in self._groups:
-            group.reset(documents)
+            group.reset(rows)
         self._make_tensors()
 
-    def keep_first(self, documents: int) -> None:
-        """Drop all but the first so many documents."""
+    def keep_first(self, rows: int) -> None:
+        """Drop all but the first so many rows."""
         for group in self._groups:
-            group.keep_first(documents)
+            group.keep_first(rows)
         self._make_tensors()
 
     def step(self, loss: Tensor, scalars: Tensor) -> None:
-        """One optimizer step down the gradient of `loss`; scalars: fp32 (groups, 3)."""
+        """One optimizer step down the gradient of `loss`; scalars: fp32 (groups, rates, 3)."""
         gradients = torch.autograd.grad(loss, [group.leaf for group in self._groups])
         for group, gradient, own in zip(self._groups, gradients, scalars, strict=True):
             group.step(gradient, own, self._ttt)

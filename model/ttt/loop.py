@@ -19,6 +19,7 @@ from model.runtime.progress import ReportProgress
 from model.ttt.batching import document_batches, rows_that_fit
 from model.ttt.config import TTTConfig
 from model.ttt.document_adapters import DocumentAdapters, optimizer_scalars
+from model.ttt.rate_mixture import mixed_losses
 from model.ttt.reader import READERS
 from model.ttt.session_plan import SessionPlan, session_plan
 
@@ -80,13 +81,18 @@ def packed_losses(model: GPT, documents: Sequence[np.ndarray]) -> list[np.ndarra
 class Session:
     """Adapts batches of up to `capacity` documents; memory is allocated once.
 
+    Every document is a row of the batch, or in a mixture of rates (`model.ttt.rate_mixture`) as
+    many rows, one after the other.
+
     runner: runs the work of chunks of equal shapes. To be used inside `fixed_weights(model)` only.
     """
 
     def __init__(self, model: GPT, ttt: TTTConfig, capacity: int, runner: GraphRunner) -> None:
         self._device, self._ttt, self._runner = model.device, ttt, runner
-        self._adapters = DocumentAdapters(model, ttt, capacity)
-        self._reader = READERS[ttt.mode](model, self._adapters, ttt, capacity, runner.captured)
+        self._rates = len(ttt.lr_factors)
+        rows = capacity * self._rates
+        self._adapters = DocumentAdapters(model, ttt, rows)
+        self._reader = READERS[ttt.mode](model, self._adapters, ttt, rows, runner.captured)
         # Of the present chunk, at a fixed address, where captured steps read them.
         self._scalars = optimizer_scalars(ttt, [0])[0].to(model.device)
 
@@ -106,15 +112,22 @@ class Session:
                 self._scalars.copy_(scalars[number])
                 losses[:rows, one.start : one.end] = self._chunk(plan, number)
                 progress.advance(int((lengths.clip(one.start, one.end) - one.start).sum()))
-            present = [row[:n] for row, n in zip(losses, lengths, strict=False)]
-            found = torch.cat(present).cpu().numpy()
-        return np.split(found, np.cumsum(lengths)[:-1])
+            read = np.repeat(lengths, self._rates)
+            present = [row[:n] for row, n in zip(losses, read, strict=False)]
+            found = np.split(torch.cat(present).cpu().numpy(), np.cumsum(read)[:-1])
+        if self._rates == 1:
+            return found
+        return [
+            mixed_losses(np.stack(found[at : at + self._rates]), self._ttt.mixture_tokens)
+            for at in range(0, len(found), self._rates)
+        ]
 
     def _begin(self, documents: Sequence[np.ndarray], plan: SessionPlan) -> Tensor:
         """Take up a batch; returns the buffer of its losses, fp32 (rows, end of the last pass)."""
         rows, length = plan.rows[0], plan.passes[-1].end
-        tokens = _padded(documents, rows, length, self._device)
-        targets = _padded([targets_of(d) for d in documents], rows, length, self._device)
+        texts = [document for document in documents for _ in range(self._rates)]
+        tokens = _padded(texts, rows, length, self._device)
+        targets = _padded([targets_of(text) for text in texts], rows, length, self._device)
         self._adapters.reset(rows)
         self._reader.begin(tokens, targets)
         return torch.zeros(rows, length, device=self._device)

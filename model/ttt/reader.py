@@ -27,7 +27,7 @@ from model.ttt.window_mode import WindowReader
 
 
 class Reader(Protocol):
-    """Losses of the chunks of a batch of documents.
+    """Losses of the chunks of a batch of rows: documents, each as often as it has adapters.
 
     ROWS_PER_OCTAVE: how many row counts captured passes may have between one power of two and the
     next (see `model.ttt.session_plan`).
@@ -38,23 +38,23 @@ class Reader(Protocol):
     def __init__(
         self, model: GPT, adapters: DocumentAdapters, ttt: TTTConfig, rows: int, captured: bool
     ) -> None:
-        """Allocate for batches of up to `rows` documents; captured: shapes recur often."""
+        """Allocate for batches of up to so many rows; captured: shapes recur often."""
 
     @staticmethod
     def shapes(
-        over: Sequence[Pass], documents: int, ttt: TTTConfig, device: torch.device, captured: bool
+        over: Sequence[Pass], rows: int, ttt: TTTConfig, device: torch.device, captured: bool
     ) -> list[Shape]:
-        """Shape of each pass over a batch that begins with so many documents."""
+        """Shape of each pass over a batch that begins with so many rows."""
 
     @staticmethod
     def tokens_at_once(length: int, ttt: TTTConfig) -> int:
         """Most tokens that a document of this length runs in one pass."""
 
     def begin(self, tokens: Tensor, targets: Tensor) -> None:
-        """Take up a batch: tokens and targets, int64 (documents, end of the last pass)."""
+        """Take up a batch: tokens and targets, int64 (rows, end of the last pass)."""
 
     def keep_first(self, rows: int) -> None:
-        """Drop all but the first `rows` documents."""
+        """Drop all but the first rows."""
 
     def refresh(self, one: Pass) -> None:
         """Recompute what is cached of the tokens before this pass with the present adapters."""
@@ -63,7 +63,7 @@ class Reader(Protocol):
         """Prepare a pass; shape: what `shapes` gave for it."""
 
     def losses(self, first: bool) -> Tensor:
-        """Losses (documents, chunk), differentiable, with the present adapters.
+        """Losses (rows, chunk), differentiable, with the present adapters.
 
         first: whether this is the pass's first call, before its first optimizer step.
         """

@@ -2,7 +2,7 @@
 
 Documents of a batch end one after the other. Without CUDA graphs each pass runs exactly the
 documents left. With them every (rows, shape) is captured as a graph of its own, which costs as much
-as running many tokens, while rows of ended documents cost as much as others. So the documents left
+as running many tokens, while rows of ended documents cost as much as others. So the rows left
 are rounded up to one of few counts, R = `Reader.ROWS_PER_OCTAVE` of them from each power of two to
 the next,
 
@@ -35,8 +35,9 @@ TRACING = 100_000  # Python's time to capture a pass
 class SessionPlan:
     """How a batch is processed. All fields have one entry per pass.
 
-    rows: how many documents run, from the longest on, never more than in the pass before; scalars:
-    what each optimizer step takes, fp32 (passes, steps, parameter groups, 3), on the CPU.
+    rows: how many rows run, one for each rate of a document, from the longest on, never more than
+    in the pass before; scalars: what each optimizer step takes, fp32 (passes, steps, parameter
+    groups, rates, 3), on the CPU.
     """
 
     passes: tuple[Pass, ...]
@@ -55,8 +56,9 @@ def session_plan(
 ) -> SessionPlan:
     """Plan for documents of these lengths, in descending order; captured: by CUDA graphs."""
     reader, over = READERS[ttt.mode], passes(lengths[0], ttt)
-    shapes = reader.shapes(over, len(lengths), ttt, device, captured)
-    left = documents_left(over, np.array(lengths))
+    rates = len(ttt.lr_factors)
+    shapes = reader.shapes(over, rates * len(lengths), ttt, device, captured)
+    left = [rates * documents for documents in documents_left(over, np.array(lengths))]
     if captured:
         padded = {n: min(left[0], padded_rows(n, reader.ROWS_PER_OCTAVE)) for n in set(left)}
         left = [padded[n] for n in left]
@@ -64,10 +66,10 @@ def session_plan(
     return SessionPlan(tuple(over), tuple(shapes), tuple(left), scalars)
 
 
-def padded_rows(documents: int, per_octave: int) -> int:
-    """Rows that run for so many documents; per_octave: a power of two."""
-    unit = max(1, 2 ** (documents - 1).bit_length() // (2 * per_octave))
-    return documents + -documents % unit
+def padded_rows(rows: int, per_octave: int) -> int:
+    """How many rows run if so many are needed; per_octave: a power of two."""
+    unit = max(1, 2 ** (rows - 1).bit_length() // (2 * per_octave))
+    return rows + -rows % unit
 
 
 def work(rows: Sequence[int], tokens: Sequence[int], shapes: Sequence[Hashable]) -> int:

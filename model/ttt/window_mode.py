@@ -32,12 +32,12 @@ from model.ttt.document_adapters import DocumentAdapters
 from model.ttt.layouts import Layouts
 
 STEP = 128  # tokens: lengths of captured windows are multiples of it
-GROWTH = 4096  # tokens, over all documents, by which a batch's captured windows grow, at least
+GROWTH = 4096  # tokens, over all rows, by which a batch's captured windows grow, at least
 
 
-def window_step(documents: int) -> int:
-    """Tokens by which captured windows of a batch grow that began with so many documents."""
-    return STEP * 2 ** math.ceil(math.log2(max(1.0, GROWTH / (STEP * documents))))
+def window_step(rows: int) -> int:
+    """Tokens by which captured windows of a batch grow that began with so many rows."""
+    return STEP * 2 ** math.ceil(math.log2(max(1.0, GROWTH / (STEP * rows))))
 
 
 class WindowReader:
@@ -57,10 +57,10 @@ class WindowReader:
 
     @staticmethod
     def shapes(
-        over: Sequence[Pass], documents: int, ttt: TTTConfig, device: torch.device, captured: bool
+        over: Sequence[Pass], rows: int, ttt: TTTConfig, device: torch.device, captured: bool
     ) -> list[Shape]:
         """Windows are padded to a multiple of the step if they are captured."""
-        step = window_step(documents) if captured else 1
+        step = window_step(rows) if captured else 1
         return [
             Shape(min(one.end + -one.end % step, ttt.context), one.end - one.start) for one in over
         ]

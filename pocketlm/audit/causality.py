@@ -34,7 +34,7 @@ class Alone:
 
     def __init__(self, subject: Subject, way: str, document: np.ndarray) -> None:
         self.document = document
-        with observing() as self.seen:
+        with observing(subject.params.ttt.mixture_tokens) as self.seen:
             (self.losses,) = subject.losses(way, [document])
 
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.kernels import dispatch
 from model.ttt.chunking import Pass, Shape
 from model.ttt.document_adapters import DocumentAdapters
+from model.ttt.rate_mixture import log_weights, mixed_losses
 from model.ttt.reader import READERS, Reader
 
 
@@ -26,8 +28,9 @@ class Event:
     """One thing that happened to a document that is evaluated alone.
 
     begin: its text is taken up; score: first pass over targets start + 1 … end; again: a further
-    pass over them, for another step; update: the adapters learn from them. logits (targets, V) and
-    losses (targets,): of score and again.
+    pass over them, for another step; update: the adapters learn from them. logits (targets, rates,
+    V) and losses (targets, rates): of score and again, by each of the document's adapters, which
+    are one unless `ttt.lr_mixture` mixes several.
     """
 
     kind: Literal["begin", "score", "again", "update"]
@@ -39,8 +42,9 @@ class Event:
 
 @dataclass
 class Observation:
-    """All events in order; loss: what turns logits (n, V) and targets (n,) into losses (n,)."""
+    """All events in order; mixture_tokens: as in `ttt`; softcap: of the logits."""
 
+    mixture_tokens: int
     events: list[Event] = field(default_factory=list)
     softcap: float = 0.0
 
@@ -49,20 +53,30 @@ class Observation:
         return [event for event in self.events if event.kind in kinds]
 
     def logits(self, targets: int) -> Tensor:
-        """Logits, before the softcap, by which each target was scored, (targets, V)."""
+        """Logits, before the softcap, by which each target was scored, (targets, rates, V)."""
         return torch.cat([e.logits for e in self.kinds("score") if e.logits is not None])[:targets]
 
-    def losses(self, targets: int) -> Tensor:
-        """Losses of each of so many targets when it was scored, fp32 (targets,), on the CPU."""
+    def rate_losses(self, targets: int) -> np.ndarray:
+        """Losses of each of so many targets when it was scored, fp32 (rates, targets)."""
         found = [e.losses for e in self.kinds("score") if e.losses is not None]
-        return torch.cat(found)[:targets].cpu()
+        return torch.cat(found)[:targets].T.contiguous().cpu().numpy()
+
+    def losses(self, targets: int) -> np.ndarray:
+        """The same, fp32 (targets,), mixed if there are several rates."""
+        found = self.rate_losses(targets)
+        return found[0] if len(found) == 1 else mixed_losses(found, self.mixture_tokens)
 
     def log_probabilities(self, position: int) -> Tensor:
-        """−loss of each token of the vocabulary as target number `position`, fp64 (V,)."""
-        row = self.logits(position)[-1]
-        every = torch.arange(row.numel(), device=row.device)
-        rows = row.expand(every.numel(), -1)
-        return -dispatch.softcapped_loss(rows, every, self.softcap).double()
+        """ln p of each token of the vocabulary as target number `position`, fp64 (V,)."""
+        rows = self.logits(position)[-1]
+        every = torch.arange(rows.shape[1], device=rows.device)
+        losses = [
+            dispatch.softcapped_loss(row.expand(every.numel(), -1), every, self.softcap)
+            for row in rows
+        ]
+        weights = log_weights(self.rate_losses(position), self.mixture_tokens)[:, -1:]
+        weighted = torch.from_numpy(weights) - torch.stack(losses).double().cpu()
+        return weighted.logsumexp(0)
 
 
 class _Observer:
@@ -71,6 +85,7 @@ class _Observer:
     def __init__(self, observation: Observation) -> None:
         self.observation = observation
         self.running: Pass | None = None  # of the reader
+        self.rows = 1  # of the reader
         self.first = True
         self.scored = 0  # targets, where no reader runs
 
@@ -80,13 +95,17 @@ class _Observer:
     def loss(self, original: Any) -> Any:
         def observed(z: Tensor, targets: Tensor, cap: float) -> Tensor:
             losses = original(z, targets, cap)
+            count = losses.numel() // self.rows
             start, kind = self.scored, "score"
             if self.running:
                 start, kind = self.running.start, "score" if self.first else "again"
             else:
-                self.scored += losses.numel()
+                self.scored += count
             self.observation.softcap = cap
-            self.add(kind, start, start + losses.numel(), z.detach(), losses.detach())
+            by_rate = [
+                x.detach().unflatten(0, (self.rows, count)).transpose(0, 1) for x in (z, losses)
+            ]
+            self.add(kind, start, start + count, *by_rate)
             return losses
 
         return observed
@@ -97,6 +116,7 @@ class _Observer:
         class Observed(mode):  # type: ignore[valid-type, misc]
             def begin(self, tokens: Tensor, targets: Tensor) -> None:
                 observer.add("begin")
+                observer.rows = tokens.shape[0]
                 super().begin(tokens, targets)
 
             def seek(self, one: Pass, shape: Shape) -> None:
@@ -119,9 +139,9 @@ class _Observer:
 
 
 @contextmanager
-def observing() -> Iterator[Observation]:
+def observing(mixture_tokens: int) -> Iterator[Observation]:
     """Observe the evaluation of one document in the block."""
-    observation = Observation()
+    observation = Observation(mixture_tokens)
     observer = _Observer(observation)
     readers = {name: observer.reader(mode) for name, mode in READERS.items()}
     with (

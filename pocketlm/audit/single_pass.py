@@ -21,7 +21,7 @@ def score_before_update(runs: Runs) -> Check:
         scores += len(run.seen.kinds("score"))
         updates += len(run.seen.kinds("update"))
         problems += [f"{where}: {problem}" for problem in late_scores(run.seen.events)]
-        kept = run.seen.losses(run.losses.size).numpy()
+        kept = run.seen.losses(run.losses.size)
         if kept.size == run.losses.size and not np.array_equal(kept, run.losses):
             wrong = np.flatnonzero(kept != run.losses)
             problems.append(

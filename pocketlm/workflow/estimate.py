@@ -29,6 +29,7 @@ from model.runtime.files import SIDECAR, read_json
 from model.runtime.provenance import read_provenance, read_recorded
 from model.runtime.run_log import is_cpu
 from model.ttt.chunking import chunks
+from model.ttt.config import TTTConfig
 from pocketlm.params.params import Params
 from pocketlm.params.paths import ARTIFACTS, DETAILS, STEPS, TOKENS
 from pocketlm.params.presets import compose
@@ -126,7 +127,7 @@ def measured_rates(params: Params, lengths: Sequence[int] | None = None) -> Rate
         _seconds(lambda: plain_losses(model, documents, MEASURED, group)),
         _seconds(lambda: ttt_losses(model, documents, params.ttt, params.execution, group)),
     ]
-    passes = 3 * size, sum(lengths), 3 * read_by_ttt(lengths, params)
+    passes = 3 * size, sum(lengths), 3 * params.ttt.steps * read_by_ttt(lengths, params.ttt)
     train, score, ttt = (flops * n / s for n, s in zip(passes, seconds, strict=True))
     return Rates("measured here", train, score, ttt)
 
@@ -157,13 +158,15 @@ def read_by_windows(lengths: Sequence[int], window: int, stride: int) -> int:
     return tokens
 
 
-def read_by_ttt(lengths: Sequence[int], params: Params) -> int:
-    """Tokens that TTT reads of documents, by windows or, if they are cached, once; per step."""
-    ttt = params.ttt
+def read_by_ttt(lengths: Sequence[int], ttt: TTTConfig) -> int:
+    """Tokens that one step of TTT runs through the blocks: each once if cached, else by windows.
+
+    A mixture reads them once for each of its rates. Padding of windows is not counted.
+    """
     if ttt.mode == "cached":
-        return ttt.steps * sum(lengths)
-    ends = (min(end, length) for length in lengths for _, end in chunks(length, ttt))
-    return ttt.steps * sum(min(end, ttt.context) for end in ends)
+        return len(ttt.lr_factors) * sum(lengths)
+    ends = (end for length in lengths for _, end in chunks(length, ttt))
+    return len(ttt.lr_factors) * sum(min(end, ttt.context) for end in ends)
 
 
 def seconds_of(
@@ -184,7 +187,9 @@ def seconds_of(
         window, stride = model.sequence_length, params.evaluate.sliding_stride
         read = read_by_windows(lengths, window, window) + read_by_windows(lengths, window, stride)
         found["evaluate"] = flops * read / rates.score / faster
-        found["ttt_eval"] = 3 * flops * read_by_ttt(lengths, params) / rates.ttt / faster
+        found["ttt_eval"] = (
+            3 * flops * params.ttt.steps * read_by_ttt(lengths, params.ttt) / rates.ttt / faster
+        )
     return found
 
 

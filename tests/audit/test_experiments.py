@@ -12,6 +12,7 @@ from torch import Tensor
 from model.data.packing import Documents, previous
 from model.kernels import dispatch, reference
 from model.network.embeddings import SmearGate
+from model.ttt import loop
 from model.ttt.loop import Session
 from model.ttt.per_document_optimizer import DocumentParameters
 from pocketlm.audit import causality
@@ -22,6 +23,7 @@ from tests.helpers.audit import small_subject, update_first
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 MODES = {
+    "mixture": ["ttt.mode=cached", "ttt.lr_mixture=[0.5,2.0,8.0]"],
     "window": ["ttt.mode=window"],
     "cached": ["ttt.mode=cached", "ttt.bptt_chunks=1", "ttt.steps=2"],
     "growing": ["ttt.mode=cached", "ttt.largest_chunk=16", "ttt.context=16", "ttt.refresh=0"],
@@ -29,7 +31,7 @@ MODES = {
 
 
 @pytest.mark.parametrize(
-    "mode", ["window", "cached", pytest.param("growing", marks=pytest.mark.campaign)]
+    "mode", ["window", "cached", "mixture", pytest.param("growing", marks=pytest.mark.campaign)]
 )
 def test_a_clean_evaluation_passes_all_experiments(tmp_path: Path, mode: str) -> None:
     checks = list(Experiments(small_subject(tmp_path, *MODES[mode])).checks())
@@ -69,7 +71,6 @@ def best_of_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         self._adapters.reset = lambda rows: None
         rows = len(documents)
         for group in self._adapters._groups:
-            group.documents = rows
             group.keep_first(rows)
         self._adapters._make_tensors()
         second = once(self, documents, progress)
@@ -102,6 +103,11 @@ def mixture_outside_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(audited, "ttt_losses", losses)
+
+
+def best_of_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token counts as the adapter scores it that knew it best."""
+    monkeypatch.setattr(loop, "mixed_losses", lambda losses, tokens: losses.min(0))
 
 
 def gradients_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +148,7 @@ PLANTS: dict[Plant, set[str]] = {
     best_of_two_passes: {*CAUSAL, "score before update", "single pass", "documents"},
     unnormalized_mixture: {"normalization", "black box"},
     mixture_outside_of_the_model: {"black box", "score before update"},
+    best_of_the_rates: {"black box", "score before update"},
     gradients_of_all: {"documents"},
     adapters_carried_over: {"causality", "documents"},
 }
@@ -151,7 +158,8 @@ PLANTS: dict[Plant, set[str]] = {
 def test_a_planted_violation_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Plant
 ) -> None:
-    subject = small_subject(tmp_path, *MODES["window"])
+    mode = "mixture" if plant is best_of_the_rates else "window"
+    subject = small_subject(tmp_path, *MODES[mode])
     plant(monkeypatch)
     checks = list(Experiments(subject).checks())
     assert set(failed(checks)) == PLANTS[plant], [check.problems for check in checks]

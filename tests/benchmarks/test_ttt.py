@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.ttt import Reading, compare, floor_work, read_tokens, summary, varied
+from benchmarks.ttt import Reading, compare, floor_work, summary, varied
 from model.network.linear import Linear
 from model.runtime.errors import InputError
 from model.ttt.document_adapters import initial_parameters
 from pocketlm.params.presets import compose, render
+from pocketlm.workflow.estimate import read_by_ttt
 from tests.helpers.models import execution_params, random_documents, small_model, ttt_params
 from tests.helpers.processes import Group, run_processes
 
@@ -37,13 +38,15 @@ def test_floors_count_every_token_pair_and_value(mode: str) -> None:
             tokens += len(queries)
             pairs += sum(query - begin + 1 for query in queries)
     if mode == "window":
-        assert read_tokens(lengths, ttt) == tokens
+        assert read_by_ttt(lengths, ttt) == tokens
     adapted = sum(tensor.numel() for tensor in initial_parameters(model.config, ttt).values())
     frozen = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     frozen += model.embedding.numel()
     flops, moved = floor_work(model, ttt, lengths)
     assert flops == tokens * (4 * frozen + 6 * adapted) + 12 * 4 * 4 * 8 * pairs
     assert moved == (4 + 1) * adapted * 36  # chunks trained on; fp32
+    mixed = floor_work(model, dataclasses.replace(ttt, lr_mixture=[0.5, 1.0, 2.0]), lengths)
+    assert mixed == (3 * flops, 3 * moved)
 
 
 def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_best() -> None:
@@ -64,7 +67,7 @@ def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_be
     assert (found["strict_cached_tokens_per_s"], found["strict_cached_nats"]) == (400 / 8, 1.78)
     assert (found["published_window_nats"], found["best_window_nats"]) == (1.85, 1.79)
     assert found["best_nats"] == 1.78
-    assert found["window_tokens_per_s"] == read_tokens([100, 300], window[0].ttt) / 40
+    assert found["window_tokens_per_s"] == read_by_ttt([100, 300], window[0].ttt) / 40
     worse = summary(
         [*window, reading(2.0, 2.0, mode="cached"), reading(3.0, 1.81, mode="cached")], [60]
     )

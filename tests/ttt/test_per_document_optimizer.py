@@ -41,7 +41,7 @@ def advance(
     parameters: DocumentParameters, gradients: dict[str, Tensor], number: int, ttt: Any
 ) -> None:
     """Step by the gradients of the documents that are left."""
-    gradient = torch.cat([gradients[n].flatten(1) for n in parameters], 1)[: parameters.documents]
+    gradient = torch.cat([gradients[n].flatten(1) for n in parameters], 1)[: parameters.rows]
     scalars = step_scalars(ttt, range(number + 1))
     parameters.step(gradient.to(parameters.leaf.dtype), scalars[number], ttt)
 
@@ -87,7 +87,7 @@ def test_dropping_documents_leaves_the_others_as_they_were() -> None:
             advance(parameters, gradients, number, ttt)
         if number == 1:
             sliced.keep_first(2)
-    assert sliced.documents == 2
+    assert sliced.rows == 2
     for name in initial:
         assert torch.equal(sliced[name], whole[name][:2])
     sliced.reset(3)
@@ -97,7 +97,7 @@ def test_dropping_documents_leaves_the_others_as_they_were() -> None:
 
 def test_rates_fall_with_the_tokens_read() -> None:
     ttt: Any = ttt_params(lr=0.1, lr_decay_tokens=16, steps=2, chunk=8, weight_decay=0.5, beta2=0.9)
-    rate, shrink, correction = step_scalars(ttt, [0, 8, 48]).unbind(1)
+    rate, shrink, correction = step_scalars(ttt, [0, 8, 48])[:, 0].unbind(1)
     expected = torch.tensor([0.1, 0.1, 0.1 / 1.5, 0.1 / 1.5, 0.1 / 4, 0.1 / 4])
     torch.testing.assert_close(rate, expected)
     torch.testing.assert_close(shrink, 1 - 0.5 * expected)
@@ -106,7 +106,7 @@ def test_rates_fall_with_the_tokens_read() -> None:
 
 def test_rates_rise_over_the_first_tokens() -> None:
     ttt = ttt_params(lr=0.1, lr_warmup_tokens=32, lr_decay_tokens=16, chunk=8)
-    rate, *_ = step_scalars(ttt, [0, 8, 24, 48]).unbind(1)
+    rate, *_ = step_scalars(ttt, [0, 8, 24, 48])[:, 0].unbind(1)
     torch.testing.assert_close(rate, 0.1 * torch.tensor([1 / 4, 1 / 2 / 1.5, 1 / 2.5, 1 / 4]))
 
 

@@ -64,15 +64,20 @@ def test_scalars_of_each_pass_step_and_group() -> None:
     ttt = ttt_params(steps=2, lr=0.5, lr_decay_tokens=8, weight_decay=0.5, beta2=0.5)
     ttt = dataclasses.replace(ttt, hash_buckets=4, hash_rate=2.0)
     scalars = session_plan([17], ttt, CPU, captured=False).scalars
-    assert scalars.shape == (3, 2, 2, 3)  # chunks of 8 tokens
+    assert scalars.shape == (3, 2, 2, 1, 3)  # chunks of 8 tokens
     rates = torch.tensor([0.5, 0.25, 0.5 / 3])
-    torch.testing.assert_close(scalars[:, 0, 0, 0], rates)
-    torch.testing.assert_close(scalars[:, 1, 1, 0], 2 * rates)
+    torch.testing.assert_close(scalars[:, 0, 0, 0, 0], rates)
+    torch.testing.assert_close(scalars[:, 1, 1, 0, 0], 2 * rates)
     torch.testing.assert_close(scalars[..., 1], 1 - 0.5 * scalars[..., 0])
     corrections = 1 / (1 - 0.5 ** torch.arange(1, 7)).sqrt()
-    torch.testing.assert_close(scalars[:, :, 0, 2].flatten(), corrections)
+    torch.testing.assert_close(scalars[:, :, 0, 0, 2].flatten(), corrections)
     alone = dataclasses.replace(ttt, hash_buckets=0)
-    assert session_plan([17], alone, CPU, captured=False).scalars.shape == (3, 2, 1, 3)
+    assert session_plan([17], alone, CPU, captured=False).scalars.shape == (3, 2, 1, 1, 3)
+    mixed = session_plan([17, 5], dataclasses.replace(ttt, lr_mixture=[0.5, 2.0]), CPU, False)
+    assert mixed.rows == (4, 2, 2)
+    torch.testing.assert_close(mixed.scalars[..., 0, 0], 0.5 * scalars[..., 0, 0])
+    torch.testing.assert_close(mixed.scalars[..., 1, 0], 2 * scalars[..., 0, 0])
+    torch.testing.assert_close(mixed.scalars[..., 1], 1 - 0.5 * mixed.scalars[..., 0])
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ from model.ttt.document_adapters import (
     values_per_document,
 )
 from model.ttt.loop import Session, ttt_losses
+from model.ttt.rate_mixture import mixed_losses
 from model.ttt.reader import READERS
 from model.ttt.session_plan import PASS, STEP, SessionPlan, session_plan
 from model.ttt.window_mode import WindowReader
@@ -361,6 +362,43 @@ def equals_the_naive_loop(model: GPT, changes: dict[str, Any]) -> None:
         np.testing.assert_allclose(loss, naive(model, document, ttt).run(), atol=3e-5)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mode": "cached", "context": 29, "bptt_chunks": 2, "chunk": 5, "hash_buckets": 16},
+        {"mode": "cached", "refresh": 2, "steps": 2, "lr_decay_tokens": 9, "weight_decay": 0.5},
+    ],
+)
+def test_a_mixture_of_rates_is_that_of_documents_read_at_each(changes: dict[str, Any]) -> None:
+    model, documents = small_model(), random_documents(LENGTHS)
+    ttt = ttt_params(lr_mixture=[0.5, 0.0, 4.0], mixture_tokens=3, **changes)
+    progress = list[int]()
+    execution = execution_params(ttt_documents=3)
+    mixed = ttt_losses(model, documents, ttt, execution, ALONE, progress.append)
+    assert sum(progress) == sum(LENGTHS)
+    alone = [
+        ttt_losses(
+            model, documents, dataclasses.replace(ttt, lr=lr, lr_mixture=[]), execution, ALONE
+        )
+        for lr in (0.5 * ttt.lr, 0.0, 4 * ttt.lr)
+    ]
+    for one, *others in zip(mixed, *alone, strict=True):
+        assert one.dtype == np.float32
+        np.testing.assert_allclose(one, mixed_losses(np.stack(others), 3), atol=3e-5)
+    assert any(np.abs(one - two).max() > 0.01 for one, two in zip(*alone[1:], strict=True))
+
+
+def test_one_rate_is_no_mixture() -> None:
+    model, documents = small_model(), random_documents(LENGTHS)
+    off, one = (
+        ttt_losses(model, documents, ttt_params(lr_mixture=rates), execution_params(), ALONE)
+        for rates in ([], [1.0])
+    )
+    for two, other in zip(off, one, strict=True):
+        np.testing.assert_array_equal(two, other)
+
+
 def test_passes_include_chunks_of_their_size_and_run_no_cached_token_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -428,6 +466,7 @@ def test_fresh_adapters_change_nothing_at_all() -> None:
         {"mode": "cached", "refresh": 2, "steps": 2},
         {"mode": "cached", "bptt_chunks": 2},
         {"steps": 2},
+        {"mode": "cached", "lr_mixture": [0.5, 2.0]},
     ],
 )
 @pytest.mark.parametrize("position", [1, 8, 9, 31, 50, 63])
@@ -452,6 +491,7 @@ def test_later_tokens_leave_earlier_scores_bit_for_bit(
         {},
         {"mode": "cached"},
         {"mode": "cached", "bptt_chunks": 2, "refresh": 3, "hash_buckets": 16},
+        {"mode": "cached", "lr_mixture": [0.5, 2.0]},
     ],
 )
 def test_batch_mates_batch_size_and_order_change_nothing(changes: dict[str, Any]) -> None:
@@ -501,6 +541,15 @@ def test_batches_hold_each_document_once_longest_first_within_both_bounds(
     assert [batch.adapts for batch in batches] == [True, True, True, False]
 
 
+def test_the_rates_of_a_document_are_read_at_once() -> None:
+    bounds, mixed = (
+        execution_params(ttt_documents=3, ttt_tokens=70),
+        {"lr_mixture": [0.5, 1.0, 2.0]},
+    )
+    batches = document_batches([90, 80, 70, 60], ttt_params(mode="cached", **mixed), bounds, 1, CPU)
+    assert [len(batch.members) for batch in batches] == [2, 2]  # 2 · 3 rows · 8 tokens, of 70
+
+
 @given(
     st.lists(st.integers(1, 4000), min_size=1, max_size=60),
     st.integers(1, 4),
@@ -533,6 +582,8 @@ def test_chunks_that_run_again_count_as_read() -> None:
         for count in (0, 2)
     )
     assert longer > alone
+    mixed = bytes_per_document(small_model(), dataclasses.replace(ttt, lr_mixture=[0.5, 1.0, 2.0]))
+    assert mixed == 3 * alone
     hashing = bytes_per_document(small_model(), dataclasses.replace(ttt, hash_buckets=64))
     assert hashing - alone == 64 * 32 * 16  # values, second moments, gradients twice; fp32
 
@@ -673,6 +724,7 @@ class NotedOperations(GraphRunner):
         {"mode": "cached"},
         {"mode": "cached", "steps": 2, "refresh": 3, "hash_buckets": 16},
         {"mode": "cached", "bptt_chunks": 3},
+        {"mode": "cached", "lr_mixture": [0.5, 2.0, 4.0]},
         {"mode": "window"},
         {"mode": "window", "chunk": 4, "steps": 2, "hash_buckets": 16},
         {"mode": "window", "chunk": 4, "largest_chunk": 16},
