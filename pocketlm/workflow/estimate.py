@@ -187,9 +187,8 @@ def seconds_of(
         window, stride = model.sequence_length, params.evaluate.sliding_stride
         read = read_by_windows(lengths, window, window) + read_by_windows(lengths, window, stride)
         found["evaluate"] = flops * read / rates.score / faster
-        found["ttt_eval"] = (
-            3 * flops * params.ttt.steps * read_by_ttt(lengths, params.ttt) / rates.ttt / faster
-        )
+        read = params.ttt.steps * read_by_ttt(lengths, params.ttt)
+        found["ttt_eval"] = 3 * flops * read / rates.ttt / faster
     return found
 
 

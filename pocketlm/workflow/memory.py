@@ -47,7 +47,8 @@ def parts(params: Params, stage: str) -> list[Part]:
     if stage == "ttt_eval":
         inner = len([site for site in ttt.sites if site != "head"]) * model.layers * model.width
         head = model.vocabulary + model.width if "head" in ttt.sites else 0
-        adapted = ttt.rank * (inner + head) + ttt.hash_buckets * model.width
+        row = ttt.rank * (inner + head) + ttt.hash_buckets * model.width
+        adapted = len(ttt.lr_factors) * row
         copies = 3  # the values of one document, their gradients and second moments
         return [
             Part("weights", FP32 * model.weights, size),
