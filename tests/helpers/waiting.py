@@ -58,14 +58,23 @@ def stop(checkout: Checkout, step: str) -> psutil.Process:
     working = _working_in(checkout.path)
     (process,) = [found for found in working if (found.info["cmdline"] or [])[1:] == words]
     process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: process.status() == psutil.STATUS_STOPPED)  # on a busy host not at once
     return process
 
 
-def stop_in_training(checkout: Checkout, seed: int, steps: int) -> psutil.Process:
-    """The same of train, once it has logged some of its `steps`, and so heeds signals."""
+def wait_for_training(checkout: Checkout, seed: int, steps: int) -> None:
+    """Wait until a training of so many steps has logged a loss, from when on it heeds signals.
+
+    While a program imports its packages, a signal may be lost in one of them.
+    """
     log = checkout.path / f".work/train/seed{seed}/log.jsonl"
-    wait_for(f"train@{seed}", checkout)
-    wait_until(lambda: str(steps) in log.read_text() and log.read_text().count("\n") > 3)
+    parts = (f'"steps": {steps},', '"event": "loss"')
+    wait_until(lambda: all(part in log.read_text() for part in parts))
+
+
+def stop_in_training(checkout: Checkout, seed: int, steps: int) -> psutil.Process:
+    """The same of train, once it heeds signals."""
+    wait_for_training(checkout, seed, steps)
     return stop(checkout, f"train@{seed}")
 
 

@@ -26,7 +26,13 @@ from tests.helpers.checkout import (
     second_engine_in_campaign,
 )
 from tests.helpers.namespaces import APART, can_be_apart
-from tests.helpers.waiting import stop, wait_for, wait_for_end, wait_until
+from tests.helpers.waiting import (
+    stop,
+    wait_for,
+    wait_for_end,
+    wait_for_training,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.workflow, pytest.mark.timeout(600)]
 PLAN = ("snakemake", "-n")
@@ -262,14 +268,15 @@ def test_a_run_that_waits_ends_with_its_engine(checkout: Checkout) -> None:
 
 @pytest.mark.campaign
 def test_an_interrupted_experiment_says_what_it_leaves(checkout: Checkout) -> None:
-    log = checkout.path / ".work/train/seed0/log.jsonl"
     interrupted = checkout.start("dvc", "exp", "run", "-S", "train.steps=100000", "report")
-    # While a program imports its packages, a signal may be lost in one of them.
-    wait_until(lambda: "100000" in log.read_text() and log.read_text().count("\n") > 3)
-    for process in psutil.Process(interrupted.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGINT)
+    wait_for_training(checkout, seed=0, steps=100000)
+    below = psutil.Process(interrupted.pid).children(recursive=True)
     interrupted.send_signal(signal.SIGINT)
+    while below:  # again, as Python ignores what is raised in a callback of the garbage collector
+        for process in below:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGINT)
+        _, below = psutil.wait_procs(below, timeout=20)
     assert "`git checkout params.yaml` takes it back" in interrupted.communicate()[0]
     checkout.run("git", "checkout", "-q", "params.yaml")
     assert "Nothing to be done" in checkout.run(*PLAN)

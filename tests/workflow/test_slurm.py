@@ -86,12 +86,12 @@ def test_one_step_over_two_nodes_is_that_of_two_processes(tokenized, tmp_path) -
 
 def test_training_into_its_time_limit_resumes(tokenized, tmp_path) -> None:
     only_seed(tokenized)
-    tokenized.set("train.steps", 201)
+    tokenized.set("train.steps", 401)
     limit(tokenized)
     alone = tokenized.copy(tmp_path / "alone")
     tokenized.record.write_text("")
     call = tokenized.start("snakemake", "train", "--workflow-profile", "profiles/slurm")
-    process = stop_in_training(tokenized, seed=0, steps=201)  # which could end before the limit
+    process = stop_in_training(tokenized, seed=0, steps=401)  # which could end before the limit
     let_go_when_sent(process, signal.SIGTERM)
     said = call.communicate()[0]
     assert call.returncode == 0, said + logs(tokenized)
