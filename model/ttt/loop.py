@@ -115,8 +115,6 @@ class Session:
             read = np.repeat(lengths, self._rates)
             present = [row[:n] for row, n in zip(losses, read, strict=False)]
             found = np.split(torch.cat(present).cpu().numpy(), np.cumsum(read)[:-1])
-        if self._rates == 1:
-            return found
         return [
             mixed_losses(np.stack(found[at : at + self._rates]), self._ttt.mixture_tokens)
             for at in range(0, len(found), self._rates)
@@ -125,9 +123,10 @@ class Session:
     def _begin(self, documents: Sequence[np.ndarray], plan: SessionPlan) -> Tensor:
         """Take up a batch; returns the buffer of its losses, fp32 (rows, end of the last pass)."""
         rows, length = plan.rows[0], plan.passes[-1].end
-        texts = [document for document in documents for _ in range(self._rates)]
-        tokens = _padded(texts, rows, length, self._device)
-        targets = _padded([targets_of(text) for text in texts], rows, length, self._device)
+        tokens, targets = (
+            _padded(texts, length, self._device).repeat_interleave(self._rates, 0)
+            for texts in (documents, [targets_of(document) for document in documents])
+        )
         self._adapters.reset(rows)
         self._reader.begin(tokens, targets)
         return torch.zeros(rows, length, device=self._device)
@@ -159,16 +158,14 @@ class Session:
         return scores[0]
 
 
-def _padded(
-    documents: Sequence[np.ndarray], rows: int, length: int, device: torch.device
-) -> Tensor:
-    """Documents as int64 (rows, length), padded with zeros at the end.
+def _padded(documents: Sequence[np.ndarray], length: int, device: torch.device) -> Tensor:
+    """Documents as int64 (documents, length), padded with zeros at the end.
 
     The model is causal, so no loss of a document depends on the padding behind it. The padding is
     made on the device: most documents are much shorter than the longest.
     """
-    padded = torch.zeros(rows, length, dtype=torch.int64, device=device)
+    padded = torch.zeros(len(documents), length, dtype=torch.int64, device=device)
     packed = to_indices(np.concatenate(documents), device)
-    for row, values in zip(padded, packed.split([d.size for d in documents]), strict=False):
+    for row, values in zip(padded, packed.split([d.size for d in documents]), strict=True):
         row[: values.numel()] = values
     return padded

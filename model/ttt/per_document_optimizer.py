@@ -1,11 +1,11 @@
 """Parameters with one copy per document, and their optimizer: AdamW with β₁ = 0, that is RMSProp.
 
 The copies are the rows of an fp32 matrix (rows, values): one row per document, or k in a mixture of
-k rates (`model.ttt.rate_mixture`). Second moments, also fp32, and the
-compute weights, a copy in the activations' dtype, have the same layout. The tensors that the model
-uses are views of the compute weights, so their gradients come back as one matrix of that layout and
-a step is one pass over everything (`dispatch.rmsprop_step`); dropping the last documents is a view
-of the first rows. What changes from step to step is a table on the device, of which step t takes
+k rates (`model.ttt.rate_mixture`). Second moments, also fp32, and the compute weights, a copy in
+the activations' dtype, have the same layout. The tensors that the model uses are views of the
+compute weights, so their gradients come back as one matrix of that layout and a step is one pass
+over everything (`dispatch.rmsprop_step`); dropping the last documents is a view of the first rows.
+What changes from step to step is a table on the device, of which step t takes
 
     for each rate:  ηₜ,  1 − ηₜ·λ,  1/sqrt(1 − β₂ᵗ)
 

@@ -12,6 +12,8 @@ of a document to its best adapter; one that forgets follows changes inside of th
 (prediction with expert advice: Vovk 1990, Herbster & Warmuth 1998).
 """
 
+from functools import cache
+
 import numpy as np
 
 BLOCK = 256  # tokens whose sums are one product with a triangular matrix
@@ -22,9 +24,7 @@ def log_weights(losses: np.ndarray, tokens: int) -> np.ndarray:
 
     losses: nats, (k, n) of k adapters; tokens: the mean age m. fp64 (k, n).
     """
-    decay, length = tokens / (tokens + 1), losses.shape[1]
-    age = np.arange(BLOCK)[None] - np.arange(BLOCK)[:, None] - 1  # of token s, at token t
-    powers = np.where(age >= 0, decay ** np.maximum(age, 0), 0.0)
+    decay, length, powers = tokens / (tokens + 1), losses.shape[1], _powers(tokens)
     carried, sums = np.zeros((len(losses), 1)), np.empty(losses.shape)
     for start in range(0, length, BLOCK):
         part = losses[:, start : start + BLOCK].astype(np.float64)
@@ -35,10 +35,20 @@ def log_weights(losses: np.ndarray, tokens: int) -> np.ndarray:
     return -sums - np.logaddexp.reduce(-sums, axis=0)
 
 
+@cache  # most documents are shorter than a block, and it would take longer than they
+def _powers(tokens: int) -> np.ndarray:
+    """γ^(t − 1 − s) of every token s and later token t of a block, else 0; fp64 (BLOCK, BLOCK)."""
+    age = np.arange(BLOCK)[None] - np.arange(BLOCK)[:, None] - 1
+    return np.where(age >= 0, (tokens / (tokens + 1)) ** np.maximum(age, 0), 0.0)
+
+
 def mixed_losses(losses: np.ndarray, tokens: int) -> np.ndarray:
     """−ln of the mixture's probability of every token.
 
-    losses: fp32 nats, (k, n) of k adapters; tokens: the mean age m. fp32 (n,).
+    losses: fp32 nats, (k, n) of k adapters; tokens: the mean age m. fp32 (n,); of one adapter,
+    its own losses.
     """
+    if len(losses) == 1:
+        return losses[0]
     weighted = log_weights(losses, tokens) - losses
     return -np.logaddexp.reduce(weighted, axis=0).astype(np.float32)

@@ -63,8 +63,7 @@ class Observation:
 
     def losses(self, targets: int) -> np.ndarray:
         """The same, fp32 (targets,), mixed if there are several rates."""
-        found = self.rate_losses(targets)
-        return found[0] if len(found) == 1 else mixed_losses(found, self.mixture_tokens)
+        return mixed_losses(self.rate_losses(targets), self.mixture_tokens)
 
     def log_probabilities(self, position: int) -> Tensor:
         """ln p of each token of the vocabulary as target number `position`, fp64 (V,)."""

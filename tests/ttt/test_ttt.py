@@ -542,11 +542,9 @@ def test_batches_hold_each_document_once_longest_first_within_both_bounds(
 
 
 def test_the_rates_of_a_document_are_read_at_once() -> None:
-    bounds, mixed = (
-        execution_params(ttt_documents=3, ttt_tokens=70),
-        {"lr_mixture": [0.5, 1.0, 2.0]},
-    )
-    batches = document_batches([90, 80, 70, 60], ttt_params(mode="cached", **mixed), bounds, 1, CPU)
+    ttt = ttt_params(mode="cached", lr_mixture=[0.5, 1.0, 2.0])
+    bounds = execution_params(ttt_documents=3, ttt_tokens=70)
+    batches = document_batches([90, 80, 70, 60], ttt, bounds, 1, CPU)
     assert [len(batch.members) for batch in batches] == [2, 2]  # 2 · 3 rows · 8 tokens, of 70
 
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from tests.helpers.checkout import (
     Checkout,
     second_engine_in_campaign,
 )
+from tests.helpers.waiting import wait_until
 
 OTHER_CALIBRATION = """
 
@@ -256,8 +256,7 @@ def test_a_killed_run_can_be_continued(checkout: Checkout) -> None:
     checkout.set("ttt.lr", "5e-4")
     checkout.record.write_text("")
     process = checkout.start(*SNAKEMAKE)
-    while "ttt_eval" not in checkout.record.read_text():
-        time.sleep(0.1)
+    wait_until(lambda: "ttt_eval" in checkout.record.read_text())
     process.send_signal(signal.SIGKILL)
     process.communicate()  # ends when the steps it had started have ended
     assert not set(checkout.steps_run_by(*SNAKEMAKE)) - {*TTT, *REPORT}
