@@ -30,6 +30,9 @@ def main(
         ),
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", "-n", help="only say what would run")] = False,
+    so_far: Annotated[
+        bool, Option("--so-far", help="run nothing, and compare the runs that are done")
+    ] = False,
 ) -> None:
     """Compare settings, by a design or as variants; write their worth."""
     from rich.console import Console
@@ -49,13 +52,14 @@ def main(
         return code_bytes(with_values(load_params(), dict(run.params), run.name))[0]
 
     plan = ablation.read_ablation(file)
-    ablation.check_options(plan, file, confirm, choose or [])
+    ablation.check_options(plan, file, confirm, choose or [], so_far)
     planned = ablation.jobs(file, plan.named)
     if dry_run:
         print("\n".join(ablation.lines(plan, planned)))
         return
     complete_environment()
-    runs = ablation.results(run_jobs(planned, jobs))
+    done = [job for job in planned if job.done] if so_far else run_jobs(planned, jobs)
+    runs = ablation.results(done)
     ranked, found = chosen_and_reported(partial(plan.measured, runs), runs[0])
     both = []
     if confirm or isinstance(plan, ablation.Variants):

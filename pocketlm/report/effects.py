@@ -40,6 +40,7 @@ from pocketlm.report.results import SeedResult
 
 LEAST_DOCUMENTS = 20  # fewer are not divided
 CHECKPOINT = "model.safetensors"
+REPAIR = "run it, or see what its stages have said"  # of a run without results
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,11 @@ def factors(
 def variants(runs: Sequence[Run], baseline: str, documents: Documents) -> list[Effect]:
     """What each variant is worth against the one named `baseline`.
 
-    Raises InputError if that is not among the runs, as it has failed.
+    Raises InputError if that is not among the runs, as it has failed or not run yet.
     """
     base = next((run for run in runs if run.name == baseline), None)
     if base is None:
-        raise InputError(
-            f"ablation: the baseline, {baseline}, has failed", "see the messages above"
-        )
+        raise InputError(f"ablation: the baseline, {baseline}, has no results", REPAIR)
     spread = _spread(runs, documents.scores)
     trained_spread = _spread(runs, lambda run: [one.train.bpb for one in run.results])
     found = []

@@ -19,7 +19,7 @@ from pocketlm.params.load import load_params, read_yaml
 from pocketlm.params.params import Params
 from pocketlm.params.paths import STEPS
 from pocketlm.report.compare_runs import Run, same_text
-from pocketlm.report.effects import Documents, Effect, factors, variants
+from pocketlm.report.effects import REPAIR, Documents, Effect, factors, variants
 from pocketlm.report.factorial import design
 from pocketlm.report.records import check
 from pocketlm.report.sweep_page import Combination
@@ -205,9 +205,11 @@ def _check_names(where: str, names: Collection[str], known: Collection[str]) -> 
 
 
 def check_options(
-    ablation: Design | Variants, path: Path, confirm: bool, chosen: Sequence[str]
+    ablation: Design | Variants, path: Path, confirm: bool, chosen: Sequence[str], so_far: bool
 ) -> None:
-    """Raise InputError for options that do not suit the file."""
+    """Raise InputError for options that do not suit the file, or each other."""
+    if confirm and so_far:
+        raise InputError("--so-far: runs nothing, and --confirm asks for runs", "leave one out")
     if isinstance(ablation, Design):
         _check_names(f"--choose: {path}", chosen, ablation.factors)
         return
@@ -237,7 +239,7 @@ def jobs(path: Path, plan: Plan) -> list[Job]:
 def results(done: Sequence[Job]) -> list[Run]:
     """The results of runs, which scored the same tokens; raises InputError if not."""
     if not done:
-        raise InputError("ablation: no run has succeeded", "see the messages above")
+        raise InputError("ablation: no run has succeeded", REPAIR)
     runs = [job.read() for job in done]
     same_text(runs)
     return runs
@@ -262,7 +264,7 @@ def compared(
     pair = [ablation.baseline, *(chosen or [first])]
     found = {run.name: run for run in runs}
     if absent := [name for name in pair if name not in found]:
-        raise InputError(f"ablation: {absent[0]}: has failed", "see the messages above")
+        raise InputError(f"ablation: {absent[0]}: has no results", REPAIR)
     return [found[name] for name in pair]
 
 

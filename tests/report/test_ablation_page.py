@@ -206,7 +206,7 @@ def test_without_a_second_seed_the_page_says_that_their_noise_is_not_included() 
     assert "NOT included, as no training has two. Another seed may change" in text
     assert "(other)" in text
     assert "(slow)" in text
-    with pytest.raises(InputError, match="baseline, others, has failed"):
+    with pytest.raises(InputError, match="baseline, others, has no results"):
         variants(runs, "others", halves(runs[0])[1])
 
 

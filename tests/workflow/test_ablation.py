@@ -209,7 +209,10 @@ def test_options_that_do_not_suit_the_file_are_refused(experiment: Path) -> None
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=words):
-            check_options(read_ablation(path), path, confirm, chosen)
+            check_options(read_ablation(path), path, confirm, chosen, so_far=False)
+    path.write_text(FACTORS)
+    with pytest.raises(InputError, match="--so-far"):
+        check_options(read_ablation(path), path, True, [], so_far=True)
 
 
 def test_the_baseline_is_all_low_and_the_best_has_what_was_chosen(experiment: Path) -> None:
@@ -420,6 +423,10 @@ variants:
     }
     assert rows["slow"]["trained_bpb"] == rows["slow"]["gap"] == rows["slow"]["bytes"] == 0
     assert rows["damped"]["gap"] != 0 != rows["steep"]["trained_bpb"]
+    (checkout.path / "file.yaml").write_text(text + "  not yet: {ttt.lr: 2.0e-4}\n")
+    assert checkout.steps_run_by(*pocketlm, "--so-far") == []
+    assert json.loads((checkout.path / "artifacts/ablation/recipe.json").read_text()) == recipe
+    assert "4 of 5 runs" in (checkout.path / "artifacts/ablation/recipe.md").read_text()
     for table in (checkout.path / ".work/ablation").glob("ttt_eval-*/**/losses.parquet"):
         table.write_bytes(table.read_bytes()[:-1] + b"?")
     assert "is not what ttt_eval@0 wrote" in checkout.run(*pocketlm, succeeds=False)
