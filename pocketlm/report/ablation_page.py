@@ -51,6 +51,8 @@ def recipe(
     _, documents = halves(runs[0])
     return {
         **{key: getattr(made, key) for key in ("device", "versions", "commit")},
+        "baseline": before and before.name,
+        "best": best and best.name,
         "baseline_trained_bpb": before and _mean(before, lambda result: result.train.bpb),
         "best_trained_bpb": best and _mean(best, lambda result: result.train.bpb),
         "baseline_ttt_bpb": before and fmean(documents.scores(before)),
@@ -64,12 +66,15 @@ def recipe(
     }
 
 
-def reached(run: Run) -> dict[str, float]:
+def reached(run: Run) -> dict[str, Any]:
     """What a run has reached, means over its seeds.
 
-    train_seconds: of the clock; gap_nats: loss per token after quantization minus before;
+    train_seconds: of the clock; gap_nats: loss per token after quantization minus before, and
+    predicted_gap_nats, which is None in older results; quantize_seconds: of the whole stage;
     ttt_bpb: of the documents to report, weighted to FineWeb's lengths.
     """
+    gaps = [result.quantize.predicted_gap for result in run.results]
+    predicted = [gap for gap in gaps if gap is not None]
     _, documents = halves(run)
     return {
         "parameters": sum(tensor.parameters for tensor in run.results[0].tensors),
@@ -78,6 +83,8 @@ def reached(run: Run) -> dict[str, float]:
         "trained_bpb": _mean(run, lambda result: result.train.bpb),
         "quantized_bpb": _mean(run, lambda result: result.quantize.bpb),
         "gap_nats": _mean(run, lambda result: result.quantize.loss - result.train.loss),
+        "predicted_gap_nats": fmean(predicted) if predicted else None,
+        "quantize_seconds": _mean(run, lambda result: result.quantize.seconds["total"]),
         "ttt_bpb": fmean(documents.scores(run)),
     }
 

@@ -63,8 +63,12 @@ class TrainMetrics(ScoreMetrics):
 
 
 class QuantizeMetrics(ScoreMetrics):
-    """Quantization; the score is that of the artifact."""
+    """Quantization; the score is that of the artifact.
 
+    predicted_gap: loss in nats per token that the sensitivities predict; older results have none.
+    """
+
+    predicted_gap: Number | None = None
     peak_memory_mib: Amount
     artifact_bytes: Count
     code_reserve_bytes: Bytes

@@ -95,7 +95,12 @@ def made(
         SimpleNamespace(
             train=SimpleNamespace(bpb=trained + 0.01 * seed, loss=2.0, seconds=20.0, steps=100),
             quantize=SimpleNamespace(
-                bpb=trained + 0.03, loss=2.0625, artifact_bytes=5000 + seed, bits_per_weight=3.5
+                bpb=trained + 0.03,
+                loss=2.0625,
+                predicted_gap=0.05,
+                artifact_bytes=5000 + seed,
+                bits_per_weight=3.5,
+                seconds={"total": 30.0},
             ),
             tensors=[SimpleNamespace(parameters=60), SimpleNamespace(parameters=40)],
             ttt=SimpleNamespace(seconds=SimpleNamespace(ttt=2.0), tokens=1000),
@@ -318,6 +323,11 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     assert [row["verdict"] for row in said["ablation"]] == [one.verdict for one in found]
     assert [row["name"] for row in said["runs"]] == ["base", "best"]
     assert (said["runs"][0]["parameters"], said["runs"][0]["gap_nats"]) == (100, 0.0625)
+    assert (said["runs"][0]["predicted_gap_nats"], said["runs"][0]["quantize_seconds"]) == (
+        0.05,
+        30,
+    )
+    assert (said["baseline"], said["best"]) == ("base", "best")
     assert "base | 100 | 20 | 3.50 | " in text
     assert said["runs"][1]["ttt_bpb"] == said["best_ttt_bpb"]
     assert said["runs"][0]["trained_bpb"] == said["baseline_trained_bpb"]
