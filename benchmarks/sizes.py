@@ -15,18 +15,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import say, table
-from model.runtime.errors import InputError, user_errors
+from model.runtime.errors import InputError, reading, user_errors
 from model.runtime.files import read_json, write_json
 
 SAME = 0.02  # runs whose seconds or parameters differ by less, relatively, are equal in them
 LONGEST = 4800  # seconds of one GPU: eight of them for ten minutes
-CURVE = {
-    "parameters": "parameters",
-    "bits": "bits_per_weight",
-    "trained_bpb": "trained_bpb",
-    "quantized_bpb": "quantized_bpb",
-    "ttt_bpb": "ttt_bpb",
-}
+SCORES = ("trained_bpb", "quantized_bpb", "ttt_bpb")
+REPAIR = "`pocketlm ablation conf/ablation/sizes.yaml`"
 
 
 def figures(recipe: dict[str, Any], source: str) -> dict[str, Any]:
@@ -37,25 +32,29 @@ def figures(recipe: dict[str, Any], source: str) -> dict[str, Any]:
     runs: list[dict[str, Any]] = recipe["runs"]
     base = next((run for run in runs if run["name"] == recipe["baseline"]), None)
     if base is None or not _same(base["parameters"], 36e6):
-        raise InputError(
-            f"{source}: the baseline is no model of 36 million parameters",
-            "`pocketlm ablation conf/ablation/sizes.yaml`",
-        )
-    sizes = [run for run in runs if _same(run["train_seconds"], base["train_seconds"])]
-    lengths = [run for run in runs if _same(run["parameters"], base["parameters"])]
-    sizes.sort(key=lambda run: run["parameters"])
-    lengths.sort(key=lambda run: run["train_seconds"])
+        raise InputError(f"{source}: the baseline is no model of 36 million parameters", REPAIR)
+    sizes = sorted(
+        (run for run in runs if _same(run["train_seconds"], base["train_seconds"])),
+        key=lambda run: run["parameters"],
+    )
+    gaps = {
+        run["train_seconds"]: run["gap_nats"]
+        for run in sorted(runs, key=lambda run: run["train_seconds"])
+        if _same(run["parameters"], base["parameters"])
+    }
     return {
         **{key: recipe[key] for key in ("device", "versions", "commit")},
         "gap_nats_36m": base["gap_nats"],
         "bits_per_weight_36m": base["bits_per_weight"],
         "predicted_gap_36m": base["predicted_gap_nats"],
         "quantize_s": base["quantize_seconds"],
-        "size_curve": [{key: run[name] for key, name in CURVE.items()} for run in sizes],
-        "gap_by_seconds": {f"{run['train_seconds']:.0f}": run["gap_nats"] for run in lengths},
-        "expected_gap_4800": expected(
-            [run["train_seconds"] for run in lengths], [run["gap_nats"] for run in lengths], LONGEST
-        ),
+        "size_curve": [
+            {"parameters": run["parameters"], "bits": run["bits_per_weight"]}
+            | {name: run[name] for name in SCORES}
+            for run in sizes
+        ],
+        "gap_by_seconds": {f"{seconds:.0f}": gap for seconds, gap in gaps.items()},
+        "expected_gap_4800": expected([*gaps], [*gaps.values()], LONGEST),
     }
 
 
@@ -78,8 +77,11 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file, too")
     arguments = parser.parse_args()
     with user_errors():
-        found = figures(read_json(Path(arguments.recipe)), arguments.recipe)
-        table("by size", [*CURVE], [[*row.values()] for row in found["size_curve"]])
+        recipe = read_json(Path(arguments.recipe))
+        with reading(arguments.recipe, REPAIR):
+            found = figures(recipe, arguments.recipe)
+        curve = found["size_curve"]
+        table("by size", [*curve[0]], [[*row.values()] for row in curve])
         by_seconds = found["gap_by_seconds"]
         table("gap by seconds of training, nats", [*by_seconds], [[*by_seconds.values()]])
         if (gap := found["expected_gap_4800"]) is not None:

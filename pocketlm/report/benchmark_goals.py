@@ -171,7 +171,7 @@ BARS = (
         "≤ 1.1",
         RATIO,
     ),
-    Bar("scaling", "cold_start_s", "8 GPUs: start with a cold cache, s", UNKNOWN, "≤ 60", TENTHS),
+    Bar("scaling", "cold_start_s", "all GPUs: start with a cold cache, s", UNKNOWN, "≤ 60", TENTHS),
 )
 
 

@@ -64,3 +64,16 @@ def test_two_lengths_of_training_are_no_line() -> None:
 def test_a_baseline_of_another_size_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"recipe\.json: the baseline"):
         sizes.figures(RECIPE | changed, "recipe.json")
+
+
+def test_a_recipe_that_names_no_baseline_is_an_error_of_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "recipe.json"
+    place.write_text(json.dumps({key: RECIPE[key] for key in RECIPE if key != "baseline"}))
+    monkeypatch.setattr(sys, "argv", ["sizes", str(place)])
+    with pytest.raises(SystemExit):
+        sizes.main()
+    said = capsys.readouterr().err
+    assert "recipe.json" in said
+    assert "baseline" in said
