@@ -42,21 +42,25 @@ SMALL = {one: one.lower() for one in map(chr, range(LAST + 1)) if _is_pair(one)}
 _SMALL = str.maketrans(SMALL)
 _CAPITAL = str.maketrans({small: capital for capital, small in SMALL.items()})
 _CAPITALS, _SMALLS = (re.escape("".join(letters)) for letters in (SMALL, SMALL.values()))
-_WORD = re.compile(f" ?[{_SMALLS}]*[{_CAPITALS}][{_CAPITALS}{_SMALLS}]*")
-_CAPITAL_LETTER = re.compile(f" ?[{_CAPITALS}]")
+_LETTERS = _CAPITALS + _SMALLS
+# A whole word of capitals, else a single capital: begins with it, which `re` looks for fastest.
+_CAPITAL_RUN = re.compile(
+    f"[{_CAPITALS}](?:(?<![{_LETTERS}][{_CAPITALS}])[{_CAPITALS}]+(?![{_LETTERS}]))?"
+)
 _MARKED = re.compile(f"([{CAP}{CAPS}])( ?[{_SMALLS}])([{_SMALLS}]*)|[{CAP}{CAPS}]")
 
 
 def mark(text: str) -> str:
     """The text with marks and without capitals; it must hold no marks."""
-    return _WORD.sub(_marked, text)
+    marked = _CAPITAL_RUN.sub(_marked, text)
+    for sign in MARKS:
+        marked = marked.replace(f" {sign}", f"{sign} ")
+    return marked
 
 
 def _marked(found: re.Match[str]) -> str:
-    word = found[0].removeprefix(" ")
-    if len(word) > 1 and all(letter in SMALL for letter in word):
-        return CAPS + found[0].translate(_SMALL)
-    return _CAPITAL_LETTER.sub(lambda letter: CAP + letter[0].translate(_SMALL), found[0])
+    letters = found[0]
+    return (CAP if len(letters) == 1 else CAPS) + letters.translate(_SMALL)
 
 
 def unmark(marked: str) -> str:
