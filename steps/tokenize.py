@@ -30,11 +30,10 @@ from model.runtime.errors import InputError, reading
 from model.runtime.files import link_file, sha256, write_bytes, writing
 from model.runtime.progress import progress
 from pocketlm.params.params import Params
-from pocketlm.params.paths import TOKENIZER, TOKENS
+from pocketlm.params.paths import CONSTRAINTS, TOKENIZER, TOKENS
 from steps.common import StageRun, run
 
 KEYS = ("data", "tokenizer")
-CONSTRAINTS = Path("constraints.txt")
 WORTH = 4.0  # megabytes of text for which another process is worth its start
 
 

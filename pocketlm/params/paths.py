@@ -20,3 +20,4 @@ STEPS = ("train", "quantize", "evaluate", "ttt_eval")  # the stages that run for
 
 # Files that parameters name lie in folders that dvc.yaml knows, or changes would go unnoticed.
 TOKENIZERS, BASELINES = Path("tokenizers"), Path("records")
+CONSTRAINTS = Path("constraints.txt")  # what `make setup` pins, documentation to train on included

@@ -76,7 +76,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Documents:
-    """Some of the scored documents.
+    """Some of the scored documents, as the tokenizer of the first run cuts them.
 
     chosen: their indices, int64 (d,); tokens, sizes, classes: tokens, bytes and class of length of
     each, (d,).

@@ -30,7 +30,7 @@ from pocketlm.workflow.sweep import with_values
 EXAMPLES = {"factors": "conf/ablation/best.yaml", "variants": "conf/ablation/recipe.yaml"}
 # The same for all runs: the text that is scored, how it is scored, and how runs are executed.
 SAME = (
-    *("data.", "tokenizer.", "model.vocabulary", "evaluate.", "execution.", "seeds"),
+    *("data.", "evaluate.", "execution.", "seeds"),
     *("train.validation_documents", "quantize.validation_documents", "report.", "submission."),
 )
 EQUAL = ("train.budget_seconds", "quantize.budget_bytes")  # what a run of a design may cost
@@ -232,12 +232,13 @@ def jobs(path: Path, plan: Plan) -> list[Job]:
         for name, (values, seeds) in plan.items()
     }
     return shared_stages.jobs(
-        {name: with_values(params, values, f"{path}: {name}") for name, values in own.items()}
+        {name: with_values(params, values, f"{path}: {name}") for name, values in own.items()},
+        params,
     )
 
 
 def results(done: Sequence[Job]) -> list[Run]:
-    """The results of runs, which scored the same tokens; raises InputError if not."""
+    """The results of runs, which scored the same text; raises InputError if not."""
     if not done:
         raise InputError("ablation: no run has succeeded", REPAIR)
     runs = [job.read() for job in done]

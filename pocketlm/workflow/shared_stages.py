@@ -1,12 +1,13 @@
 """The stages of many runs with different parameters, each computed once, on all GPUs of this host.
 
 A stage of a seed reads values, code and the outputs of the stages before it, as dvc.yaml names
-them. Where two runs agree in all of that, and in how they are executed, on which the seconds of a
-training depend, they share its outputs: ten settings of quantization cost one training. So a stage
-has a folder below `.work/ablation/` that is named by a hash of what it reads, the hashes of the
-stages before it included. It holds its outputs and links to those that it reads, which it verifies
-as everywhere. What is there is not computed again, whichever call has computed it, and a call that
-was interrupted goes on.
+them. The tokens are those that lie here; a run with another tokenizer than params.yaml has makes
+its own. Where two runs agree in all of that, and in how they are executed, on which the seconds of
+a training depend, they share its outputs: ten settings of quantization cost one training. So a
+stage has a folder below `.work/ablation/` that is named by a hash of what it reads, the hashes of
+the stages before it included. It holds its outputs and links to those that it reads, which it
+verifies as everywhere. What is there is not computed again, whichever call has computed it, and a
+call that was interrupted goes on.
 
 A stage may start when those before it have ended, and starts when GPUs are free. Of those that may,
 trainings go first: what takes longest must not come last, when other GPUs have no work left.
@@ -21,19 +22,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.data.config import matching
 from model.runtime.errors import InputError
 from model.runtime.files import SIDECAR, read_json, sha256, write_bytes
 from pocketlm.params.params import Params, flat
 from pocketlm.params.paths import (
     ARTIFACTS,
     COMPILE_CACHE,
+    CONSTRAINTS,
     DETAILS,
     LOGS,
     METRICS,
@@ -52,18 +55,19 @@ from pocketlm.workflow.stages import deps, node, reads_value, target_name, upstr
 
 PLACE = WORK / "ablation"
 OUTPUT = "output.txt"  # in a stage's folder: what it prints
+STAGES = ("tokenize", *STEPS)
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A stage of a seed, for all runs in which it reads the same.
+    """A stage of a seed, or the making of tokens, for all runs in which it reads the same.
 
-    digest: of what it reads; params: those of the first of these runs; before: the tasks whose
-    outputs it reads; runs: names of the runs.
+    seed: None of tokens; digest: of what it reads; params: those of the first of these runs;
+    before: the tasks whose outputs it reads; runs: names of the runs.
     """
 
     stage: str
-    seed: int
+    seed: int | None
     digest: str
     params: Params
     before: Sequence["Task"]
@@ -77,7 +81,15 @@ class Task:
     @property
     def outputs(self) -> Path:
         """Folder of its outputs."""
-        return self.folder / ARTIFACTS / self.stage / f"seed{self.seed}"
+        return self.folder / self._places[0]
+
+    @property
+    def _places(self) -> tuple[Path, Path]:
+        """Where its outputs and its log lie below the folder of an experiment."""
+        if self.seed is None:
+            return ARTIFACTS / self.stage, LOGS / f"{self.stage}.jsonl"
+        name = f"seed{self.seed}"
+        return ARTIFACTS / self.stage / name, LOGS / self.stage / f"{name}.jsonl"
 
     @property
     def done(self) -> bool:
@@ -89,12 +101,15 @@ class Task:
         """The runs, stage and seed."""
         others = len(self.runs) - 1
         shared = f" and {others} other{'s' if others > 1 else ''}" if others else ""
-        return f"{self.runs[0]}{shared}: {self.stage} of seed {self.seed}"
+        seed = "" if self.seed is None else f" of seed {self.seed}"
+        return f"{self.runs[0]}{shared}: {self.stage}{seed}"
 
     @property
     def result(self) -> str:
-        """Its loss; with TTT, bits per byte weighted to FineWeb's lengths."""
+        """Its loss; with TTT, bits per byte weighted to FineWeb's lengths; of tokens, how many."""
         metrics, details = (read_json(self.outputs / name) for name in (METRICS, DETAILS))
+        if self.seed is None:
+            return f"{details['train']['tokens']:,} tokens to train on"
         found = f"{metrics['loss']:.4f} nats per token, {metrics['bpb']:.4f} bpb"
         if self.stage not in SCORED_BY:
             return found
@@ -103,19 +118,25 @@ class Task:
 
     def link(self, folder: Path) -> None:
         """Let its outputs be those of another folder, too."""
-        name = f"seed{self.seed}"
-        link(folder / ARTIFACTS / self.stage / name, self.outputs)
-        log = LOGS / self.stage / f"{name}.jsonl"
-        link(folder / log, self.folder / log)
+        for place in self._places:
+            link(folder / place, self.folder / place)
 
     def prepare(self) -> None:
         """Make the folder: parameters, and links to what the stage reads."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_bytes(self.folder / "params.yaml", render(self.params).encode())
-        for given in filter(Path.exists, (TOKENS.parent, TOKENIZERS)):
+        for given in filter(Path.exists, self._given):
             link(self.folder / given, given)
         for one in self.before:
             one.link(self.folder)
+
+    @property
+    def _given(self) -> list[Path]:
+        """What it reads of what lies here; text with an absolute path needs no link."""
+        if self.seed is not None:
+            return [TOKENS.parent, TOKENIZERS]
+        named = (Path(name) for one in self.params.data.patterns for name in matching(one))
+        return [TOKENIZERS, CONSTRAINTS, *(text for text in named if not text.is_absolute())]
 
 
 @dataclass(frozen=True)
@@ -135,7 +156,7 @@ class Job:
         """Its results, linked in a folder of their own; raises InputError as `read_run` does."""
         made = " ".join(task.digest for task in self.tasks)
         folder = PLACE / f"run-{_digest(made)}"
-        link(folder / TOKENS.parent, TOKENS.parent)
+        link(folder / TOKENS.parent, TOKENS.parent)  # unless a task has made others
         for task in self.tasks:
             task.link(folder)
         values = flat(dataclasses.asdict(self.params))
@@ -149,15 +170,29 @@ def link(place: Path, target: Path) -> None:
     place.symlink_to(os.path.relpath(target.resolve(), place.parent.resolve()))
 
 
-def jobs(params: Mapping[str, Params]) -> list[Job]:
-    """Runs by their names and parameters; raises InputError if there are no tokens to train on."""
+def jobs(params: Mapping[str, Params], here: Params) -> list[Job]:
+    """Runs by their names and parameters.
+
+    here: the parameters of the tokens that lie here. Raises InputError if there are none.
+    """
     sidecar = TOKENS.parent / SIDECAR
     if not sidecar.exists():
         raise InputError(f"{TOKENS}: no tokens to train on", "`dvc repro tokenize`")
-    tokens = sha256(sidecar)
-    sources = {stage: tokens + "".join(map(sha256, _code(stage))) for stage in STEPS}
-    known = dict[str, Task]()
-    return [Job(name, one, _tasks(name, one, sources, known)) for name, one in params.items()]
+    tokens, known = sha256(sidecar), dict[str, Task]()
+    code = {stage: "".join(map(sha256, _code(stage))) for stage in STAGES}
+
+    def task(stage: str, seed: int | None, one: Params, before: Sequence[Task]) -> Task:
+        values = flat(dataclasses.asdict(one))
+        read = {
+            key: value
+            for key, value in values.items()
+            if key.startswith("execution.") or reads_value(stage, key)
+        }
+        made = [stage, seed, tokens, code[stage], read, [other.digest for other in before]]
+        digest = _digest(json.dumps(made))
+        return known.setdefault(digest, Task(stage, seed, digest, one, before))
+
+    return [Job(name, one, _tasks(name, one, here, task)) for name, one in params.items()]
 
 
 def _code(stage: str) -> list[Path]:
@@ -171,28 +206,26 @@ def _code(stage: str) -> list[Path]:
 
 
 def _tasks(
-    name: str, params: Params, sources: Mapping[str, str], known: dict[str, Task]
+    name: str,
+    params: Params,
+    here: Params,
+    task: Callable[[str, int | None, Params, Sequence[Task]], Task],
 ) -> list[Task]:
-    """The tasks of a run, in the order of the data flow; known: those of other runs, by digest.
+    """The tasks of a run, in the order of the data flow; task: that of a stage, one for all runs.
 
-    sources: hashes of the code of each stage and of the tokens.
+    here: as of `jobs`.
     """
-    values, found = flat(dataclasses.asdict(params)), dict[tuple[str, int], Task]()
+    found = dict[tuple[str, int | None], Task]()
+    if (params.data, params.tokenizer) != (here.data, here.tokenizer):
+        found[STAGES[0], None] = task(STAGES[0], None, params, [])
     for seed in params.seeds:
         for stage in STEPS:
-            before = [found[one, seed] for one in upstream(stage) if one in STEPS]
-            read = {
-                key: value
-                for key, value in values.items()
-                if key.startswith("execution.") or reads_value(stage, key)
-            }
-            digest = _digest(
-                json.dumps([stage, seed, sources[stage], read, [one.digest for one in before]])
-            )
-            task = known.setdefault(digest, Task(stage, seed, digest, params, before))
-            task.runs.append(name)
-            found[stage, seed] = task
-    return list(found.values())
+            read = ((other, None if other == STAGES[0] else seed) for other in upstream(stage))
+            before = [found[one] for one in read if one in found]
+            found[stage, seed] = task(stage, seed, params, before)
+    for one in found.values():
+        one.runs.append(name)
+    return [*found.values()]
 
 
 def _digest(text: str) -> str:
@@ -202,7 +235,7 @@ def _digest(text: str) -> str:
 def tasks_of(planned: Sequence[Job]) -> list[Task]:
     """The tasks of runs, each once, in the order in which they should start."""
     found = dict.fromkeys(task for job in planned for task in job.tasks)
-    return sorted(found, key=lambda task: STEPS.index(task.stage))
+    return sorted(found, key=lambda task: STAGES.index(task.stage))
 
 
 def run_jobs(planned: Sequence[Job], at_once: int | None = None) -> list[Job]:
@@ -256,7 +289,7 @@ def _run(task: Task, environment: dict[str, str], children: "Children") -> str:
     return f"{task.title}: {time.perf_counter() - began:.0f} s, {task.result}"
 
 
-def command(stage: str, seed: int, processes: int) -> list[str]:
+def command(stage: str, seed: int | None, processes: int) -> list[str]:
     """The command line of a stage."""
     return program(node(target_name(stage, seed)), processes)
 

@@ -59,8 +59,11 @@ gpus = os.environ.get("CUDA_VISIBLE_DEVICES", str(os.getpid()))
 lock = pathlib.Path(os.environ["NOTES"], "gpu" + gpus)
 lock.mkdir()
 time.sleep(0.02)
-for before in {{"train": [], "quantize": ["train"]}}.get(stage, ["quantize"]):
+for before in {{"tokenize": [], "train": [], "quantize": ["train"]}}.get(stage, ["quantize"]):
     pathlib.Path("artifacts", before, "seed" + seed, "provenance.json").read_text()
+if stage != "tokenize":
+    tokens = pathlib.Path("artifacts/tokenize/provenance.json").read_text()
+    assert tokens == ("marked" if "case_ops: true" in text else "")
 waits = os.environ.get("WAITS", "none |").split("|")
 ends = time.monotonic() + 120
 while all(word in said for word in waits[0].split(",")):
@@ -75,12 +78,12 @@ lock.rmdir()
 failing = os.environ.get("FAILS")
 if failing and all(word in said for word in failing.split(",")):
     sys.exit("no")
-place = pathlib.Path("artifacts", stage, "seed" + seed)
+place = pathlib.Path("artifacts", stage, "" if stage == "tokenize" else "seed" + seed)
 place.mkdir(parents=True)
 (place / "metrics.json").write_text(json.dumps({{"loss": 1.5, "bpb": 1.25}}))
-weighted = {{"fineweb_bpb": {{"sliding": 1.2, "ttt": 1.1}}}}
-(place / "details.json").write_text(json.dumps(weighted))
-(place / "provenance.json").write_text("")
+details = {{"fineweb_bpb": {{"sliding": 1.2, "ttt": 1.1}}, "train": {{"tokens": 1234}}}}
+(place / "details.json").write_text(json.dumps(details))
+(place / "provenance.json").write_text("marked" if stage == "tokenize" else "")
 """
 
 
@@ -142,7 +145,7 @@ def test_every_run_of_a_committed_design_is_valid(name: str, preset: str, experi
             assert getattr(getattr(params, section), setting) == low != high
 
 
-@pytest.mark.parametrize(("name", "trainings"), [("recipe", 5), ("sizes", 8), ("ttt", 1)])
+@pytest.mark.parametrize(("name", "trainings"), [("recipe", 8), ("sizes", 8), ("ttt", 1)])
 def test_every_variant_of_a_committed_file_is_valid_and_another(
     name: str, trainings: int, experiment: Path
 ) -> None:
@@ -152,7 +155,9 @@ def test_every_variant_of_a_committed_file_is_valid_and_another(
     path = ROOT / f"conf/ablation/{name}.yaml"
     file = read_ablation(path)
     assert isinstance(file, Variants)
-    found = [[task.digest for task in job.tasks] for job in jobs(path, file.named)]
+    found = [
+        [task.digest for task in job.tasks if task.stage in STEPS] for job in jobs(path, file.named)
+    ]
     assert len({last for *_, last in found}) == len(file.variants)
     assert len({first for first, *_ in found}) == trainings
     if trainings == 1:
@@ -168,7 +173,7 @@ def test_every_variant_of_a_committed_file_is_valid_and_another(
         (FACTORS, "[0.02, 0.03]", "[0.02]", "at least 2 items"),
         (FACTORS, "rate:", "rate: {}\n  other:", "at least 1"),
         (FACTORS, "train.matrix_lr", "data.source", "must be the same for all runs"),
-        (FACTORS, "train.matrix_lr", "model.vocabulary", "must be the same for all runs"),
+        (FACTORS, "train.matrix_lr", "execution.device", "must be the same for all runs"),
         (FACTORS, "train.matrix_lr", "train.budget_seconds", "must be the same for all runs"),
         (FACTORS, "train.matrix_lr", "train.matrix_lrr", "did you mean train.matrix_lr?"),
         (FACTORS, "train.matrix_lr", "model.mlp_width", "model.mlp_width: is set twice"),
@@ -252,6 +257,35 @@ def test_variants_share_the_stages_that_read_the_same(
     more = planned(VARIANTS.replace("variants:", "variants:\n  slower: {ttt.lr: 5.0e-5}"))
     assert run_jobs(more) == more
     assert ran(notes) == ["ttt_eval 0", "ttt_eval 1"]
+
+
+def test_a_run_with_another_tokenizer_makes_its_own_tokens(
+    notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once for all that have it; what lies here stays as it is."""
+    text = """
+seeds: [0, 1]
+baseline: plain
+variants:
+  plain: {}
+  marks: {tokenizer.case_ops: true}
+  marks, slow: {tokenizer.case_ops: true, ttt.lr: 1.0e-4}
+"""
+    found = planned(text)
+    path = Path("file.yaml")
+    left = lines(read_ablation(path), found)[-1]
+    assert "4 trainings" in left
+    assert "1 tokenize" in left
+    assert run_jobs(found, at_once=3) == found
+    counted = Counter(ran(notes))
+    assert counted.pop("tokenize None") == 1
+    once = {"train": 2, "quantize": 2, "evaluate": 2, "ttt_eval": 3}
+    assert counted == {f"{stage} {seed}": once[stage] for stage in STEPS for seed in (0, 1)}
+    assert "marks and 1 other: tokenize: " in (said := capsys.readouterr().out)
+    assert "1,234 tokens to train on" in said
+    assert Path("artifacts/tokenize/provenance.json").read_text() == ""
+    assert run_jobs(planned(text))
+    assert ran(notes) == []
 
 
 def test_a_seed_of_one_variant_alone_costs_that_variant_alone(notes: Path) -> None:
@@ -408,25 +442,28 @@ variants:
   damped: {quantize.damping: 0.05}
   slow: {ttt.lr: 1.0e-4}
   steep: {train.matrix_lr: 0.05}
+  other pieces: {tokenizer.vocabulary: 310, model.vocabulary: 310}
 """
     (checkout.path / "file.yaml").write_text(text)
     pocketlm = [str(BIN / "python"), "-m", "pocketlm", "ablation", "file.yaml"]
     ran = checkout.steps_run_by(*pocketlm, "--jobs", "2")
-    counts = zip(STEPS, (2, 3, 3, 4), strict=True)
-    assert ran == sorted(f"{stage}@0" for stage, count in counts for _ in range(count))
+    counts = zip(STEPS, (3, 4, 4, 5), strict=True)
+    stages = [f"{stage}@0" for stage, count in counts for _ in range(count)]
+    assert ran == sorted(["tokenize", *stages])
     recipe = json.loads((checkout.path / "artifacts/ablation/recipe.json").read_text())
     rows = {row["name"]: row for row in recipe["ablation"]}
     assert {name: row["seeds"] for name, row in rows.items()} == {
         "damped": "same trainings",
         "slow": "same trainings",
         "steep": "not included",
+        "other pieces": "not included",
     }
     assert rows["slow"]["trained_bpb"] == rows["slow"]["gap"] == rows["slow"]["bytes"] == 0
     assert rows["damped"]["gap"] != 0 != rows["steep"]["trained_bpb"]
     (checkout.path / "file.yaml").write_text(text + "  not yet: {ttt.lr: 2.0e-4}\n")
     assert checkout.steps_run_by(*pocketlm, "--so-far") == []
     assert json.loads((checkout.path / "artifacts/ablation/recipe.json").read_text()) == recipe
-    assert "4 of 5 runs" in (checkout.path / "artifacts/ablation/recipe.md").read_text()
+    assert "5 of 6 runs" in (checkout.path / "artifacts/ablation/recipe.md").read_text()
     for table in (checkout.path / ".work/ablation").glob("ttt_eval-*/**/losses.parquet"):
         table.write_bytes(table.read_bytes()[:-1] + b"?")
     assert "is not what ttt_eval@0 wrote" in checkout.run(*pocketlm, succeeds=False)
