@@ -110,7 +110,6 @@ class Evaluation:
                 name: np.array([loss.sum(dtype=np.float64) for loss in losses])
                 for name, losses in self.losses.items()
             },
-            self.tokenizer.vocabulary,
         )
         common = {
             "tokens": scored.tokens,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from model.evaluation.length_weights import fineweb_mean
+from model.evaluation.length_weights import FINEWEB_BYTES
 from model.evaluation.score import TTT
 from model.runtime.files import write_bytes, write_json
 from model.runtime.run_log import read_log
@@ -23,7 +23,6 @@ from pocketlm.report.paired import seeds_apart
 from pocketlm.report.results import SeedResult
 
 NAMES = ("recipe.json", "recipe.md", "recipe.svg")
-FINEWEB_DOCUMENTS = 50_000  # of its validation set
 SEEDS = {
     "included": "of other documents and other seeds together",
     "not included": "of other documents alone: the noise of other seeds is NOT included, as no "
@@ -116,10 +115,10 @@ def _rate(run: Run, recurrent: bool) -> float | None:
 def _evaluation_seconds(run: Run) -> float:
     """Seconds of TTT on FineWeb's validation set by eight processes, by the rate on this text."""
 
-    def per_token(one: SeedResult) -> float:
-        return one.ttt.seconds.ttt * one.provenance["ttt_eval"].world_size / one.ttt.tokens
+    def per_byte(one: SeedResult) -> float:
+        return one.ttt.seconds.ttt * one.provenance["ttt_eval"].world_size / one.ttt.bytes
 
-    return FINEWEB_DOCUMENTS * fineweb_mean(run.vocabulary) / 8 * _mean(run, per_token)
+    return FINEWEB_BYTES / 8 * _mean(run, per_byte)
 
 
 def page(

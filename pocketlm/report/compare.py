@@ -132,16 +132,16 @@ def whole_gain(first: Run, other: Run, score: str, unit: Unit) -> Gain:
 
 
 def fineweb(first: Run, other: Run) -> Table:
-    """Bits per byte weighted to FineWeb's lengths of documents, which are counted in tokens of the
-    first run, and what `other` gains, paired by document."""
+    """Bits per byte weighted to FineWeb's lengths of documents, and what `other` gains, paired by
+    document."""
     sizes, lengths = (getattr(first.scored[0], name).sum(axis=1) for name in ("bytes", "tokens"))
     nats = {score: [run.mean_nats(score).sum(axis=1) for run in (first, other)] for score in SCORES}
     rows = []
     for score, both in nats.items():
         named = {str(number): one for number, one in enumerate(both)}
-        parts = by_length(lengths, sizes, named, first.vocabulary)
+        parts = by_length(lengths, sizes, named)
         saved = (both[0] - both[1]) / log(2)
-        classes = class_of(lengths, first.vocabulary)
+        classes = class_of(sizes)
         gain = weighted_estimate(saved, sizes, classes, FINEWEB_TOKENS)
         assert gain is not None  # every document has bytes
         values = (f"{weighted(parts, name):.4f}" for name in named)

@@ -72,11 +72,6 @@ class Run:
         """The tokenizer, whose content was compared."""
         return self.place / TOKENS / TOKENIZER
 
-    @property
-    def vocabulary(self) -> int:
-        """Pieces of the tokenizer."""
-        return Tokenizer(self.tokenizer).vocabulary
-
     @cached_property
     def spelled(self) -> list[str]:
         """SHA-256 of the text of each document."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from model.evaluation.length_weights import BYTES_PER_TOKEN
 from pocketlm.report.blocks import (
     Bar,
     Bars,
@@ -452,8 +453,8 @@ def _lengths(lengths: dict[str, Any]) -> list[Block]:
         Table([*header, "plain, bits/byte", "sliding", "with TTT", "gain"], rows),
         Paragraph(
             "Weighted: the mean of the rows by FineWeb's shares, as what TTT gains grows with "
-            "length. Lengths are in pieces of a vocabulary of 8,192, to which others are scaled; "
-            "the gain is that over the sliding evaluation."
+            f"length. A document's tokens are its bytes by {BYTES_PER_TOKEN:.2f}, as of a token of "
+            "FineWeb's at 8,192 pieces; the gain is that over the sliding evaluation."
         ),
     ]
 

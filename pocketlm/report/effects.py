@@ -112,7 +112,7 @@ def halves(run: Run) -> tuple[Documents, Documents]:
     """The documents to choose by and those to report: the even and the odd ones, if there are
     LEAST_DOCUMENTS; else all and all."""
     tokens, sizes = (getattr(run.scored[0], name).sum(axis=1) for name in ("tokens", "bytes"))
-    classes, every = class_of(tokens, run.vocabulary), np.arange(len(tokens))
+    classes, every = class_of(sizes), np.arange(len(tokens))
 
     def some(one: np.ndarray) -> Documents:
         return Documents(one, tokens[one], sizes[one], classes[one])

@@ -61,7 +61,7 @@ def summarize(
         "pipeline": _pipeline(results),
         "tensors": _tensors(results),
         "sample": {"seed": first.seed, "text": first.sample[:SAMPLE]},
-        "lengths": _lengths(results, params.model.vocabulary),
+        "lengths": _lengths(results),
         "tail": _tail(pool([result.losses for result in results])),
         "origins": _origins(results),
     }
@@ -93,14 +93,13 @@ def beyond(values: np.ndarray) -> np.ndarray:
     return 1 - sums / sums[-1]
 
 
-def _lengths(results: Sequence[SeedResult], vocabulary: int) -> dict[str, Any]:
+def _lengths(results: Sequence[SeedResult]) -> dict[str, Any]:
     """Bits per byte by length of document, means over the seeds, and weighted to FineWeb's lengths.
 
     covered: the share of FineWeb's tokens in documents of lengths that this text has.
     """
     seeds = [
-        by_length(one.losses.lengths, one.losses.sizes, one.losses.document_nats, vocabulary)
-        for one in results
+        by_length(one.losses.lengths, one.losses.sizes, one.losses.document_nats) for one in results
     ]
     names = (*WITHOUT_ADAPTATION, TTT)
     rows = [

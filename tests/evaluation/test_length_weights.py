@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.evaluation.length_weights import (
-    FINEWEB_MEAN,
+    BYTES_PER_TOKEN,
     FINEWEB_TOKENS,
     MOST,
     by_length,
@@ -22,11 +22,11 @@ DOCUMENT = st.tuples(st.integers(1, 20_000), st.integers(1, 60_000), st.floats(0
 def test_the_weighted_mean_is_that_of_its_definition(documents) -> None:
     """Document by document; and it is the plain mean where every class is alike."""
     lengths, sizes, nats = map(np.array, zip(*documents, strict=True))
-    rows = by_length(lengths, sizes, {"a": nats, "same": sizes * np.log(2.0)}, 8192)
+    rows = by_length(lengths, sizes, {"a": nats, "same": sizes * np.log(2.0)})
     total = share_seen = 0.0
     least = 0
     for most, share in zip(MOST, FINEWEB_TOKENS, strict=True):
-        inside = [one for one in documents if least < one[0] <= (most or 10**9)]
+        inside = [one for one in documents if least < one[1] / BYTES_PER_TOKEN <= (most or 10**9)]
         if inside:
             bits = sum(one[2] for one in inside) / np.log(2) / sum(one[1] for one in inside)
             total, share_seen = total + share * bits, share_seen + share
@@ -41,11 +41,10 @@ def test_the_weighted_mean_is_that_of_its_definition(documents) -> None:
     ]
 
 
-@pytest.mark.parametrize("vocabulary", FINEWEB_MEAN)
-def test_documents_are_of_one_class_in_the_tokens_of_any_vocabulary(vocabulary: int) -> None:
-    edges = np.array(MOST[:-1]) * FINEWEB_MEAN[vocabulary] / FINEWEB_MEAN[8192]
-    assert class_of(edges * 0.999, vocabulary).tolist() == list(range(7))
-    assert class_of(edges * 1.001, vocabulary).tolist() == list(range(1, 8))
+def test_a_document_is_of_the_class_of_its_bytes_whatever_the_tokenizer() -> None:
+    edges = np.array(MOST[:-1]) * 3.735
+    assert class_of(edges * 0.999).tolist() == list(range(7))
+    assert class_of(edges * 1.001).tolist() == list(range(1, 8))
 
 
 def test_shares_are_shares() -> None:

@@ -72,15 +72,9 @@ def test_the_detectable_effect_is_found_as_often_as_it_says() -> None:
     assert np.mean(found > t.ppf(0.975, freedom) * seen) == pytest.approx(0.8, abs=0.03)
 
 
-class Made(Run):
-    """A run whose results are made up."""
-
-    vocabulary = 8192
-
-
 def made(
     name: str, nats: np.ndarray, weights: list[str] | None = None, trained: float = 1.0
-) -> Made:
+) -> Run:
     """A run of some seeds; nats: (seeds, D), of documents of 100 tokens and 300 bytes each.
 
     weights: names of the trained weights of each seed, by default its own.
@@ -103,7 +97,7 @@ def made(
                 seconds={"total": 30.0},
             ),
             tensors=[SimpleNamespace(parameters=60), SimpleNamespace(parameters=40)],
-            ttt=SimpleNamespace(seconds=SimpleNamespace(ttt=2.0), tokens=1000),
+            ttt=SimpleNamespace(seconds=SimpleNamespace(ttt=2.0), bytes=4000),
             curve=np.empty(0),
             provenance={
                 "train": SimpleNamespace(
@@ -122,7 +116,7 @@ def made(
     ]
     by_score = [dict.fromkeys(("plain", "sliding", TTT), row[:, None]) for row in nats]
     scored = [Scored(nats=one, **columns) for one in by_score]
-    return Made(name, list(seeds), {}, (documents, 0, 0), {}, results, scored)
+    return Run(name, list(seeds), {}, (documents, 0, 0), {}, results, scored)
 
 
 BITS = 300 * np.log(2)  # nats of a document of which every byte costs a bit
@@ -319,6 +313,7 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     assert said["baseline_ttt_bpb"] == pytest.approx(np.mean(odd.scores(before)))
     assert said["best_ttt_bpb"] == pytest.approx(np.mean(odd.scores(best)))
     assert said["best_total_bytes"] == 5001 + 300
+    assert said["evaluation_seconds_8_gpus"] == pytest.approx(151_079_964 / 4000 * 2.0 / 8)
     assert said["ablation"][3]["noise"] is None
     assert [row["verdict"] for row in said["ablation"]] == [one.verdict for one in found]
     assert [row["name"] for row in said["runs"]] == ["base", "best"]
