@@ -232,8 +232,7 @@ def jobs(path: Path, plan: Plan) -> list[Job]:
         for name, (values, seeds) in plan.items()
     }
     return shared_stages.jobs(
-        {name: with_values(params, values, f"{path}: {name}") for name, values in own.items()},
-        params,
+        {name: with_values(params, values, f"{path}: {name}") for name, values in own.items()}
     )
 
 

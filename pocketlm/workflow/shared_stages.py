@@ -1,13 +1,13 @@
 """The stages of many runs with different parameters, each computed once, on all GPUs of this host.
 
 A stage of a seed reads values, code and the outputs of the stages before it, as dvc.yaml names
-them. The tokens are those that lie here; a run with another tokenizer than params.yaml has makes
-its own. Where two runs agree in all of that, and in how they are executed, on which the seconds of
-a training depend, they share its outputs: ten settings of quantization cost one training. So a
-stage has a folder below `.work/ablation/` that is named by a hash of what it reads, the hashes of
-the stages before it included. It holds its outputs and links to those that it reads, which it
-verifies as everywhere. What is there is not computed again, whichever call has computed it, and a
-call that was interrupted goes on.
+them. The tokens are those that lie here; a run with another tokenizer makes its own. Where two runs
+agree in all of that, and in how they are executed, on which the seconds of a training depend, they
+share its outputs: ten settings of quantization cost one training. So a stage has a folder below
+`.work/ablation/` that is named by a hash of what it reads, the hashes of the stages before it
+included. It holds its outputs and links to those that it reads, which it verifies as everywhere.
+What is there is not computed again, whichever call has computed it, and a call that was interrupted
+goes on.
 
 A stage may start when those before it have ended, and starts when GPUs are free. Of those that may,
 trainings go first: what takes longest must not come last, when other GPUs have no work left.
@@ -32,6 +32,7 @@ from typing import Any
 from model.data.config import matching
 from model.runtime.errors import InputError
 from model.runtime.files import SIDECAR, read_json, sha256, write_bytes
+from model.runtime.provenance import read_provenance
 from pocketlm.params.params import Params, flat
 from pocketlm.params.paths import (
     ARTIFACTS,
@@ -56,6 +57,7 @@ from pocketlm.workflow.stages import deps, node, reads_value, target_name, upstr
 PLACE = WORK / "ablation"
 OUTPUT = "output.txt"  # in a stage's folder: what it prints
 STAGES = ("tokenize", *STEPS)
+TEXT = ("data", "tokenizer")  # sections of params.yaml that tokens are made by
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,15 +172,14 @@ def link(place: Path, target: Path) -> None:
     place.symlink_to(os.path.relpath(target.resolve(), place.parent.resolve()))
 
 
-def jobs(params: Mapping[str, Params], here: Params) -> list[Job]:
-    """Runs by their names and parameters.
-
-    here: the parameters of the tokens that lie here. Raises InputError if there are none.
-    """
+def jobs(params: Mapping[str, Params]) -> list[Job]:
+    """Runs by their names and parameters; raises InputError if there are no tokens to train on."""
     sidecar = TOKENS.parent / SIDECAR
     if not sidecar.exists():
         raise InputError(f"{TOKENS}: no tokens to train on", "`dvc repro tokenize`")
     tokens, known = sha256(sidecar), dict[str, Task]()
+    made_by = read_provenance(sidecar, STAGES[0])["params"]
+    here = {section: made_by.get(section) for section in TEXT}
     code = {stage: "".join(map(sha256, _code(stage))) for stage in STAGES}
 
     def task(stage: str, seed: int | None, one: Params, before: Sequence[Task]) -> Task:
@@ -192,7 +193,9 @@ def jobs(params: Mapping[str, Params], here: Params) -> list[Job]:
         digest = _digest(json.dumps(made))
         return known.setdefault(digest, Task(stage, seed, digest, one, before))
 
-    return [Job(name, one, _tasks(name, one, here, task)) for name, one in params.items()]
+    return [
+        Job(name, one, _tasks(name, one, here == _text(one), task)) for name, one in params.items()
+    ]
 
 
 def _code(stage: str) -> list[Path]:
@@ -208,15 +211,15 @@ def _code(stage: str) -> list[Path]:
 def _tasks(
     name: str,
     params: Params,
-    here: Params,
+    has_tokens: bool,
     task: Callable[[str, int | None, Params, Sequence[Task]], Task],
 ) -> list[Task]:
-    """The tasks of a run, in the order of the data flow; task: that of a stage, one for all runs.
+    """The tasks of a run, in the order of the data flow.
 
-    here: as of `jobs`.
+    has_tokens: whether its tokens lie here; task: that of a stage, one for all runs.
     """
     found = dict[tuple[str, int | None], Task]()
-    if (params.data, params.tokenizer) != (here.data, here.tokenizer):
+    if not has_tokens:
         found[STAGES[0], None] = task(STAGES[0], None, params, [])
     for seed in params.seeds:
         for stage in STEPS:
@@ -226,6 +229,12 @@ def _tasks(
     for one in found.values():
         one.runs.append(name)
     return [*found.values()]
+
+
+def _text(params: Params) -> dict[str, Any]:
+    """What tokens are made by, as their sidecar has it."""
+    values = dataclasses.asdict(params)
+    return json.loads(json.dumps({section: values[section] for section in TEXT}))
 
 
 def _digest(text: str) -> str:

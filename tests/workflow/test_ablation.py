@@ -1,5 +1,6 @@
 """Ablations: files, stages that runs share, and a real one on the miniature."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from model.runtime.errors import InputError
+from model.runtime.provenance import write_provenance
 from pocketlm.params.load import load_params
 from pocketlm.params.paths import STEPS
 from pocketlm.params.presets import compose, render
@@ -63,7 +65,7 @@ for before in {{"tokenize": [], "train": [], "quantize": ["train"]}}.get(stage, 
     pathlib.Path("artifacts", before, "seed" + seed, "provenance.json").read_text()
 if stage != "tokenize":
     tokens = pathlib.Path("artifacts/tokenize/provenance.json").read_text()
-    assert tokens == ("marked" if "case_ops: true" in text else "")
+    assert (tokens == "marked") == ("case_ops: true" in text)
 waits = os.environ.get("WAITS", "none |").split("|")
 ends = time.monotonic() + 120
 while all(word in said for word in waits[0].split(",")):
@@ -89,9 +91,12 @@ details = {{"fineweb_bpb": {{"sliding": 1.2, "ttt": 1.1}}, "train": {{"tokens": 
 
 @pytest.fixture
 def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "params.yaml").write_text(render(compose("demo", directory=ROOT / "conf")))
+    params = compose("demo", directory=ROOT / "conf")
+    (tmp_path / "params.yaml").write_text(render(params))
     (tmp_path / "artifacts/tokenize").mkdir(parents=True)
-    (tmp_path / "artifacts/tokenize/provenance.json").write_text("")
+    made_by = {name: dataclasses.asdict(getattr(params, name)) for name in ("data", "tokenizer")}
+    sidecar = tmp_path / "artifacts/tokenize/provenance.json"
+    write_provenance(sidecar, "tokenize", made_by, [], [])
     for name in ("dvc.yaml", "steps", "model", "pocketlm"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -137,7 +142,8 @@ def test_every_run_of_a_committed_design_is_valid(name: str, preset: str, experi
     path = ROOT / f"conf/ablation/{name}.yaml"
     file = read_ablation(path)
     assert isinstance(file, Design)
-    trained = {job.tasks[0].digest for job in jobs(path, file.named)}
+    found = jobs(path, file.named)
+    trained = {task.digest for job in found for task in job.tasks if task.stage == "train"}
     assert len(trained) == file.runs == len(file.levels)
     for factor in file.factors.values():
         for key, (low, high) in factor.items():
@@ -262,7 +268,7 @@ def test_variants_share_the_stages_that_read_the_same(
 def test_a_run_with_another_tokenizer_makes_its_own_tokens(
     notes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Once for all that have it; what lies here stays as it is."""
+    """Once for all that have it; what lies here stays as it is, whatever params.yaml says now."""
     text = """
 seeds: [0, 1]
 baseline: plain
@@ -271,6 +277,7 @@ variants:
   marks: {tokenizer.case_ops: true}
   marks, slow: {tokenizer.case_ops: true, ttt.lr: 1.0e-4}
 """
+    before = Path("artifacts/tokenize/provenance.json").read_bytes()
     found = planned(text)
     path = Path("file.yaml")
     left = lines(read_ablation(path), found)[-1]
@@ -283,9 +290,13 @@ variants:
     assert counted == {f"{stage} {seed}": once[stage] for stage in STEPS for seed in (0, 1)}
     assert "marks and 1 other: tokenize: " in (said := capsys.readouterr().out)
     assert "1,234 tokens to train on" in said
-    assert Path("artifacts/tokenize/provenance.json").read_text() == ""
+    assert Path("artifacts/tokenize/provenance.json").read_bytes() == before
     assert run_jobs(planned(text))
     assert ran(notes) == []
+    params = compose("demo", ["tokenizer.training_megabytes=9"], directory=ROOT / "conf")
+    Path("params.yaml").write_text(render(params))
+    stale, *_ = planned(text)
+    assert stale.tasks[0].stage == "tokenize"
 
 
 def test_a_seed_of_one_variant_alone_costs_that_variant_alone(notes: Path) -> None:
@@ -321,9 +332,11 @@ def test_what_is_not_read_does_not_count_and_what_is_does(
         assert [stage for stage, one, other in pairs if one != other] == changed
     params.write_text(text)
     assert digests() == before
-    (experiment / "artifacts/tokenize/provenance.json").write_text("others")
+    sidecar = experiment / "artifacts/tokenize/provenance.json"
+    of_these, made_by = sidecar.read_bytes(), json.loads(sidecar.read_text())["params"]
+    write_provenance(sidecar, "tokenize", made_by, [experiment / "dvc.yaml"], [])
     assert not set(before) & set(digests())
-    (experiment / "artifacts/tokenize/provenance.json").write_text("")
+    sidecar.write_bytes(of_these)
     (experiment / "steps").unlink()
     (experiment / "steps").mkdir()
     for file in (ROOT / "steps").glob("*.py"):
