@@ -16,7 +16,7 @@ from pocketlm.report.summary import headline_metrics, summarize
 from pocketlm.submission.bundle import code_bytes
 from steps.common import StageRun, run
 
-KEYS = ("seeds", "model.sequence_length", "model.vocabulary", "evaluate", "ops", "ttt", "report")
+KEYS = ("seeds", "model.sequence_length", "evaluate", "ops", "ttt", "report")
 
 
 def main(stage: StageRun) -> None:

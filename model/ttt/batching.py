@@ -115,13 +115,13 @@ def _cut(
     These take the longest documents that still fit. Every batch has at least one document.
     """
     batches, left, rows = list[tuple[int, ...]](), long, execution.ttt_documents
-    tokens_at_once, rates = READERS[ttt.mode].tokens_at_once, len(ttt.lr_factors)
+    tokens_at_once = READERS[ttt.mode].tokens_at_once
     while left:
         room = limit if len(batches) < limited else math.inf
         members = list[int]()
         for number in left[:rows]:
             # Tokens of a pass at the end of this document, when only the longer ones are left.
-            read = (len(members) + 1) * rates * tokens_at_once(lengths[number], ttt)
+            read = (len(members) + 1) * ttt.rates * tokens_at_once(lengths[number], ttt)
             if members and read > execution.ttt_tokens:
                 break
             if not members or lengths[number] <= room:
@@ -166,4 +166,4 @@ def bytes_per_document(model: GPT, ttt: TTTConfig) -> int:
     per_token = visits * (6 * params.width + 3 * params.mlp_width) * size
     activations = ttt.longest_pass * per_token + ttt.largest_chunk * 12 * params.vocabulary
     row = adapted + activations + (kept if ttt.mode == "cached" else 0)
-    return row * len(ttt.lr_factors)
+    return row * ttt.rates

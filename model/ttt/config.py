@@ -122,6 +122,11 @@ class TTTConfig(Settings):
         return self.lr_mixture or [1.0]
 
     @property
+    def rates(self) -> int:
+        """Number of a document's adapters."""
+        return len(self.lr_factors)
+
+    @property
     def longest_pass(self) -> int:
         """Tokens of a document that mode `cached` runs at once, at most."""
         return (1 + self.bptt_chunks) * self.largest_chunk

@@ -89,7 +89,7 @@ class Session:
 
     def __init__(self, model: GPT, ttt: TTTConfig, capacity: int, runner: GraphRunner) -> None:
         self._device, self._ttt, self._runner = model.device, ttt, runner
-        self._rates = len(ttt.lr_factors)
+        self._rates = ttt.rates
         rows = capacity * self._rates
         self._adapters = DocumentAdapters(model, ttt, rows)
         self._reader = READERS[ttt.mode](model, self._adapters, ttt, rows, runner.captured)

@@ -56,9 +56,8 @@ def session_plan(
 ) -> SessionPlan:
     """Plan for documents of these lengths, in descending order; captured: by CUDA graphs."""
     reader, over = READERS[ttt.mode], passes(lengths[0], ttt)
-    rates = len(ttt.lr_factors)
-    shapes = reader.shapes(over, rates * len(lengths), ttt, device, captured)
-    left = [rates * documents for documents in documents_left(over, np.array(lengths))]
+    shapes = reader.shapes(over, ttt.rates * len(lengths), ttt, device, captured)
+    left = [ttt.rates * documents for documents in documents_left(over, np.array(lengths))]
     if captured:
         padded = {n: min(left[0], padded_rows(n, reader.ROWS_PER_OCTAVE)) for n in set(left)}
         left = [padded[n] for n in left]

@@ -164,9 +164,9 @@ def read_by_ttt(lengths: Sequence[int], ttt: TTTConfig) -> int:
     A mixture reads them once for each of its rates. Padding of windows is not counted.
     """
     if ttt.mode == "cached":
-        return len(ttt.lr_factors) * sum(lengths)
+        return ttt.rates * sum(lengths)
     ends = (end for length in lengths for _, end in chunks(length, ttt))
-    return len(ttt.lr_factors) * sum(min(end, ttt.context) for end in ends)
+    return ttt.rates * sum(min(end, ttt.context) for end in ends)
 
 
 def seconds_of(

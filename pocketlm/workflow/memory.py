@@ -48,7 +48,7 @@ def parts(params: Params, stage: str) -> list[Part]:
         inner = len([site for site in ttt.sites if site != "head"]) * model.layers * model.width
         head = model.vocabulary + model.width if "head" in ttt.sites else 0
         row = ttt.rank * (inner + head) + ttt.hash_buckets * model.width
-        adapted = len(ttt.lr_factors) * row
+        adapted = ttt.rates * row
         copies = 3  # the values of one document, their gradients and second moments
         return [
             Part("weights", FP32 * model.weights, size),

@@ -31,7 +31,7 @@ def test_no_more_is_counted_than_there_is(name: str) -> None:
     ttt = params.ttt
     adapted = adapter_values(params.model, ttt.sites, ttt.rank)
     adapted += ttt.hash_buckets * params.model.width
-    adapted *= len(ttt.lr_factors)
+    adapted *= ttt.rates
     assert found["ttt_eval"]["adapters of a document"] <= 3 * 2 * adapted
     inputs = [module.weight.shape[1] for module in model.matrices().values()]
     assert found["quantize"]["Hessians"] <= 8 * sum(width**2 for width in inputs)
