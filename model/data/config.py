@@ -48,6 +48,11 @@ class DataConfig(Settings):
         text = self.files if self.source == "files" else []
         return [] if self.source == "fineweb" else [*text, *self.validation_files]
 
+    @property
+    def names(self) -> list[str]:
+        """Names of these files, sorted, each once."""
+        return sorted({name for pattern in self.patterns for name in matching(pattern)})
+
     def __post_init__(self) -> None:
         if self.source == "files":
             require(bool(self.files), "files", "is empty", "name at least one glob")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.data.config import DataConfig, matching
+from model.data.config import DataConfig
 from model.runtime.errors import InputError, reading
 from model.runtime.files import SIDECAR, read_json, sha256, write_json
 from model.runtime.progress import progress
@@ -57,7 +57,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 def _listed(data: DataConfig) -> dict[str, str] | None:
     """SHA-256 of each file that is named, by path; None if files are named and none is here."""
     statuses = {}
-    for name in sorted({name for pattern in data.patterns for name in matching(pattern)}):
+    for name in data.names:
         with reading(name, "remove it, or correct data.files and data.validation_files"):
             if os.path.exists(name) and stat.S_ISREG((status := os.stat(name)).st_mode):
                 statuses[name] = [status.st_size, status.st_mtime_ns]

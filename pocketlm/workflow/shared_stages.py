@@ -22,14 +22,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.data.config import matching
 from model.runtime.errors import InputError
 from model.runtime.files import SIDECAR, read_json, sha256, write_bytes
 from model.runtime.provenance import read_provenance
@@ -56,8 +55,8 @@ from pocketlm.workflow.stages import deps, node, reads_value, target_name, upstr
 
 PLACE = WORK / "ablation"
 OUTPUT = "output.txt"  # in a stage's folder: what it prints
-STAGES = ("tokenize", *STEPS)
-TEXT = ("data", "tokenizer")  # sections of params.yaml that tokens are made by
+TOKENIZE = "tokenize"
+STAGES = (TOKENIZE, *STEPS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +136,8 @@ class Task:
         """What it reads of what lies here; text with an absolute path needs no link."""
         if self.seed is not None:
             return [TOKENS.parent, TOKENIZERS]
-        named = (Path(name) for one in self.params.data.patterns for name in matching(one))
-        return [TOKENIZERS, CONSTRAINTS, *(text for text in named if not text.is_absolute())]
+        texts = map(Path, self.params.data.names)
+        return [TOKENIZERS, CONSTRAINTS, *(text for text in texts if not text.is_absolute())]
 
 
 @dataclass(frozen=True)
@@ -177,25 +176,11 @@ def jobs(params: Mapping[str, Params]) -> list[Job]:
     sidecar = TOKENS.parent / SIDECAR
     if not sidecar.exists():
         raise InputError(f"{TOKENS}: no tokens to train on", "`dvc repro tokenize`")
-    tokens, known = sha256(sidecar), dict[str, Task]()
-    made_by = read_provenance(sidecar, STAGES[0])["params"]
-    here = {section: made_by.get(section) for section in TEXT}
-    code = {stage: "".join(map(sha256, _code(stage))) for stage in STAGES}
-
-    def task(stage: str, seed: int | None, one: Params, before: Sequence[Task]) -> Task:
-        values = flat(dataclasses.asdict(one))
-        read = {
-            key: value
-            for key, value in values.items()
-            if key.startswith("execution.") or reads_value(stage, key)
-        }
-        made = [stage, seed, tokens, code[stage], read, [other.digest for other in before]]
-        digest = _digest(json.dumps(made))
-        return known.setdefault(digest, Task(stage, seed, digest, one, before))
-
-    return [
-        Job(name, one, _tasks(name, one, here == _text(one), task)) for name, one in params.items()
-    ]
+    tokens = sha256(sidecar)
+    sources = {stage: tokens + "".join(map(sha256, _code(stage))) for stage in STAGES}
+    here = _read(TOKENIZE, flat(read_provenance(sidecar, TOKENIZE)["params"]))
+    known = dict[str, Task]()
+    return [Job(name, one, _tasks(name, one, sources, here, known)) for name, one in params.items()]
 
 
 def _code(stage: str) -> list[Path]:
@@ -211,30 +196,36 @@ def _code(stage: str) -> list[Path]:
 def _tasks(
     name: str,
     params: Params,
-    has_tokens: bool,
-    task: Callable[[str, int | None, Params, Sequence[Task]], Task],
+    sources: Mapping[str, str],
+    here: Mapping[str, Any],
+    known: dict[str, Task],
 ) -> list[Task]:
-    """The tasks of a run, in the order of the data flow.
+    """The tasks of a run, in the order of the data flow; known: those of other runs, by digest.
 
-    has_tokens: whether its tokens lie here; task: that of a stage, one for all runs.
+    sources: hashes of the code of each stage and of the tokens; here: values that these were made
+    by.
     """
-    found = dict[tuple[str, int | None], Task]()
-    if not has_tokens:
-        found[STAGES[0], None] = task(STAGES[0], None, params, [])
-    for seed in params.seeds:
-        for stage in STEPS:
-            read = ((other, None if other == STAGES[0] else seed) for other in upstream(stage))
-            before = [found[one] for one in read if one in found]
-            found[stage, seed] = task(stage, seed, params, before)
-    for one in found.values():
-        one.runs.append(name)
-    return [*found.values()]
+    values, found = flat(dataclasses.asdict(params)), dict[tuple[str, int | None], Task]()
+    execution = {key: value for key, value in values.items() if key.startswith("execution.")}
+    of_seeds = [(stage, seed) for seed in params.seeds for stage in STEPS]
+    own_tokens = [] if _read(TOKENIZE, values) == here else [(TOKENIZE, None)]
+    for stage, seed in (*own_tokens, *of_seeds):
+        before = [
+            found[one, of] for one in upstream(stage) for of in (None, seed) if (one, of) in found
+        ]
+        read = execution | _read(stage, values)
+        digest = _digest(
+            json.dumps([stage, seed, sources[stage], read, [one.digest for one in before]])
+        )
+        task = known.setdefault(digest, Task(stage, seed, digest, params, before))
+        task.runs.append(name)
+        found[stage, seed] = task
+    return list(found.values())
 
 
-def _text(params: Params) -> dict[str, Any]:
-    """What tokens are made by, as their sidecar has it."""
-    values = dataclasses.asdict(params)
-    return json.loads(json.dumps({section: values[section] for section in TEXT}))
+def _read(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some values that a stage reads."""
+    return {key: value for key, value in values.items() if reads_value(stage, key)}
 
 
 def _digest(text: str) -> str:
