@@ -320,10 +320,10 @@ def floor_work(model: GPT, ttt: TTTConfig, lengths: Sequence[int]) -> tuple[floa
             window = seen * (seen + 1) // 2
             past = seen - (end - start)
             pairs += window if ttt.mode == "window" else window - past * (past + 1) // 2
-    rates = ttt.rates
-    flops = read_by_ttt(lengths, ttt) * per_token + rates * attention_flops(model.config, pairs)
+    flops = read_by_ttt(lengths, ttt) * per_token
+    flops += ttt.rates * attention_flops(model.config, pairs)
     moved = adapted * trained_chunks * (16.0 + 5 * model.dtype.itemsize)
-    return flops * ttt.steps, moved * rates * ttt.steps
+    return flops * ttt.steps, moved * ttt.rates * ttt.steps
 
 
 def compare(

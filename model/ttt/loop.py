@@ -89,8 +89,7 @@ class Session:
 
     def __init__(self, model: GPT, ttt: TTTConfig, capacity: int, runner: GraphRunner) -> None:
         self._device, self._ttt, self._runner = model.device, ttt, runner
-        self._rates = ttt.rates
-        rows = capacity * self._rates
+        rows = capacity * ttt.rates
         self._adapters = DocumentAdapters(model, ttt, rows)
         self._reader = READERS[ttt.mode](model, self._adapters, ttt, rows, runner.captured)
         # Of the present chunk, at a fixed address, where captured steps read them.
@@ -112,19 +111,19 @@ class Session:
                 self._scalars.copy_(scalars[number])
                 losses[:rows, one.start : one.end] = self._chunk(plan, number)
                 progress.advance(int((lengths.clip(one.start, one.end) - one.start).sum()))
-            read = np.repeat(lengths, self._rates)
+            read = np.repeat(lengths, self._ttt.rates)
             present = [row[:n] for row, n in zip(losses, read, strict=False)]
             found = np.split(torch.cat(present).cpu().numpy(), np.cumsum(read)[:-1])
         return [
-            mixed_losses(np.stack(found[at : at + self._rates]), self._ttt.mixture_tokens)
-            for at in range(0, len(found), self._rates)
+            mixed_losses(np.stack(found[at : at + self._ttt.rates]), self._ttt.mixture_tokens)
+            for at in range(0, len(found), self._ttt.rates)
         ]
 
     def _begin(self, documents: Sequence[np.ndarray], plan: SessionPlan) -> Tensor:
         """Take up a batch; returns the buffer of its losses, fp32 (rows, end of the last pass)."""
         rows, length = plan.rows[0], plan.passes[-1].end
         tokens, targets = (
-            _padded(texts, length, self._device).repeat_interleave(self._rates, 0)
+            _padded(texts, length, self._device).repeat_interleave(self._ttt.rates, 0)
             for texts in (documents, [targets_of(document) for document in documents])
         )
         self._adapters.reset(rows)

@@ -136,12 +136,11 @@ def fineweb(first: Run, other: Run) -> Table:
     document."""
     sizes, lengths = (getattr(first.scored[0], name).sum(axis=1) for name in ("bytes", "tokens"))
     nats = {score: [run.mean_nats(score).sum(axis=1) for run in (first, other)] for score in SCORES}
-    rows = []
+    classes, rows = class_of(sizes), []
     for score, both in nats.items():
         named = {str(number): one for number, one in enumerate(both)}
         parts = by_length(lengths, sizes, named)
         saved = (both[0] - both[1]) / log(2)
-        classes = class_of(sizes)
         gain = weighted_estimate(saved, sizes, classes, FINEWEB_TOKENS)
         assert gain is not None  # every document has bytes
         values = (f"{weighted(parts, name):.4f}" for name in named)

@@ -16,7 +16,7 @@ from model.runtime.errors import InputError
 from model.runtime.files import SIDECAR, write_bytes
 from model.runtime.provenance import recorded, require_recorded
 from pocketlm.params.params import Params
-from pocketlm.params.paths import ARTIFACT, ARTIFACTS, TOKENIZER, TOKENS
+from pocketlm.params.paths import ARTIFACT, ARTIFACTS, CONSTRAINTS, TOKENIZER, TOKENS
 from pocketlm.submission.bundle import NAME, bundle, settings_of
 from pocketlm.submission.folder import scoring_requirements
 from pocketlm.workflow.closure import STANDALONE
@@ -63,7 +63,7 @@ def export(place: Path, params: Params, seed: int) -> None:
         **files,
         NAME: bundle(settings_of(params), (STANDALONE,)),
         "config.json": f"{json.dumps(config, indent=2)}\n".encode(),
-        "requirements.txt": scoring_requirements(Path("constraints.txt")).encode(),
+        "requirements.txt": scoring_requirements(CONSTRAINTS).encode(),
         "README.md": readme.encode(),
     }
     _require_own(place, {*contents, "__pycache__"})  # Python makes it where bundle.py is imported

@@ -17,7 +17,7 @@ from model.runtime.errors import InputError, reading
 from model.runtime.files import write_bytes
 from model.runtime.provenance import read_recorded
 from pocketlm.params.params import Params
-from pocketlm.params.paths import ARTIFACTS, LOGS, STEPS, SUMMARY
+from pocketlm.params.paths import ARTIFACTS, CONSTRAINTS, LOGS, STEPS, SUMMARY
 from pocketlm.report.blocks import Block, Heading, Paragraph, Table, to_markdown
 from pocketlm.report.document import result_table, significance
 from pocketlm.submission.bundle import NAME, bundle, settings_of
@@ -181,7 +181,7 @@ def write_folder(params: Params) -> Path:
             "`snakemake --cores all submission`, which makes the report anew before",
         )
     values = json.dumps(submission_json(params, summary, audit), indent=2, allow_nan=False)
-    pins = requirements(Path("pyproject.toml"), Path("constraints.txt"))
+    pins = requirements(Path("pyproject.toml"), CONSTRAINTS)
     contents = {
         "README.md": readme(params, summary, audit).encode(),
         "submission.json": f"{values}\n".encode(),
