@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from pocketlm.report.paired import seeds_apart
 from pocketlm.report.results import SeedResult
 
 NAMES = ("recipe.json", "recipe.md", "recipe.svg")
+LABEL = 40  # characters of a line of a label in the figure
 SEEDS = {
     "included": "of other documents and other seeds together",
     "not included": "of other documents alone: the noise of other seeds is NOT included, as no "
     "training has two. Another seed may change what is called helping",
-    "same trainings": "of other documents: their trainings are the baseline's, so no seed differs",
+    "same trainings": "of other documents: their trainings are those of the run that they are "
+    "compared with, so no seed differs",
 }
 
 
@@ -129,10 +132,12 @@ def page(
     compared: Sequence[Run],
 ) -> list[Block]:
     """The page; described: what each factor or variant sets; runs, compared: as of `recipe`."""
-    header = ["name", "settings", "gain, bpb", "± noise", "detectable", "verdict", "nats"]
+    header = ["gain, bpb", "± noise", "detectable", "verdict", "nats"]
+    several = _several(found)
     rows = [
         [
             one.name,
+            *([one.against or "-"] if several else []),
             described[one.name],
             f"{one.bpb:+.4f}",
             _number(one.noise),
@@ -149,7 +154,13 @@ def page(
     blocks: list[Block] = [
         Heading(1, "What each technique is worth"),
         Paragraph(title),
-        Table([*header, "trained, bpb", "gap, bpb", "ms a step", "bytes"], rows),
+        Table(
+            [
+                *("name", *(["against"] if several else []), "settings"),
+                *(*header, "trained, bpb", "gap, bpb", "ms a step", "bytes"),
+            ],
+            rows,
+        ),
         Paragraph(
             "Gain: bits per byte with TTT that are saved, weighted to FineWeb's lengths; nats: per "
             "token, unweighted; gap: what quantization loses more. The noise is half of the "
@@ -161,6 +172,11 @@ def page(
         Figure(NAMES[2], "Gain of each", "Gains with their intervals, in bits per byte."),
     ]
     return [*blocks, *_reached(runs), *(_compared(*compared) if compared else [])]
+
+
+def _several(found: Sequence[Effect]) -> bool:
+    """Whether not all are compared with the same run."""
+    return len({one.against for one in found}) > 1
 
 
 def _number(value: float | None) -> str:
@@ -265,13 +281,16 @@ def plot(found: Sequence[Effect]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Drawing
 
+    said = [f"{one.name} against {one.against}" if _several(found) else one.name for one in found]
+    names = [fill(label(one), LABEL) for one in reversed(said)]
+    lines = sum(name.count("\n") + 1 for name in names)
     with rc_context(STYLE):
-        figure = Drawing(figsize=(8, 1.2 + 0.34 * len(found)), layout="constrained")
+        figure = Drawing(figsize=(8, 1.2 + 0.16 * (len(found) + lines)), layout="constrained")
         axis = figure.subplots()
         for place, one in enumerate(reversed(found)):
             color = GREY if one.verdict == "undecided" else COLOURS[0]
             axis.errorbar(one.bpb, place, xerr=one.noise or 0, fmt="o", color=color, capsize=3)
         axis.axvline(0, color=GREY, linewidth=0.8)
-        axis.set_yticks(range(len(found)), [label(one.name) for one in reversed(found)])
+        axis.set_yticks(range(len(found)), names)
         axis.set_xlabel("gain with TTT, bits per byte, weighted to FineWeb's lengths")
         return svg(figure)

@@ -10,9 +10,10 @@ its seeds, pooled over the trainings i of n_i seeds, as in the analysis of varia
 so that few seeds of each, or many of one of them, serve all. If no training has two seeds it is not
 known, and the page says that the noise leaves it out.
 
-A variant whose trainings are the baseline's, as only settings of quantization or TTT differ, has no
-noise of seeds: both start from the same weights, and the differences by document are right as they
-are. They hold for these weights; what quantization draws at random is in them once.
+A variant whose trainings are those of the run that it is compared with, as only settings of
+quantization or TTT differ, has no noise of seeds: both start from the same weights, and the
+differences by document are right as they are. They hold for these weights; what quantization draws
+at random is in them once.
 
 What is chosen is chosen for its luck, too. So every second document decides on the order and the
 choice, and all figures come from the others (`chosen_and_reported`). That removes the luck of
@@ -21,7 +22,7 @@ documents; that of seeds stays, as both halves are scored with the same weights.
 Source: G. Box, W. Hunter and J. Hunter, "Statistics for Experimenters", 2nd ed. (2005), chapter 4.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, log
 from statistics import fmean
@@ -51,7 +52,8 @@ class Effect:
     detectable: the smallest gain that is found with such noise. nats: per token with TTT,
     unweighted. trained_bpb: of the averaged weights, trained_noise: of seeds alone. None: not
     known. gap (bits per byte lost by quantization), ms_per_step, bytes: added. seeds: whether noise
-    has that of seeds in it, or whether there is none, as the trainings are the baseline's.
+    has that of seeds in it, or whether there is none, as the trainings are those of the other run.
+    against: the variant that it is compared with; None of factors.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Effect:
     ms_per_step: float
     bytes: float
     seeds: Literal["included", "not included", "same trainings"]
+    against: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -180,20 +183,29 @@ def factors(
     ]
 
 
-def variants(runs: Sequence[Run], baseline: str, documents: Documents) -> list[Effect]:
-    """What each variant is worth against the one named `baseline`.
+def variants(
+    runs: Sequence[Run],
+    baseline: str,
+    documents: Documents,
+    against: Mapping[str, str] | None = None,
+) -> list[Effect]:
+    """What each variant is worth against the one named `baseline`, or that in `against`.
 
-    Raises InputError if that is not among the runs, as it has failed or not run yet.
+    Raises InputError if one of these is not among the runs, as it has failed or not run yet.
     """
-    base = next((run for run in runs if run.name == baseline), None)
-    if base is None:
-        raise InputError(f"ablation: the baseline, {baseline}, has no results", REPAIR)
+    by_name = {run.name: run for run in runs}
+    others = {run.name: (against or {}).get(run.name, baseline) for run in runs}
+    for name in (baseline, *others.values()):
+        if name not in by_name:
+            what = "the baseline" if name == baseline else "what others are compared with"
+            raise InputError(f"ablation: {what}, {name}, has no results", REPAIR)
     spread = _spread(runs, documents.scores)
     trained_spread = _spread(runs, lambda run: [one.train.bpb for one in run.results])
     found = []
     for run in runs:
-        if run is base:
+        if run.name == baseline:
             continue
+        base = by_name[others[run.name]]
         before, after, made = _seeds(base), _seeds(run), trainings(run)
         same = set(made) <= set(trainings(base))
         if same:
@@ -209,6 +221,7 @@ def variants(runs: Sequence[Run], baseline: str, documents: Documents) -> list[E
                 trained_noise=0.0 if same else _half(_apart(trained_spread, weight)),
                 **{name: _added(before, after, number) for name, number in NUMBERS.items()},
                 seeds="same trainings" if same else "included" if spread else "not included",
+                against=base.name,
             )
         )
     return found

@@ -9,6 +9,7 @@ own.
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pocketlm.params.load import load_params, read_yaml
 from pocketlm.params.params import Params
 from pocketlm.params.paths import STEPS
 from pocketlm.report.compare_runs import Run, same_text
-from pocketlm.report.effects import REPAIR, Documents, Effect, factors, variants
+from pocketlm.report.effects import REPAIR, Documents, Effect, factors, halves, variants
 from pocketlm.report.factorial import design
 from pocketlm.report.records import check
 from pocketlm.report.sweep_page import Combination
@@ -113,12 +114,14 @@ class Design(Ablation):
 class Variants(Ablation):
     """A file of variants.
 
-    variants: the values of each; baseline: the name of the one that the others are compared with;
-    seeds_of: seeds of variants that have others than `seeds`.
+    variants: the values of each; baseline: the name of the one that the others are compared with,
+    but those for which `against` names another one; seeds_of: seeds of variants that have others
+    than `seeds`.
     """
 
     variants: Annotated[dict[str, Combination], Field(min_length=2)]
     baseline: str
+    against: dict[str, str] = Field(default_factory=dict)
     seeds_of: dict[str, Seeds] = Field(default_factory=dict)
 
     @property
@@ -131,13 +134,13 @@ class Variants(Ablation):
 
     def measured(self, runs: Sequence[Run], documents: Documents) -> list[Effect]:
         """What each variant is worth, by the runs that succeeded."""
-        return variants(runs, self.baseline, documents)
+        return variants(runs, self.baseline, documents, self.against)
 
     @property
     def described(self) -> dict[str, str]:
         """What each variant sets."""
         return {
-            name: "; ".join(f"`{key}` {value}" for key, value in values.items()) or "nothing"
+            name: "; ".join(f"`{key}` {value}" for key, value in values.items()) or "as params.yaml"
             for name, values in self.variants.items()
         }
 
@@ -178,8 +181,16 @@ def _checked_design(found: Design, path: Path) -> Design:
 
 
 def _checked_variants(found: Variants, path: Path) -> Variants:
-    for key, names in (("baseline", [found.baseline]), ("seeds_of", found.seeds_of)):
+    named = {"baseline": [found.baseline], "seeds_of": found.seeds_of}
+    named |= {"against": [*found.against, *found.against.values()]}
+    for key, names in named.items():
         _check_names(f"{path}: {key}", names, found.variants)
+    for one, other in found.against.items():
+        if one in (other, found.baseline):
+            raise InputError(
+                f"{path}: against: {one}: is {'itself' if one == other else 'the baseline'}",
+                "leave it out, or name another variant",
+            )
     for name, values in found.variants.items():
         _check_keys(f"{path}: variants: {name}", values, found.always, SAME)
     return found
@@ -255,13 +266,15 @@ def compared(
 ) -> list[Run]:
     """The baseline and the best: of variants those that have run, of factors both run here.
 
-    ranked: effects by which to choose where `chosen` names nothing; at_once: as of `run_jobs`.
+    ranked: effects by which to choose factors where `chosen` names none; at_once: as of `run_jobs`.
+    The best variant is that with the best score on the documents to choose by.
     """
     if isinstance(ablation, Design):
         high = chosen or [one.name for one in ranked if one.verdict == "helps"]
         return results(run_jobs(jobs(path, ablation.confirmed(high)), at_once))
-    first = ranked[0].name if ranked and ranked[0].bpb > 0 else ablation.baseline
-    pair = [ablation.baseline, *(chosen or [first])]
+    to_choose, _ = halves(runs[0])
+    first = min(runs, key=lambda run: fmean(to_choose.scores(run)))
+    pair = [ablation.baseline, *(chosen or [first.name])]
     found = {run.name: run for run in runs}
     if absent := [name for name in pair if name not in found]:
         raise InputError(f"ablation: {absent[0]}: has no results", REPAIR)

@@ -209,6 +209,32 @@ def test_without_a_second_seed_the_page_says_that_their_noise_is_not_included() 
         variants(runs, "others", halves(runs[0])[1])
 
 
+def test_a_variant_may_be_compared_with_another_one_than_the_baseline() -> None:
+    """Its difference and its noise are those to that one, and the page names it."""
+    generator = np.random.default_rng(3)
+    base = drawn(generator, 2, np.zeros(40))
+    first = drawn(generator, 2, np.full(40, 0.1))
+    runs = [
+        made("base", base),
+        made("first", first),
+        made("second", first - BITS * 0.01, ["first 0", "first 1"]),
+    ]
+    documents = halves(runs[0])[1]
+    one, two = variants(runs, "base", documents, {"second": "first"})
+    assert (one.against, two.against) == ("base", "first")
+    assert one == variants(runs[:2], "base", documents)[0]
+    assert two == variants(runs[1:], "first", documents)[0]
+    assert two.bpb == pytest.approx(0.01)
+    assert two.seeds == "same trainings"
+    described = {found.name: "`a` 1" for found in (one, two)}
+    text = to_markdown(page("title", [one, two], described, runs, []))
+    assert "| name | against |" in text
+    assert "| second | first |" in text
+    assert "against" not in to_markdown(page("title", [one], described, runs, []))
+    with pytest.raises(InputError, match="compared with, third, has no results"):
+        variants(runs, "base", documents, {"second": "third"})
+
+
 @pytest.mark.parametrize("documents", [20, 41])
 def test_even_documents_choose_and_odd_ones_are_reported(documents: int) -> None:
     """What is best on the even ones comes first, whatever the odd ones say, and the reverse."""
