@@ -147,7 +147,7 @@ BARS = (
     Bar(
         "quantization_loss",
         "gap_nats_36m",
-        "preset best: quantization gap, nats",
+        "36 M by its settings: quantization gap, nats",
         UNKNOWN,
         "≤ 0.011",
         NATS,
