@@ -82,7 +82,7 @@ class Run:
 
 def training_batches(params: Params, group: Group) -> tuple[str, Batches]:
     """A description of the data, and an endless iterator of microbatches."""
-    length, longest = params.train.tokens_per_microbatch, params.model.sequence_length
+    length, longest = params.train.microbatch(group.size), params.model.sequence_length
     if (TOKENS / "manifest.json").exists():
         manifest = Manifest.load(TOKENS)
         stream = TokenStream(manifest.train)
@@ -94,7 +94,7 @@ def training_batches(params: Params, group: Group) -> tuple[str, Batches]:
 
 def synthetic_batches(params: Params, group: Group) -> Iterator[tuple[Any, Any, Documents]]:
     """Eight microbatches of random tokens in documents of realistic lengths, repeated endlessly."""
-    length = params.train.tokens_per_microbatch
+    length = params.train.microbatch(group.size)
     ready = []
     for number in range(8):
         seed = group.rank + group.size * number
@@ -191,7 +191,7 @@ def show(run: Run, repeats: int) -> None:
     device, model = run.group.device, run.trainer.model
     bandwidth = common.copy_rate(device, repeats)
     rate = common.product_rate(device, model.dtype, repeats)
-    params, tokens = run.params.model, run.params.train.tokens_per_microbatch
+    params, tokens = run.params.model, run.trainer.span
     pairs = sum(common.causal_pairs(batch[2]) for batch in run.sample) / len(run.sample)
     chains = floors.chain_bytes(params, tokens) + floors.head_bytes(params, tokens)
     state, schulz = floors.optimizer_work(model, run.params.train)

@@ -73,10 +73,8 @@ def check_batches(stage: StageRun, manifest: Manifest, stream: TokenStream) -> N
     """Raise InputError unless tokens and processes fit the batch of an optimizer step."""
     train, processes = stage.params.train, stage.group.size
     if uneven := train.uneven(processes):
-        per_round = processes * train.tokens_per_microbatch
         raise InputError(
-            f"train: started with {processes} processes, whose microbatches ({per_round} "
-            f"tokens) do not divide {uneven}",
+            f"train: started with {processes} processes, which do not divide {uneven}",
             f"start it with the {stage.params.execution.processes} of params.yaml, or change "
             "train.tokens_per_step or train.batch_schedule",
         )
@@ -105,7 +103,7 @@ class Training:
         self.trainer = Trainer(model, self.params, group, compiled, prefixes)
         self.data = TrainingBatches(
             stream,
-            params.train.tokens_per_microbatch,
+            self.trainer.span,
             params.model.sequence_length,
             group,
             group.device,
@@ -120,6 +118,7 @@ class Training:
         self.key = run_key(
             seed=stage.seed,
             data=sha256(TOKENS / MANIFEST),
+            order=self.trainer.span if self.params.order_by_seed else None,  # it is one of spans
             **stage.values(("model", "train")),
         )
         self.choice = str(choice)
@@ -127,7 +126,7 @@ class Training:
     @contextmanager
     def batches(self) -> Iterator[Batches]:
         """The microbatches of this process from the present optimizer step on."""
-        first = self.trainer.tokens // self.params.tokens_per_microbatch
+        first = self.trainer.tokens // self.trainer.span
         with closing(self.data.from_span(first)) as batches:
             yield batches
 

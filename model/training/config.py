@@ -5,6 +5,7 @@ minute on one GPU and for ten on eight.
 """
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 from model.runtime.settings import Settings, require, setting
@@ -27,7 +28,10 @@ class TrainConfig(Settings):
         "batch of one optimizer step, all processes together", "tokens", ge=1, le=2**30
     )
     tokens_per_microbatch: int = setting(
-        "flat span one process takes at once", "tokens", ge=1, le=2**30
+        "flat span one process takes at once; a part of it if a step has too few for all",
+        "tokens",
+        ge=1,
+        le=2**30,
     )
     order_by_seed: bool = setting(
         "each seed reads the text in an order of its own; off: all in that of the shards"
@@ -160,14 +164,28 @@ class TrainConfig(Settings):
         whole = self.tokens_per_step // self.tokens_per_microbatch
         return max(1, round(share * whole)) * self.tokens_per_microbatch
 
+    def microbatch(self, processes: int) -> int:
+        """Tokens that each of so many processes takes at once.
+
+        `tokens_per_microbatch`, or the largest part of it of which every step has equally many for
+        all; 0 if a step cannot be shared equally.
+        """
+        if self.uneven(processes):
+            return 0
+        return gcd(self.tokens_per_microbatch, *(batch // processes for batch in self._batches))
+
     def uneven(self, processes: int) -> str | None:
         """The key, and tokens of a step, of which so many processes cannot take equal parts."""
-        per_round = processes * self.tokens_per_microbatch
-        if self.tokens_per_step % per_round:
-            return f"train.tokens_per_step ({self.tokens_per_step})"
-        batches = (self.batch(share) for _, share in self.batch_schedule)
-        uneven = next((batch for batch in batches if batch % per_round), None)
+        first, *others = self._batches
+        if first % processes:
+            return f"train.tokens_per_step ({first})"
+        uneven = next((batch for batch in others if batch % processes), None)
         return None if uneven is None else f"a batch of train.batch_schedule ({uneven})"
+
+    @property
+    def _batches(self) -> list[int]:
+        """Tokens of the steps that a run has, `tokens_per_step` first."""
+        return [self.tokens_per_step, *(self.batch(share) for _, share in self.batch_schedule)]
 
 
 def _check_phases(key: str, phases: list[list[float]]) -> None:

@@ -46,6 +46,7 @@ class Trainer:
     ) -> None:
         self.prefixes = prefixes
         self.model, self.params, self.group = model, params, group
+        self.span = params.microbatch(group.size)  # tokens of a microbatch
         self.compiled = compiled and group.device.type == "cuda"
         if self.compiled:
             model.compile_parts()
@@ -66,8 +67,7 @@ class Trainer:
 
     def microbatches(self, progress: float) -> int:
         """Batches that this process takes in a step."""
-        tokens = self.schedule.tokens(progress)
-        return tokens // self.params.tokens_per_microbatch // self.group.size
+        return self.schedule.tokens(progress) // self.span // self.group.size
 
     def step(self, batches: Batches, progress: float) -> Tensor:
         """Take one optimizer step on this process's next `microbatches` batches.

@@ -106,9 +106,16 @@ class Params(Settings):
         require(
             uneven is None,
             "execution.processes",
-            f"{execution.processes} processes x {self.train.tokens_per_microbatch} tokens do "
-            f"not divide {uneven}",
-            "change execution.processes, train.tokens_per_microbatch or that batch",
+            f"{execution.processes} processes do not divide {uneven}",
+            "change execution.processes or that batch",
+        )
+        span = self.train.microbatch(execution.processes)
+        require(
+            span >= min(self.model.sequence_length, self.train.tokens_per_microbatch),
+            "execution.processes",
+            f"{execution.processes} processes would take {span} tokens of a step at once, fewer "
+            f"than model.sequence_length ({self.model.sequence_length})",
+            "make train.tokens_per_step larger, or its batches other shares",
         )
 
     def _check_lengths(self) -> None:

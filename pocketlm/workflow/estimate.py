@@ -241,9 +241,8 @@ def estimate(params: Params, gpus: int, in_force: Params | None) -> list[Block]:
     """
     if gpus and (uneven := params.train.uneven(gpus)):
         raise InputError(
-            f"--gpus {gpus}: their microbatches do not divide {uneven}",
-            f"name as many as divide it by {params.train.tokens_per_microbatch}, e.g. "
-            f"{params.execution.processes}",
+            f"--gpus {gpus}: they do not divide {uneven}",
+            f"name as many as divide it, e.g. {params.execution.processes}",
         )
     past = last_run(in_force.seeds) if in_force else None
     lengths = scored_lengths(params)

@@ -30,7 +30,8 @@ def parts(params: Params, stage: str) -> list[Part]:
     size = "model.layers, model.width, model.mlp_width or model.bigram_buckets"
     if stage == "train":
         copies = 3 if train.ema_window else 2  # of the weights: they, their gradients, the average
-        outputs = len(model.executed_layers) * model.width * train.tokens_per_microbatch
+        span = train.microbatch(params.execution.processes)
+        outputs = len(model.executed_layers) * model.width * span
         return [
             Part("weights, gradients and average", copies * FP32 * model.weights, size),
             Part("activations of a microbatch", BF16 * outputs, "train.tokens_per_microbatch"),

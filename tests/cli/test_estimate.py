@@ -58,8 +58,8 @@ def test_text_that_was_not_tokenized_is_not_known() -> None:
 
 
 def test_gpus_must_divide_the_step() -> None:
-    with pytest.raises(InputError, match=r"--gpus 3: their microbatches do not divide"):
-        estimate(compose("record"), 3, None)
+    with pytest.raises(InputError, match=r"--gpus 5: they do not divide train.tokens_per_step"):
+        estimate(compose("record"), 5, None)
 
 
 @settings(max_examples=50)

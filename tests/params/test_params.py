@@ -74,6 +74,16 @@ def test_presets_survive_the_file(name: str, tmp_path: Path) -> None:
     assert yaml.safe_load(path.read_text()) == dataclasses.asdict(params)  # YAML 1.1 reads the same
 
 
+@pytest.mark.parametrize("name", ["h100", "best", "record"])
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_presets_of_gpus_suit_one_host_of_any_size(name: str, processes: int) -> None:
+    """The batch stays as it is, and what a process takes at once is no less than a context."""
+    params = compose(name, [f"execution.processes={processes}"])
+    span = params.train.microbatch(processes)
+    assert params.train.tokens_per_step % (processes * span) == 0
+    assert params.model.sequence_length <= span <= params.train.tokens_per_microbatch
+
+
 def test_every_value_is_explained() -> None:
     above = ""
     for line in render(compose("demo")).splitlines():
@@ -189,7 +199,13 @@ def test_missing_key(values: dict[str, Any]) -> None:
             {"train.batch_schedule": [[0.5, 0.4]], "train.tokens_per_microbatch": 256}
             | {"execution.processes": 4},
             "execution.processes",
-            "a batch of train.batch_schedule (512)",
+            "would take 128 tokens of a step at once, fewer than model.sequence_length (256)",
+        ),
+        (
+            {"train.batch_schedule": [[0.5, 0.4]], "train.tokens_per_microbatch": 256}
+            | {"train.tokens_per_step": 1536, "execution.processes": 3},
+            "execution.processes",
+            "3 processes do not divide a batch of train.batch_schedule (512)",
         ),
         ({"evaluate.sliding_stride": 257}, "evaluate.sliding_stride", "skipped"),
         ({"ttt.context": 8}, "ttt.context", "shorter than largest_chunk"),

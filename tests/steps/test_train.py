@@ -323,8 +323,11 @@ def test_recurrence_begins_on_the_way_and_again_after_a_kill(tokens, tmp_path):
     )
 
 
-def test_two_processes_have_the_curve_of_one(tokens, whole, tmp_path):
-    directory = workplace(tmp_path / "two", tokens, save_every_seconds=1e9)
+@pytest.mark.parametrize("span", [64, 128], ids=["enough for both", "halved"])
+def test_two_processes_have_the_curve_of_one(tokens, whole, tmp_path, span):
+    """Also if a step has but one microbatch for both, of which each then takes a half."""
+    changes = {"save_every_seconds": 1e9, "tokens_per_microbatch": span}
+    directory = workplace(tmp_path / "two", tokens, **changes)
     processes = start_two(directory)
     for process in processes:
         finish(process)
@@ -471,7 +474,7 @@ def test_a_run_whose_log_was_damaged_begins_anew(tokens, tmp_path, whole):
 
 
 def test_processes_that_do_not_share_a_step_evenly_are_refused(tokens, tmp_path):
-    directory = workplace(tmp_path / "odd", tokens, tokens_per_step=128, tokens_per_microbatch=128)
+    directory = workplace(tmp_path / "odd", tokens, tokens_per_step=129, tokens_per_microbatch=129)
     torchrun = ["-m", "pocketlm.workflow.torchrun", "2", "-m", "steps.train", "--seed=0"]
     done = subprocess.run(
         [sys.executable, *torchrun],
@@ -483,7 +486,7 @@ def test_processes_that_do_not_share_a_step_evenly_are_refused(tokens, tmp_path)
     )
     assert done.returncode == 2
     assert done.stderr.count("started with 2 processes") == 1
-    assert done.stderr.count("do not divide train.tokens_per_step (128)") == 1
+    assert done.stderr.count("do not divide train.tokens_per_step (129)") == 1
 
 
 def _fail_twice(group: Group) -> list[bool]:

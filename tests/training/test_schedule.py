@@ -92,6 +92,35 @@ def test_the_batch_grows_in_phases_of_whole_microbatches_and_scales_the_rate():
     assert schedule(batch_schedule=[[0.5, 0.5]], batch_lr_power=0.0).multiplier(0.0) == 1
 
 
+@pytest.mark.parametrize(
+    ("batches", "processes", "span"),
+    [
+        ([], 1, 40),
+        ([], 2, 40),
+        ([], 4, 20),
+        ([], 5, 8),
+        ([], 3, 0),
+        ([[0.2, 0.5]], 2, 20),
+        ([[0.2, 0.5]], 80, 0),
+    ],
+)
+def test_processes_take_the_largest_part_of_a_microbatch_that_suits_all_steps(
+    batches: list[list[float]], processes: int, span: int
+) -> None:
+    changes = {"tokens_per_step": 80, "tokens_per_microbatch": 40}
+    params = train_params(batch_schedule=batches, **changes)
+    assert params.microbatch(processes) == span
+    assert (params.uneven(processes) is None) == (span > 0)
+    parts = [
+        size
+        for size in range(1, 41)
+        if not any(
+            one % size for one in (40, *(b / processes for b in (80, *(40 for _ in batches))))
+        )
+    ]
+    assert max(parts, default=0) == span
+
+
 def test_rounding_and_decay_do_not_begin_with_small_batches():
     growing = Schedule(train_params(batch_schedule=[[0.5, 0.125]], batch_lr_power=1.0))
     assert growing.multiplier(0.0) < growing.params.qat_threshold
