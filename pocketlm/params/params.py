@@ -109,14 +109,6 @@ class Params(Settings):
             f"{execution.processes} processes do not divide {uneven}",
             "change execution.processes or that batch",
         )
-        span = self.train.microbatch(execution.processes)
-        require(
-            span >= min(self.model.sequence_length, self.train.tokens_per_microbatch),
-            "execution.processes",
-            f"{execution.processes} processes would take {span} tokens of a step at once, fewer "
-            f"than model.sequence_length ({self.model.sequence_length})",
-            "make train.tokens_per_step larger, or its batches other shares",
-        )
 
     def _check_lengths(self) -> None:
         require(
@@ -125,6 +117,15 @@ class Params(Settings):
             f"{self.train.tokens_per_microbatch} is shorter than model.sequence_length "
             f"({self.model.sequence_length})",
             "make it at least one sequence",
+        )
+        processes = self.execution.processes
+        span = self.train.microbatch(processes)
+        require(
+            span >= self.model.sequence_length,
+            "execution.processes",
+            f"{processes} processes would take {span} tokens of a step at once, fewer than "
+            f"model.sequence_length ({self.model.sequence_length})",
+            "make train.tokens_per_step larger, or its batches other shares",
         )
         require(
             self.evaluate.sliding_stride <= self.model.sequence_length,

@@ -132,8 +132,9 @@ def page(
     compared: Sequence[Run],
 ) -> list[Block]:
     """The page; described: what each factor or variant sets; runs, compared: as of `recipe`."""
-    header = ["gain, bpb", "± noise", "detectable", "verdict", "nats"]
     several = _several(found)
+    header = ["name", *(["against"] if several else []), "settings"]
+    header += ["gain, bpb", "± noise", "detectable", "verdict", "nats"]
     rows = [
         [
             one.name,
@@ -154,13 +155,7 @@ def page(
     blocks: list[Block] = [
         Heading(1, "What each technique is worth"),
         Paragraph(title),
-        Table(
-            [
-                *("name", *(["against"] if several else []), "settings"),
-                *(*header, "trained, bpb", "gap, bpb", "ms a step", "bytes"),
-            ],
-            rows,
-        ),
+        Table([*header, "trained, bpb", "gap, bpb", "ms a step", "bytes"], rows),
         Paragraph(
             "Gain: bits per byte with TTT that are saved, weighted to FineWeb's lengths; nats: per "
             "token, unweighted; gap: what quantization loses more. The noise is half of the "
@@ -281,7 +276,8 @@ def plot(found: Sequence[Effect]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Drawing
 
-    said = [f"{one.name} against {one.against}" if _several(found) else one.name for one in found]
+    several = _several(found)
+    said = [f"{one.name} against {one.against}" if several else one.name for one in found]
     names = [fill(label(one), LABEL) for one in reversed(said)]
     lines = sum(name.count("\n") + 1 for name in names)
     with rc_context(STYLE):

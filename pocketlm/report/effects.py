@@ -194,7 +194,7 @@ def variants(
     Raises InputError if one of these is not among the runs, as it has failed or not run yet.
     """
     by_name = {run.name: run for run in runs}
-    others = {run.name: (against or {}).get(run.name, baseline) for run in runs}
+    others = {name: (against or {}).get(name, baseline) for name in by_name if name != baseline}
     for name in (baseline, *others.values()):
         if name not in by_name:
             what = "the baseline" if name == baseline else "what others are compared with"
@@ -202,10 +202,8 @@ def variants(
     spread = _spread(runs, documents.scores)
     trained_spread = _spread(runs, lambda run: [one.train.bpb for one in run.results])
     found = []
-    for run in runs:
-        if run.name == baseline:
-            continue
-        base = by_name[others[run.name]]
+    for name, other in others.items():
+        run, base = by_name[name], by_name[other]
         before, after, made = _seeds(base), _seeds(run), trainings(run)
         same = set(made) <= set(trainings(base))
         if same:
@@ -214,14 +212,14 @@ def variants(
         weight = 1 / len(before) + 1 / len(after)
         found.append(
             _effect(
-                run.name,
+                name,
                 means[0] - means[1],
                 documents,
                 None if same else _apart(spread, weight),
                 trained_noise=0.0 if same else _half(_apart(trained_spread, weight)),
-                **{name: _added(before, after, number) for name, number in NUMBERS.items()},
+                **{key: _added(before, after, number) for key, number in NUMBERS.items()},
                 seeds="same trainings" if same else "included" if spread else "not included",
-                against=base.name,
+                against=other,
             )
         )
     return found

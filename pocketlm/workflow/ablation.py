@@ -181,9 +181,11 @@ def _checked_design(found: Design, path: Path) -> Design:
 
 
 def _checked_variants(found: Variants, path: Path) -> Variants:
-    named = {"baseline": [found.baseline], "seeds_of": found.seeds_of}
-    named |= {"against": [*found.against, *found.against.values()]}
-    for key, names in named.items():
+    for key, names in (
+        ("baseline", [found.baseline]),
+        ("seeds_of", found.seeds_of),
+        ("against", [*found.against, *found.against.values()]),
+    ):
         _check_names(f"{path}: {key}", names, found.variants)
     for one, other in found.against.items():
         if one in (other, found.baseline):
