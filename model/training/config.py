@@ -98,7 +98,13 @@ class TrainConfig(Settings):
     )
     weight_decay: float = setting("decoupled, all groups", "1/(lr*step)", ge=0, le=1e6)
     weight_decay_schedule: Literal["constant", "lr", "cosine"] = setting(
-        "factor of weight_decay: 1, that of the cool-down, or a cosine from 1 to 0"
+        "factor of weight_decay and rate_penalty: 1, that of the cool-down, or a cosine from 1 to 0"
+    )
+    rate_penalty: float = setting(
+        "decoupled, of the matrices: decay along the gradient of their coded bits; 0 = off",
+        "1/(lr*step)",
+        ge=0,
+        le=1e6,
     )
     gradient_clip: float | None = setting(
         "global norm after the reduction; null = off", gt=0, le=1e9
@@ -112,11 +118,11 @@ class TrainConfig(Settings):
     qat_threshold: float = setting(
         "matrices are rounded once lr multiplier < this; 0 = off", ge=0, le=1
     )
-    qat_bits: int = setting(
-        "to which the matrices are rounded then; the artifact's own steps follow from the budget",
+    qat_bits: float = setting(
+        "coded bits a weight that the matrices are rounded to then: as many as the artifact has",
         "bits",
-        ge=2,
-        le=8,
+        ge=1,
+        le=10,
     )
     validation_documents: int | None = setting(
         "validation documents scored after training, evenly spaced; null = all", ge=1, le=10**9

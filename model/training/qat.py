@@ -1,29 +1,35 @@
 """Quantization-aware training: matrices are rounded in the forward pass, not in the backward.
 
-A row w becomes s·round(w/s) on a symmetric grid up to its largest absolute value. The step sizes of
-the artifact follow from the byte budget and are known only after training; this grid approximates
-them. The straight-through estimator (Bengio et al. 2013) takes the derivative of rounding as that
-of the identity, so that the fp32 master weights are trained. `model.network.compute_weights`
-applies it.
+A row w of width σ = sqrt(mean w²) becomes s·round(w/s). Normally distributed values that are
+rounded so and entropy-coded cost log2(σ·sqrt(2πe)/s) bits each (Gish & Pierce 1968), hence
+
+    s = σ·sqrt(2πe)·2^(−bits).
+
+The artifact's own step sizes follow from the byte budget and are known only after training; with
+`bits` as many as its weights will have, these are like them. The straight-through estimator (Bengio
+et al. 2013) takes the derivative of rounding as that of the identity, so that the fp32 master
+weights are trained. `model.network.compute_weights` applies it.
 """
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from model.artifact.quantizer import SMALLEST_SCALE, encode, largest_code
+NORMAL = math.sqrt(2 * math.pi * math.e)  # 2 to the differential entropy of width 1
 
 
 @dataclass(frozen=True)
 class StraightThrough:
-    """Round matrices (rows, columns) to `bits` bits per row, with the gradient of the identity."""
+    """Round matrices (rows, columns) to `bits` bits a weight; its gradient is the identity's."""
 
-    bits: int
+    bits: float
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Round; same shape and dtype."""
         values = weight.detach()
-        scale = values.abs().amax(dim=1, keepdim=True) / largest_code(self.bits)
-        scale = scale.half().float().clamp(min=SMALLEST_SCALE)
-        rounded = encode(values, scale, self.bits) * scale
+        width = values.square().mean(dim=1, keepdim=True).sqrt()
+        step = (NORMAL * 2.0**-self.bits * width).clamp(min=torch.finfo(values.dtype).tiny)
+        rounded = (values / step).round() * step
         return weight + (rounded - values)
