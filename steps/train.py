@@ -72,16 +72,17 @@ def main(stage: StageRun) -> None:
 def check_batches(stage: StageRun, manifest: Manifest, stream: TokenStream) -> None:
     """Raise InputError unless tokens and processes fit the batch of an optimizer step."""
     train, processes = stage.params.train, stage.group.size
-    if uneven := train.uneven(processes):
+    if misfit := stage.params.misfit(processes):
         raise InputError(
-            f"train: started with {processes} processes, which do not divide {uneven}",
+            f"train: started with {processes} processes, which {misfit}",
             f"start it with the {stage.params.execution.processes} of params.yaml, or change "
             "train.tokens_per_step or train.batch_schedule",
         )
-    if stream.total < train.tokens_per_microbatch:
+    span = train.microbatch(processes)
+    if stream.total < span:
         raise InputError(
-            f"{manifest.directory}: {stream.total} tokens to train on, fewer than "
-            f"train.tokens_per_microbatch ({train.tokens_per_microbatch})",
+            f"{manifest.directory}: {stream.total} tokens to train on, fewer than the {span} that "
+            "a process takes at once",
             "add text, or lower train.tokens_per_microbatch",
         )
 

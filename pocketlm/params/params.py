@@ -50,8 +50,8 @@ class Params(Settings):
     def __post_init__(self) -> None:
         self._check_seeds()
         self._check_vocabulary_and_budget()
-        self._check_processes()
         self._check_lengths()
+        self._check_processes()
 
     def _check_seeds(self) -> None:
         require(bool(self.seeds), "seeds", "is empty", "name at least two, e.g. [0, 1, 2]")
@@ -102,13 +102,25 @@ class Params(Settings):
             f"{execution.nodes} nodes cannot share {execution.processes} processes evenly",
             "make execution.processes a multiple of execution.nodes",
         )
-        uneven = self.train.uneven(execution.processes)
+        misfit = self.misfit(execution.processes)
         require(
-            uneven is None,
+            misfit is None,
             "execution.processes",
-            f"{execution.processes} processes do not divide {uneven}",
-            "change execution.processes or that batch",
+            f"{execution.processes} processes {misfit}",
+            "change execution.processes, train.tokens_per_step or train.batch_schedule",
         )
+
+    def misfit(self, processes: int) -> str | None:
+        """Why so many processes cannot train together: what they would do; None if they can."""
+        if uneven := self.train.uneven(processes):
+            return f"do not divide {uneven}"
+        span, least = self.train.microbatch(processes), self.model.sequence_length
+        if span < least:
+            return (
+                f"would take {span} tokens of a step at once, fewer than "
+                f"model.sequence_length ({least})"
+            )
+        return None
 
     def _check_lengths(self) -> None:
         require(
@@ -117,15 +129,6 @@ class Params(Settings):
             f"{self.train.tokens_per_microbatch} is shorter than model.sequence_length "
             f"({self.model.sequence_length})",
             "make it at least one sequence",
-        )
-        processes = self.execution.processes
-        span = self.train.microbatch(processes)
-        require(
-            span >= self.model.sequence_length,
-            "execution.processes",
-            f"{processes} processes would take {span} tokens of a step at once, fewer than "
-            f"model.sequence_length ({self.model.sequence_length})",
-            "make train.tokens_per_step larger, or its batches other shares",
         )
         require(
             self.evaluate.sliding_stride <= self.model.sequence_length,

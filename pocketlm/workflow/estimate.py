@@ -237,12 +237,12 @@ def estimate(params: Params, gpus: int, in_force: Params | None) -> list[Block]:
     """The estimate for `params`, and how right such a one would have been in the last run.
 
     gpus: 0 for the CPUs of this machine; in_force: the parameters of the results here, if any.
-    Raises InputError if `gpus` do not divide a step.
+    Raises InputError if `gpus` cannot share a step.
     """
-    if gpus and (uneven := params.train.uneven(gpus)):
+    if gpus and (misfit := params.misfit(gpus)):
         raise InputError(
-            f"--gpus {gpus}: they do not divide {uneven}",
-            f"name as many as divide it, e.g. {params.execution.processes}",
+            f"--gpus {gpus}: they {misfit}",
+            f"name as many as can share a step, e.g. {params.execution.processes}",
         )
     past = last_run(in_force.seeds) if in_force else None
     lengths = scored_lengths(params)

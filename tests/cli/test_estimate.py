@@ -57,9 +57,16 @@ def test_text_that_was_not_tokenized_is_not_known() -> None:
     assert "without the stages that are not known" in text
 
 
-def test_gpus_must_divide_the_step() -> None:
-    with pytest.raises(InputError, match=r"--gpus 5: they do not divide train.tokens_per_step"):
-        estimate(compose("record"), 5, None)
+@pytest.mark.parametrize(
+    ("gpus", "words"),
+    [
+        (5, "they do not divide train.tokens_per_step"),
+        (512, "they would take 1536 tokens of a step at once, fewer than model.sequence_length"),
+    ],
+)
+def test_gpus_must_be_able_to_share_a_step(gpus: int, words: str) -> None:
+    with pytest.raises(InputError, match=f"--gpus {gpus}: {words}"):
+        estimate(compose("record"), gpus, None)
 
 
 @settings(max_examples=50)
