@@ -33,6 +33,10 @@ def main(
     so_far: Annotated[
         bool, Option("--so-far", help="run nothing, and compare the runs that are done")
     ] = False,
+    earlier: Annotated[
+        Path | None,
+        Option(help="recipe.json of before: its rows stay, but those that are measured anew"),
+    ] = None,
 ) -> None:
     """Compare settings, by a design or as variants; write their worth."""
     from rich.console import Console
@@ -40,6 +44,7 @@ def main(
     from pocketlm.params.load import load_params
     from pocketlm.report.ablation_page import write
     from pocketlm.report.compare_runs import Run
+    from pocketlm.report.earlier import Earlier, read_earlier
     from pocketlm.report.effects import chosen_and_reported
     from pocketlm.report.terminal import show
     from pocketlm.submission.bundle import code_bytes
@@ -53,6 +58,7 @@ def main(
 
     plan = ablation.read_ablation(file)
     ablation.check_options(plan, file, confirm, choose or [], so_far)
+    kept = read_earlier(earlier) if earlier else Earlier()
     planned = ablation.jobs(file, plan.named)
     if dry_run:
         print("\n".join(ablation.lines(plan, planned)))
@@ -65,5 +71,6 @@ def main(
     if confirm or isinstance(plan, ablation.Variants):
         both = ablation.compared(plan, file, runs, ranked, choose or [], jobs)
     title = f"{file}: {len(runs)} of {len(planned)} runs"
-    blocks = write(output, title, found, plan.described, runs, both, shipped)
+    beside = kept.beside({one.name for one in found}, {run.name for run in runs})
+    blocks = write(output, title, found, plan.described, runs, both, shipped, beside)
     show(blocks, Console())

@@ -17,6 +17,7 @@ from pocketlm.params.paths import LOGS
 from pocketlm.report.blocks import Block, Figure, Heading, Paragraph, Table, label, to_markdown
 from pocketlm.report.compare import LEVEL
 from pocketlm.report.compare_runs import Run
+from pocketlm.report.earlier import Earlier
 from pocketlm.report.effects import Effect, halves
 from pocketlm.report.factorial import POWER
 from pocketlm.report.figures import COLOURS, GREY, STYLE, svg
@@ -262,12 +263,18 @@ def write(
     runs: Sequence[Run],
     compared: Sequence[Run],
     code_bytes: Callable[[Run], int],
+    earlier: Earlier,
 ) -> list[Block]:
-    """Write recipe.json, .md and .svg to `directory`; returns the blocks of the page."""
-    blocks = page(title, found, described, runs, compared)
-    write_json(directory / NAMES[0], recipe(found, runs, compared, code_bytes))
+    """Write recipe.json, .md and .svg to `directory`; returns the blocks of the page.
+
+    earlier: what stays beside these runs.
+    """
+    content = earlier.added_to(recipe(found, runs, compared, code_bytes))
+    every = [*found, *(one for one, _ in earlier.effects)]
+    blocks = page(title, every, {**described, **earlier.described}, runs, compared)
+    write_json(directory / NAMES[0], content)
     write_bytes(directory / NAMES[1], to_markdown(blocks).encode())
-    write_bytes(directory / NAMES[2], plot(found).encode())
+    write_bytes(directory / NAMES[2], plot(every).encode())
     return blocks
 
 

@@ -1,6 +1,7 @@
 """Designs and variants: planted effects found with intervals that hold, choice, pages."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from model.runtime.errors import InputError
 from pocketlm.report.ablation_page import NAMES, page, recipe, write
 from pocketlm.report.blocks import to_markdown
 from pocketlm.report.compare_runs import Run, Scored
+from pocketlm.report.earlier import Earlier, read_earlier
 from pocketlm.report.effects import Effect, chosen_and_reported, factors, halves, variants
 from pocketlm.report.factorial import design, detectable, fit
 
@@ -327,7 +329,7 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     described = {one.name: "`a` 1 → 2" for one in found}
     code = {"base": 200, "best": 300}
     runs = [before, best]
-    write(tmp_path, "title", found, described, runs, runs, lambda run: code[run.name])
+    write(tmp_path, "title", found, described, runs, runs, lambda run: code[run.name], Earlier())
     text = (tmp_path / NAMES[1]).read_text()
     assert [line.count("undecided") for line in text.splitlines()].count(1) == 2
     assert "+0.0040 | 0.0020 | 0.0030 | helps" in text
@@ -353,3 +355,54 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     assert said["runs"][1]["ttt_bpb"] == said["best_ttt_bpb"]
     assert said["runs"][0]["trained_bpb"] == said["baseline_trained_bpb"]
     assert recipe(found, [before], [], lambda run: 300)["best_ttt_bpb"] is None
+
+
+def test_rows_of_before_stay_beside_new_ones(tmp_path: Path) -> None:
+    """But those that are measured anew; figures that the new runs lack stay, too."""
+    kept, anew = effect("kept", 0.004), effect("anew", 0.001)
+    before = {
+        "commit": "0123456789abcdef",
+        "tokens_per_s_per_gpu": 1.0,
+        "tokens_per_s_per_gpu_recurrent": 2.0,
+        "ablation": [
+            asdict(kept) | {"verdict": "helps"},
+            asdict(effect("older", -0.5)) | {"commit": "fedcba9876543210"},
+            asdict(anew),
+        ],
+        "runs": [{"name": "base"}, {"name": "other"}],
+        "earlier_runs": [{"name": "older", "commit": "fedcba9876543210"}],
+    }
+    path = tmp_path / "before.json"
+    path.write_text(json.dumps(before))
+    earlier = read_earlier(path).beside({"anew"}, {"base"})
+    assert [one.name for one, _ in earlier.effects] == ["kept", "older"]
+    assert earlier.described == {
+        "kept": "measured at commit `0123456789`",
+        "older": "measured at commit `fedcba9876`",
+    }
+    said = earlier.added_to(
+        {
+            "commit": "5" * 16,
+            "tokens_per_s_per_gpu": 3.0,
+            "tokens_per_s_per_gpu_recurrent": None,
+            "ablation": [asdict(anew)],
+            "runs": [{"name": "base"}],
+        }
+    )
+    assert [row["name"] for row in said["ablation"]] == ["anew", "kept", "older"]
+    assert said["ablation"][1]["commit"] == before["commit"]
+    assert [row["name"] for row in said["earlier_runs"]] == ["other", "older"]
+    assert (said["tokens_per_s_per_gpu"], said["tokens_per_s_per_gpu_recurrent"]) == (3.0, 2.0)
+    assert said["commit"] == "5" * 16
+    path.write_text(json.dumps(said))
+    again = read_earlier(path).beside(set(), set())
+    assert [row["name"] for row in again.runs] == ["base", "other", "older"]
+    assert [row["commit"][0] for _, row in again.effects] == ["5", "0", "f"]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"commit": "a", "ablation": [{}], "runs": []}'])
+def test_what_is_no_earlier_recipe_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(InputError, match=r"other\.json") as caught:
+        read_earlier(tmp_path / "other.json")
+    assert caught.value.repair == "name the recipe.json of an ablation"
