@@ -65,7 +65,9 @@ def recipe(
         "tokens_per_s_per_gpu_recurrent": best and _rate(best, recurrent=True),
         "evaluation_seconds_8_gpus": best and _evaluation_seconds(best),
         "ablation": [{**asdict(one), "verdict": one.verdict} for one in found],
-        "runs": [{"name": run.name, **reached(run)} for run in runs],
+        "runs": [
+            {"name": run.name, "commit": _joined([run], "commit"), **reached(run)} for run in runs
+        ],
     }
 
 
@@ -90,6 +92,12 @@ def reached(run: Run) -> dict[str, Any]:
         "quantize_seconds": _mean(run, lambda result: result.quantize.seconds["total"]),
         "ttt_bpb": fmean(documents.scores(run)),
     }
+
+
+def _joined(runs: Sequence[Run], key: str) -> str:
+    """Devices or commits of the trainings, which may be of several days."""
+    found = {getattr(one.provenance["train"], key) for run in runs for one in run.results}
+    return ", ".join(sorted(str(one or "unknown") for one in found))
 
 
 def _mean(run: Run, value: Callable[[SeedResult], float]) -> float:
@@ -155,7 +163,7 @@ def page(
     ]
     blocks: list[Block] = [
         Heading(1, "What each technique is worth"),
-        Paragraph(title),
+        Paragraph(f"{title} on {_joined(runs, 'device')}, at commit {_joined(runs, 'commit')}"),
         Table([*header, "trained, bpb", "gap, bpb", "ms a step", "bytes"], rows),
         Paragraph(
             "Gain: bits per byte with TTT that are saved, weighted to FineWeb's lengths; nats: per "

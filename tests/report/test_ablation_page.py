@@ -108,7 +108,7 @@ def made(
                     },
                     device="one",
                     versions={},
-                    commit=None,
+                    commit=[None, "c0ffee"][seed % 2],
                     world_size=1,
                 ),
                 "ttt_eval": SimpleNamespace(world_size=1),
@@ -335,6 +335,7 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     assert "+0.0040 | 0.0020 | 0.0030 | helps" in text
     assert "+0.5000 | - | - | undecided" in text
     assert "The baseline and the best: base, best" in text
+    assert "title on one, at commit c0ffee, unknown" in text
     assert "<svg" in (tmp_path / NAMES[2]).read_text()
     said = json.loads((tmp_path / NAMES[0]).read_text())
     _, odd = halves(before)
@@ -345,6 +346,7 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     assert said["ablation"][3]["noise"] is None
     assert [row["verdict"] for row in said["ablation"]] == [one.verdict for one in found]
     assert [row["name"] for row in said["runs"]] == ["base", "best"]
+    assert [row["commit"] for row in said["runs"]] == ["c0ffee, unknown"] * 2
     assert (said["runs"][0]["parameters"], said["runs"][0]["gap_nats"]) == (100, 0.0625)
     assert (said["runs"][0]["predicted_gap_nats"], said["runs"][0]["quantize_seconds"]) == (
         0.05,
