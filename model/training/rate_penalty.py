@@ -41,9 +41,8 @@ class Decay:
     weights: float
     rate_penalty: float = 0.0
 
-    @torch.no_grad()
     def apply(self, matrices: list[Tensor], lr: float) -> None:
-        """Let matrices decay, in place."""
+        """Let matrices decay, in place; to be called without autograd."""
         if self.rate_penalty:
             factors = [decay_factors(matrix) for matrix in matrices]
             kept = torch._foreach_mul(factors, -lr * self.rate_penalty)

@@ -14,7 +14,16 @@ from model.evaluation.score import TTT
 from model.runtime.files import write_bytes, write_json
 from model.runtime.run_log import read_log
 from pocketlm.params.paths import LOGS
-from pocketlm.report.blocks import Block, Figure, Heading, Paragraph, Table, label, to_markdown
+from pocketlm.report.blocks import (
+    Block,
+    Figure,
+    Heading,
+    Paragraph,
+    Table,
+    label,
+    short_commit,
+    to_markdown,
+)
 from pocketlm.report.compare import LEVEL
 from pocketlm.report.compare_runs import Run
 from pocketlm.report.earlier import Earlier
@@ -66,7 +75,8 @@ def recipe(
         "evaluation_seconds_8_gpus": best and _evaluation_seconds(best),
         "ablation": [{**asdict(one), "verdict": one.verdict} for one in found],
         "runs": [
-            {"name": run.name, "commit": _joined([run], "commit"), **reached(run)} for run in runs
+            {"name": run.name, "commit": ", ".join(_origins([run], "commit")), **reached(run)}
+            for run in runs
         ],
     }
 
@@ -94,10 +104,10 @@ def reached(run: Run) -> dict[str, Any]:
     }
 
 
-def _joined(runs: Sequence[Run], key: str) -> str:
+def _origins(runs: Sequence[Run], key: str) -> list[str]:
     """Devices or commits of the trainings, which may be of several days."""
     found = {getattr(one.provenance["train"], key) for run in runs for one in run.results}
-    return ", ".join(sorted(str(one or "unknown") for one in found))
+    return sorted(one or "unknown" for one in found)
 
 
 def _mean(run: Run, value: Callable[[SeedResult], float]) -> float:
@@ -161,9 +171,10 @@ def page(
         ]
         for one in found
     ]
+    commits = ", ".join(map(short_commit, _origins(runs, "commit")))
     blocks: list[Block] = [
         Heading(1, "What each technique is worth"),
-        Paragraph(f"{title} on {_joined(runs, 'device')}, at commit {_joined(runs, 'commit')}"),
+        Paragraph(f"{title} on {', '.join(_origins(runs, 'device'))}, at commit {commits}"),
         Table([*header, "trained, bpb", "gap, bpb", "ms a step", "bytes"], rows),
         Paragraph(
             "Gain: bits per byte with TTT that are saved, weighted to FineWeb's lengths; nats: per "

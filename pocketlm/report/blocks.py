@@ -165,6 +165,14 @@ def label(text: str) -> str:
     return clean(text).replace("$", r"\$")
 
 
+def short_commit(commit: str | None) -> str:
+    """Shortened hash, keeping the mark of uncommitted changes."""
+    if commit is None:
+        return "unknown"
+    name, mark, rest = commit.partition("+")
+    return name[:10] + mark + rest
+
+
 def _markdown(block: Block) -> str:
     match block:
         case Heading(level, text):

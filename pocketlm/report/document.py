@@ -17,6 +17,7 @@ from pocketlm.report.blocks import (
     Quote,
     Table,
     clean,
+    short_commit,
 )
 from pocketlm.report.excerpts import END, TOKENS, Excerpt
 from pocketlm.report.power import MOST, WANTED
@@ -127,7 +128,7 @@ def _opening(summary: dict[str, Any]) -> list[Block]:
 def _what_was_run(summary: dict[str, Any]) -> str:
     preset, origins = summary["preset"], summary["origins"]
     devices = dict.fromkeys(f"{o['device']}, {_number(o['processes'], 'process')}" for o in origins)
-    commits = dict.fromkeys(f"`{_commit(origin['commit'])}`" for origin in origins)
+    commits = dict.fromkeys(f"`{short_commit(origin['commit'])}`" for origin in origins)
     finished = summary["finished"].replace("T", " ")[:16]
     return (
         f"{_preset_name(preset)}; {_number(len(summary['runs']), 'seed')}; finished {finished} UTC "
@@ -607,7 +608,7 @@ def _provenance(summary: dict[str, Any]) -> list[Block]:
         [
             origin["step"],
             ", ".join(map(str, origin["seeds"])),
-            f"`{_commit(origin['commit'])}`",
+            f"`{short_commit(origin['commit'])}`",
             f"{origin['processes']} on {origin['device']}",
             f"Python {origin['python']}, torch {origin['versions'].get('torch')}",
         ]
@@ -632,14 +633,6 @@ def _provenance(summary: dict[str, Any]) -> list[Block]:
             )
         )
     return blocks
-
-
-def _commit(commit: str | None) -> str:
-    """Shortened hash, keeping the mark of uncommitted changes."""
-    if commit is None:
-        return "unknown"
-    name, mark, rest = commit.partition("+")
-    return name[:10] + mark + rest
 
 
 def _seed_names(runs: Sequence[dict[str, Any]]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model.runtime.errors import reading
+from pocketlm.report.blocks import short_commit
 from pocketlm.report.effects import Effect
 
 ROWS = ("ablation", "runs", "earlier_runs")
@@ -29,7 +30,8 @@ class Earlier:
     def described(self) -> dict[str, str]:
         """Where each row was measured, instead of what it sets, which the file does not say."""
         return {
-            one.name: f"measured at commit `{str(row['commit'])[:10]}`" for one, row in self.effects
+            one.name: f"measured at commit `{short_commit(row['commit'])}`"
+            for one, row in self.effects
         }
 
     def beside(self, effects: Collection[str], runs: Collection[str]) -> "Earlier":
