@@ -98,13 +98,7 @@ class TrainConfig(Settings):
     )
     weight_decay: float = setting("decoupled, all groups", "1/(lr*step)", ge=0, le=1e6)
     weight_decay_schedule: Literal["constant", "lr", "cosine"] = setting(
-        "factor of weight_decay and rate_penalty: 1, that of the cool-down, or a cosine from 1 to 0"
-    )
-    rate_penalty: float = setting(
-        "decoupled, of the matrices: decay along the gradient of their coded bits; 0 = off",
-        "1/(lr*step)",
-        ge=0,
-        le=1e6,
+        "factor of weight_decay: 1, that of the cool-down, or a cosine from 1 to 0"
     )
     gradient_clip: float | None = setting(
         "global norm after the reduction; null = off", gt=0, le=1e9

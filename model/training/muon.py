@@ -8,7 +8,6 @@ For a matrix W (rows, columns) with gradient G at momentum μ:
 O comes from Newton-Schulz iterations (`model.training.newton_schulz`). With `muon_row_norm`
 (MuonEq-R, parameter-golf records of April 2026) each row of D is divided by its norm before, so
 that no row dominates ‖D‖, and the singular values that the iterations have to raise are larger.
-The decay may include a rate penalty (`model.training.rate_penalty`).
 Matrices of one shape are stacked and orthogonalized in one batch.
 
 Distributed ("Parallel Muon"): the stacked gradients are reduce-scattered, every process
@@ -25,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.runtime.distributed import Group
-from model.training.rate_penalty import Decay
 
 Orthogonalize = Callable[[Tensor], Tensor]
 
@@ -102,14 +100,14 @@ class Stack:
             self._updates = update
 
     @torch.no_grad()
-    def finish_update(self, lr: float, decay: Decay) -> None:
+    def finish_update(self, lr: float, weight_decay: float) -> None:
         """Apply all processes' updates to the weights."""
         self._wait()
         assert self._updates is not None, "start_update comes first"
         rows, columns = self.weights[0].shape
         updates = list(self._updates[: len(self.weights)].float())
         weights: list[Tensor] = list(self.weights)
-        decay.apply(weights, lr)
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
         torch._foreach_add_(weights, updates, alpha=-lr * max(1, rows / columns) ** 0.5)
         self._updates = None
 
@@ -159,10 +157,10 @@ class Muon:
         for stack in self.stacks:
             stack.start_update(clip, momentum)
 
-    def finish_update(self, lr: float, decay: Decay) -> None:
+    def finish_update(self, lr: float, weight_decay: float) -> None:
         """Apply all processes' updates to the weights."""
         for stack in self.stacks:
-            stack.finish_update(lr, decay)
+            stack.finish_update(lr, weight_decay)
 
     def state_tensors(self) -> dict[str, StateTensor]:
         """The momentum of each matrix, by the matrix's name."""

@@ -21,7 +21,6 @@ from model.runtime.distributed import Group
 from model.training.config import TrainConfig
 from model.training.muon import Muon, StateTensor
 from model.training.newton_schulz import orthogonalize
-from model.training.rate_penalty import Decay
 
 
 def param_groups(model: GPT) -> dict[str, dict[str, nn.Parameter]]:
@@ -75,10 +74,10 @@ class Optimizer:
         self.muon.zero_grad()
         self.rest_gradients.zero_()
 
-    def step(self, multiplier: float, momentum: float, decay: Decay) -> None:
+    def step(self, multiplier: float, momentum: float, weight_decay: float) -> None:
         """Update all weights.
 
-        multiplier: of every learning rate; momentum: Muon's.
+        multiplier: of every learning rate; momentum: Muon's; weight_decay: of all groups.
         """
         params = self.params
         self.muon.start_reduction()
@@ -90,9 +89,9 @@ class Optimizer:
             self.rest_gradients.mul_(clip)
         self.muon.start_update(clip, momentum)
         for settings, lr in zip(self.adamw.param_groups, self.base_lr, strict=True):
-            settings.update(lr=lr * multiplier, weight_decay=decay.weights)
+            settings.update(lr=lr * multiplier, weight_decay=weight_decay)
         self.adamw.step()
-        self.muon.finish_update(params.matrix_lr * multiplier, decay)
+        self.muon.finish_update(params.matrix_lr * multiplier, weight_decay)
 
     def _clip_factor(self, work: "dist.Work | None") -> Tensor | None:
         """Wait for the averaged gradients; the factor that clips their global norm, None if off."""

@@ -7,8 +7,7 @@ fits into the budget. Everything that changes during training is a function of p
     batch, context    grow in phases                                    (`model.training.phases`)
     learning rates    fall in the cool-down, of which a share r = min(1, (1 − p) / cooldown) is
                       left: their factor is max(min_lr, r^cooldown_power), times that of the batch
-    weight decay,
-    rate penalty      constant, or times the cool-down's factor, or times (1 + cos πp) / 2
+    weight decay      constant, or times the cool-down's factor, or times (1 + cos πp) / 2
     Muon's momentum   rises linearly until p = muon_momentum_warmup; in the cool-down it moves
                       linearly to muon_momentum_end                     (`model.training.muon`)
     further targets   until shares of the run    (`model.training.multi_token`, `prefix_loss`)
@@ -32,7 +31,6 @@ import torch.distributed as dist
 from model.runtime.distributed import Group
 from model.training.config import TrainConfig
 from model.training.phases import share_at
-from model.training.rate_penalty import Decay
 
 
 @dataclass(frozen=True)
@@ -79,15 +77,15 @@ class Schedule:
         """Whether matrices are rounded."""
         return self.cooldown(progress) < self.params.qat_threshold
 
-    def decay(self, progress: float) -> Decay:
-        """Decoupled decay, to be multiplied by the learning rate."""
+    def weight_decay(self, progress: float) -> float:
+        """Decoupled weight decay, to be multiplied by the learning rate."""
         params = self.params
         factor = {
             "constant": 1.0,
             "lr": self.cooldown(progress),
             "cosine": (1 + math.cos(math.pi * progress)) / 2,
-        }[params.weight_decay_schedule]
-        return Decay(params.weight_decay * factor, params.rate_penalty * factor)
+        }
+        return params.weight_decay * factor[params.weight_decay_schedule]
 
     def momentum(self, progress: float) -> float:
         """Muon's momentum."""

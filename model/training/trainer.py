@@ -91,7 +91,7 @@ class Trainer:
         self.optimizer.step(
             schedule.multiplier(progress),
             schedule.momentum(progress),
-            schedule.decay(progress),
+            schedule.weight_decay(progress),
         )
         tokens = schedule.tokens(progress)
         self.average.update(self.steps + 1, self.tokens / tokens, progress)

@@ -6,7 +6,6 @@ from torch import nn
 from model.runtime.distributed import Group
 from model.training.muon import Muon
 from model.training.newton_schulz import orthogonalize
-from model.training.rate_penalty import Decay
 from tests.helpers.processes import run_processes
 
 SHAPES = [(8, 8)] * 5 + [(12, 4)] * 2 + [(4, 12)] * 3
@@ -25,7 +24,7 @@ def test_update_is_the_formula():
         muon.start_reduction()
         muon.owned_gradients()
         muon.start_update(torch.tensor(0.5), factor)
-        muon.finish_update(lr=0.1, decay=Decay(0.2))
+        muon.finish_update(lr=0.1, weight_decay=0.2)
         momentum = factor * momentum + 0.5 * gradient
         update = orthogonalize((0.5 * gradient + factor * momentum)[None], 5)[0]
         expected = expected * (1 - 0.1 * 0.2) - 0.1 * 3**0.5 * update
@@ -39,7 +38,7 @@ def test_wide_matrices_are_not_scaled_up():
     muon.start_reduction()
     muon.owned_gradients()
     muon.start_update(None, 0.9)
-    muon.finish_update(lr=1.0, decay=Decay(0.0))
+    muon.finish_update(lr=1.0, weight_decay=0.0)
     assert 0.6 < torch.linalg.svdvals(weight.detach()).mean() < 1.3
 
 
@@ -61,7 +60,7 @@ def steps_of_a_share(group: Group) -> tuple[list[torch.Tensor], dict[str, int | 
         muon.start_reduction()
         muon.owned_gradients()
         muon.start_update(None, 0.9)
-        muon.finish_update(0.02, Decay(0.1))
+        muon.finish_update(0.02, 0.1)
     owners = {name: slot.owner for name, slot in muon.state_tensors().items()}
     return [weight.detach() for weight in weights.values()], owners
 

@@ -4,7 +4,6 @@ import torch
 from model.data.packing import Documents
 from model.runtime.distributed import Group
 from model.training.optimizer import Optimizer, param_groups
-from model.training.rate_penalty import Decay
 from tests.helpers.models import small_model, train_params
 from tests.helpers.processes import run_processes
 from tests.network.test_gpt import OFF
@@ -46,7 +45,7 @@ def two_steps(group: Group, clip: float | None) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         for part in range(group.rank, PARTS, group.size):
             backward_part(model, part)
-        optimizer.step(0.5, 0.92, Decay(0.04))
+        optimizer.step(0.5, 0.92, 0.04)
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
@@ -85,7 +84,7 @@ def test_adamw_and_clipping_are_those_of_torch():
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.01)
         assert norm > 0.01
         reference.step()
-        optimizer.step(0.5, 0.92, Decay(0.04))
+        optimizer.step(0.5, 0.92, 0.04)
         rest = groups["embeddings"] | groups["scalars"]
         for name, parameter in ours.named_parameters():
             if name in rest:
