@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file, too")
     arguments = parser.parse_args()
     with user_errors():
-        recipe = read_json(Path(arguments.recipe))
+        recipe = read_json(Path(arguments.recipe), REPAIR)
         with reading(arguments.recipe, REPAIR):
             found = figures(recipe, arguments.recipe)
         curve = found["size_curve"]

@@ -110,14 +110,13 @@ def write_json(path: str | Path, value: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(
+    path: str | Path, repair: str = "delete it and run the stage that makes it again"
+) -> Any:
     """Read a JSON file; raises InputError that names the file if it is absent or malformed."""
-    repair = "delete it and run the stage that makes it again"
     with reading(path, repair):
         try:
             return json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: no such file", "run the stage that makes it") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not valid JSON ({error})", repair) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from model.runtime.errors import InputError
 from model.runtime.files import read_json
-from pocketlm.report.blocks import Block, Link, Paragraph, Table
+from pocketlm.report.blocks import Block, Link, Paragraph, Table, short_commit
 from pocketlm.report.records import LARGEST
 
 SWEEP = "sweep.md"
@@ -195,7 +195,7 @@ def benchmark_table(directory: Path) -> list[Block]:
     rows = [bar.row(found[bar.file]) for bar in BARS if bar.file in found]
     text: list[str | Link] = []
     for file, figures in found.items():
-        commit = str(figures.get("commit"))[:10]
+        commit = short_commit(figures.get("commit"))
         text += ["; " if text else "Measured: ", Link(file, places[file].as_posix())]
         text += [f" on {figures.get('device')}, commit `{commit}`"]
     text += ["."]
@@ -206,9 +206,8 @@ def benchmark_table(directory: Path) -> list[Block]:
 
 
 def _figures(place: Path) -> dict[str, Any]:
-    figures = read_json(place)
+    repair = "record it again (records/README.md)"
+    figures = read_json(place, repair)
     if not isinstance(figures, dict):
-        raise InputError(
-            f"{place}: holds no figures by name", "record it again (records/README.md)"
-        )
+        raise InputError(f"{place}: holds no figures by name", repair)
     return figures

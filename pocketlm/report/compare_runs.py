@@ -23,6 +23,7 @@ from pocketlm.params.paths import TOKENIZER, TOKENS
 from pocketlm.report.results import SCORED_BY, SeedResult, batches, read_seed, result_files
 
 SCORES = (*WITHOUT_ADAPTATION, TTT)
+RECORD_AGAIN = "record it again: `pocketlm readme --record DIR`"
 OCTAVES = 32  # of positions, which are int32: octave b holds those from 2^b on
 
 
@@ -115,8 +116,8 @@ def read_run(name: str, root: Path, params: Mapping[str, Any], seeds: Sequence[i
 
 def read_record(name: str, path: Path) -> Run:
     """A run of which only the summary was kept; raises InputError if it is none."""
-    summary = read_json(path)
-    with reading(path, "record it again: `pocketlm readme --record DIR`"):
+    summary = read_json(path, RECORD_AGAIN)
+    with reading(path, RECORD_AGAIN):
         losses = {
             score: {unit: [run[score][unit] for run in summary["runs"]] for unit in ("loss", "bpb")}
             for score in SCORES

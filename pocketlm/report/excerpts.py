@@ -20,6 +20,7 @@ from model.runtime.errors import reading
 from model.runtime.files import read_json
 
 DOCUMENTS, TOKENS, SEED = 8, 3000, 0
+AGAIN = "run evaluate again"
 END = "\u220e"  # shown for the target that ends a document
 
 
@@ -61,8 +62,8 @@ def read_excerpts(without: Path, adapted: Path, pieces: Path, lengths: np.ndarra
     numbers = chosen(lengths)
     first = {number: max(1, int(lengths[number]) - TOKENS + 1) for number in numbers}
     kept = [[("document", "==", n), ("position", ">=", start)] for n, start in first.items()]
-    with reading(pieces, "run evaluate again"):
-        spelled = [bytes.fromhex(piece) for piece in read_json(pieces)]
+    with reading(pieces, AGAIN):
+        spelled = [bytes.fromhex(piece) for piece in read_json(pieces, AGAIN)]
     columns: dict[str, np.ndarray] = {}
     for path, names in ((without, ("document", "position", "token", "sliding")), (adapted, (TTT,))):
         with reading(path, f"run {path.parent.parent.name} again"):

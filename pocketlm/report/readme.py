@@ -17,6 +17,7 @@ from model.runtime.files import read_json, write_bytes
 from pocketlm.params.paths import REPORT, SUMMARY
 from pocketlm.report.benchmark_goals import benchmark_table
 from pocketlm.report.blocks import Block, to_markdown
+from pocketlm.report.compare_runs import RECORD_AGAIN
 from pocketlm.report.document import result_table
 
 README = Path("README.md")
@@ -50,8 +51,8 @@ def render(readme: str, source: str | None = None) -> str:
 
 
 def _recorded_table(file: str) -> Sequence[Block]:
-    summary = read_json(file)
-    with reading(file, "record it again: `pocketlm readme --record DIR`"):
+    summary = read_json(file, RECORD_AGAIN)
+    with reading(file, RECORD_AGAIN):
         return result_table(summary)
 
 

@@ -68,11 +68,9 @@ class PublishedRecord(Record):
 
 def load_record(path: str | Path) -> PublishedRecord:
     """Read a published result; raises InputError naming file and key."""
-    try:
-        values = read_json(path)
-    except InputError as error:
-        repair = "set report.baseline to a file like those in records/, to no_ttt or to none"
-        raise InputError(error.problem, repair) from error
+    values = read_json(
+        path, "set report.baseline to a file like those in records/, to no_ttt or to none"
+    )
     return check(PublishedRecord, values, path, "see records/README.md for the schema")
 
 
