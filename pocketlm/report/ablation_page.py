@@ -46,17 +46,19 @@ SEEDS = {
 
 def recipe(
     found: Sequence[Effect],
+    described: Mapping[str, str],
     runs: Sequence[Run],
     compared: Sequence[Run],
     code_bytes: Callable[[Run], int],
 ) -> dict[str, Any]:
     """The content of recipe.json.
 
-    runs: those that have succeeded; compared: the baseline and the best, or none: then what was not
-    measured is None. code_bytes: of the code that is shipped beside a run's artifact.
+    described: what each factor or variant sets; runs: those that have succeeded; compared: the
+    baseline and the best, or none: then what was not measured is None. code_bytes: of the code that
+    is shipped beside a run's artifact.
     """
-    made = runs[0].results[0].provenance["train"]
     before, best = compared or (None, None)
+    made = (best or runs[0]).results[0].provenance["train"]
     total_bytes = best and (
         max(result.quantize.artifact_bytes for result in best.results) + code_bytes(best)
     )
@@ -73,7 +75,15 @@ def recipe(
         "tokens_per_s_per_gpu": best and _rate(best, recurrent=False),
         "tokens_per_s_per_gpu_recurrent": best and _rate(best, recurrent=True),
         "evaluation_seconds_8_gpus": best and _evaluation_seconds(best),
-        "ablation": [{**asdict(one), "verdict": one.verdict} for one in found],
+        "ablation": [
+            {
+                **asdict(one),
+                "verdict": one.verdict,
+                "settings": described[one.name],
+                "commit": ", ".join(_origins(_runs_of(one, runs), "commit")),
+            }
+            for one in found
+        ],
         "runs": [
             {"name": run.name, "commit": ", ".join(_origins([run], "commit")), **reached(run)}
             for run in runs
@@ -102,6 +112,11 @@ def reached(run: Run) -> dict[str, Any]:
         "quantize_seconds": _mean(run, lambda result: result.quantize.seconds["total"]),
         "ttt_bpb": fmean(documents.scores(run)),
     }
+
+
+def _runs_of(effect: Effect, runs: Sequence[Run]) -> Sequence[Run]:
+    """The two that a variant's effect comes from; a factor's comes from all."""
+    return [run for run in runs if run.name in (effect.name, effect.against)] or runs
 
 
 def _origins(runs: Sequence[Run], key: str) -> list[str]:
@@ -150,7 +165,7 @@ def page(
     runs: Sequence[Run],
     compared: Sequence[Run],
 ) -> list[Block]:
-    """The page; described: what each factor or variant sets; runs, compared: as of `recipe`."""
+    """The page; described, runs, compared: as of `recipe`."""
     several = _several(found)
     header = ["name", *(["against"] if several else []), "settings"]
     header += ["gain, bpb", "± noise", "detectable", "verdict", "nats"]
@@ -288,7 +303,7 @@ def write(
 
     earlier: what stays beside these runs.
     """
-    content = earlier.added_to(recipe(found, runs, compared, code_bytes))
+    content = earlier.added_to(recipe(found, described, runs, compared, code_bytes))
     every = [*found, *(one for one, _ in earlier.effects)]
     blocks = page(title, every, {**described, **earlier.described}, runs, compared)
     write_json(directory / NAMES[0], content)

@@ -28,11 +28,8 @@ class Earlier:
 
     @property
     def described(self) -> dict[str, str]:
-        """Where each row was measured, instead of what it sets, which the file does not say."""
-        return {
-            one.name: f"measured at commit `{short_commit(row['commit'])}`"
-            for one, row in self.effects
-        }
+        """What each sets, unless the file is too old to say it, and where it was measured."""
+        return {one.name: "; ".join(_described(row)) for one, row in self.effects}
 
     def beside(self, effects: Collection[str], runs: Collection[str]) -> "Earlier":
         """What stays beside new effects and runs of these names."""
@@ -48,6 +45,12 @@ class Earlier:
         rows = [*recipe["ablation"], *(row for _, row in self.effects)]
         kept = {"earlier_runs": self.runs} if self.runs else {}
         return {**recipe, **self.figures, **new, **kept, "ablation": rows}
+
+
+def _described(row: Mapping[str, Any]) -> list[str]:
+    settings = [row["settings"]] if "settings" in row else []
+    commits = ", ".join(map(short_commit, row["commit"].split(", ")))
+    return [*settings, f"measured at commit {commits}"]
 
 
 def read_earlier(path: Path) -> Earlier:

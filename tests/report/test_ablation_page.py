@@ -345,6 +345,8 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     assert said["evaluation_seconds_8_gpus"] == pytest.approx(151_079_964 / 4000 * 2.0 / 8)
     assert said["ablation"][3]["noise"] is None
     assert [row["verdict"] for row in said["ablation"]] == [one.verdict for one in found]
+    assert [row["settings"] for row in said["ablation"]] == ["`a` 1 → 2"] * 4
+    assert {row["commit"] for row in said["ablation"]} == {"c0ffee, unknown"}
     assert [row["name"] for row in said["runs"]] == ["base", "best"]
     assert [row["commit"] for row in said["runs"]] == ["c0ffee, unknown"] * 2
     assert (said["runs"][0]["parameters"], said["runs"][0]["gap_nats"]) == (100, 0.0625)
@@ -356,7 +358,7 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     assert "base | 100 | 20 | 3.50 | " in text
     assert said["runs"][1]["ttt_bpb"] == said["best_ttt_bpb"]
     assert said["runs"][0]["trained_bpb"] == said["baseline_trained_bpb"]
-    assert recipe(found, [before], [], lambda run: 300)["best_ttt_bpb"] is None
+    assert recipe(found, described, [before], [], lambda run: 300)["best_ttt_bpb"] is None
 
 
 def test_rows_of_before_stay_beside_new_ones(tmp_path: Path) -> None:
@@ -368,7 +370,8 @@ def test_rows_of_before_stay_beside_new_ones(tmp_path: Path) -> None:
         "tokens_per_s_per_gpu_recurrent": 2.0,
         "ablation": [
             asdict(kept) | {"verdict": "helps"},
-            asdict(effect("older", -0.5)) | {"commit": "fedcba9876543210"},
+            asdict(effect("older", -0.5))
+            | {"settings": "`a` 1", "commit": "fedcba9876543210, 3333333333333333+changes"},
             asdict(anew),
         ],
         "runs": [{"name": "base"}, {"name": "other"}],
@@ -379,8 +382,8 @@ def test_rows_of_before_stay_beside_new_ones(tmp_path: Path) -> None:
     earlier = read_earlier(path).beside({"anew"}, {"base"})
     assert [one.name for one, _ in earlier.effects] == ["kept", "older"]
     assert earlier.described == {
-        "kept": "measured at commit `0123456789`",
-        "older": "measured at commit `fedcba9876`",
+        "kept": "measured at commit 0123456789",
+        "older": "`a` 1; measured at commit fedcba9876, 3333333333+changes",
     }
     said = earlier.added_to(
         {
