@@ -195,7 +195,7 @@ def benchmark_table(directory: Path) -> list[Block]:
     rows = [bar.row(found[bar.file]) for bar in BARS if bar.file in found]
     text: list[str | Link] = []
     for file, figures in found.items():
-        commit = short_commit(figures.get("commit"))
+        commit = short_commit(str(figures.get("commit") or "unknown"))
         text += ["; " if text else "Measured: ", Link(file, places[file].as_posix())]
         text += [f" on {figures.get('device')}, commit `{commit}`"]
     text += ["."]

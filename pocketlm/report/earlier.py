@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter
+
 from model.runtime.errors import reading
 from pocketlm.report.blocks import short_commit
 from pocketlm.report.effects import Effect
@@ -47,6 +49,13 @@ class Earlier:
         return {**recipe, **self.figures, **new, **kept, "ablation": rows}
 
 
+class _Origin(BaseModel):
+    """What the row of an effect says of where it is from."""
+
+    commit: str
+    settings: str = ""
+
+
 def _described(row: Mapping[str, Any]) -> list[str]:
     settings = [row["settings"]] if "settings" in row else []
     commits = ", ".join(map(short_commit, row["commit"].split(", ")))
@@ -60,8 +69,13 @@ def read_earlier(path: Path) -> Earlier:
         content = json.loads(path.read_text(encoding="utf-8"))
         commit = {"commit": content["commit"]}
         rows = [commit | row for row in content["ablation"]]
+        for row in rows:
+            _Origin.model_validate(row)
+        effects = TypeAdapter(list[Effect]).validate_python(
+            [{key: row[key] for key in keys} for row in rows]
+        )
         return Earlier(
-            [(Effect(**{key: row[key] for key in keys}), row) for row in rows],
+            list(zip(effects, rows, strict=True)),
             [commit | row for row in (*content["runs"], *content.get("earlier_runs", []))],
             {key: value for key, value in content.items() if key not in ROWS},
         )

@@ -405,6 +405,14 @@ def test_rows_of_before_stay_beside_new_ones(tmp_path: Path) -> None:
     assert [row["commit"][0] for _, row in again.effects] == ["5", "0", "f"]
 
 
+@pytest.mark.parametrize("key", ["bpb", "commit", "settings"])
+def test_a_row_of_another_kind_is_refused(tmp_path: Path, key: str) -> None:
+    row = asdict(effect("kept", 0.004)) | {"commit": "a", key: [1]}
+    (tmp_path / "other.json").write_text(json.dumps({"commit": "a", "ablation": [row], "runs": []}))
+    with pytest.raises(InputError, match=key):
+        read_earlier(tmp_path / "other.json")
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"commit": "a", "ablation": [{}], "runs": []}'])
 def test_what_is_no_earlier_recipe_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "other.json").write_text(text)
