@@ -32,6 +32,7 @@ UNPRINTABLE = re.compile(
 MARKS = re.compile(
     r"[<`\\\[\]*~|$#]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|:(?=//)|@|(?i:(?<=www)\.)"
 )
+NUMBER = re.compile(r"[^\w`]*\d")  # how a cell with a number begins
 FIRST = re.compile(r"^\s*(?:[>+=-]|\d+[.)])")  # what begins a quotation, a line, a list
 
 
@@ -60,10 +61,16 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; the first column is a label, all others are right-aligned."""
+    """Rows of text; the first column is a label, columns of numbers are right-aligned."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers in most cells that hold anything."""
+        columns = ([row[place] for row in self.rows] for place in range(1, len(self.header)))
+        return [False, *map(_mostly_numbers, columns)]
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,11 @@ def short_commit(commit: str | None) -> str:
     return name[:10] + mark + rest
 
 
+def _mostly_numbers(cells: Sequence[str]) -> bool:
+    filled = [cell for cell in cells if cell not in ("", "-")]
+    return 2 * sum(bool(NUMBER.match(cell)) for cell in filled) > len(filled)
+
+
 def _markdown(block: Block) -> str:
     match block:
         case Heading(level, text):
@@ -187,10 +199,10 @@ def _markdown(block: Block) -> str:
             return _not_first(whole)
         case Figure(file, title, caption):
             return f"![{_inline_markdown(title)}]({quote(file)})\n\n{_inline_markdown(caption)}"
-        case Table(header, rows):
+        case Table(header, rows) as table:
             cells = [[_inline_markdown(cell, in_table=True) for cell in row] for row in rows]
             names = [_inline_markdown(cell, in_table=True) for cell in header]
-            rule = ["---", *["---:"] * (len(header) - 1)]
+            rule = ["---:" if numeric else "---" for numeric in table.numeric]
             return "\n".join(f"| {' | '.join(row)} |" for row in [names, rule, *cells])
         case Bars(rows):
             used = [[bar.label, bar.text, f"{100 * bar.share:.1f} %"] for bar in rows]

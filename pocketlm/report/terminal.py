@@ -21,15 +21,15 @@ def show(blocks: Sequence[Block], console: Console) -> None:
                 parts = [text] if isinstance(text, str) else text
                 words = "".join(part.text if isinstance(part, Link) else part for part in parts)
                 console.print(_text(words), highlight=False)
-            case Table(header, rows):
-                console.print(_grid(header, rows))
+            case Table():
+                console.print(_grid(block))
 
 
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Grid:
+def _grid(table: Table) -> Grid:
     grid = Grid(box=None, pad_edge=False, header_style="dim")
-    for number, name in enumerate(header):
-        grid.add_column(_text(name), justify="right" if number else "left")
-    for row in rows:
+    for name, numeric in zip(table.header, table.numeric, strict=True):
+        grid.add_column(_text(name), justify="right" if numeric else "left")
+    for row in table.rows:
         grid.add_row(*map(_text, row))
     return grid
 

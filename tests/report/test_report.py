@@ -430,7 +430,18 @@ def test_blocks_render_alike():
     html = to_html(blocks, "t", {})
     assert "<h2>A &amp; B</h2>" in html
     assert "<code>x &lt; y</code>" in html
-    assert html.count("<td>") == 4
+    assert html.count("<td>") == html.count('<td class="number">') == 2
+
+
+def test_columns_of_numbers_are_aligned_right():
+    rows = [
+        ["1 M", "+0.5 ± 0.1", "≥ 1,200", "settings D", "`27733b`", "-", "540 (a)", "`a.b` 3"],
+        ["2 M", "-0.5", "minutes", "36 M", "`aa`", "-", "-", "`c` 2"],
+        ["3 M", "0.25 …", "≈ 3", "best", "`bb`", "", "minutes", "as named"],
+    ]
+    table = Table([*"abcdefgh"], rows)
+    assert [place for place, numeric in enumerate(table.numeric) if numeric] == [1, 2]
+    assert "| --- | ---: | ---: | --- | --- | --- | --- | --- |" in to_markdown([table])
 
 
 def test_record_and_readme_table(run, monkeypatch):
