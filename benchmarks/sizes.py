@@ -9,7 +9,6 @@ line in the logarithm of the seconds.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,7 +76,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file, too")
     arguments = parser.parse_args()
     with user_errors():
-        recipe = read_json(Path(arguments.recipe), REPAIR)
+        recipe = read_json(arguments.recipe, REPAIR)
         with reading(arguments.recipe, REPAIR):
             found = figures(recipe, arguments.recipe)
         curve = found["size_curve"]

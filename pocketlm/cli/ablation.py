@@ -71,6 +71,5 @@ def main(
     if confirm or isinstance(plan, ablation.Variants):
         both = ablation.compared(plan, file, runs, ranked, choose or [], jobs)
     title = f"{file}: {len(runs)} of {len(planned)} runs"
-    beside = kept.beside({one.name for one in found}, {run.name for run in runs})
-    blocks = write(output, title, found, plan.described, runs, both, shipped, beside)
+    blocks = write(output, title, found, plan.described, runs, both, shipped, kept)
     show(blocks, Console())

@@ -80,13 +80,12 @@ def recipe(
                 **asdict(one),
                 "verdict": one.verdict,
                 "settings": described[one.name],
-                "commit": ", ".join(_origins(_runs_of(one, runs), "commit")),
+                "commit": _origins(_runs_of(one, runs), "commit"),
             }
             for one in found
         ],
         "runs": [
-            {"name": run.name, "commit": ", ".join(_origins([run], "commit")), **reached(run)}
-            for run in runs
+            {"name": run.name, "commit": _origins([run], "commit"), **reached(run)} for run in runs
         ],
     }
 
@@ -119,10 +118,10 @@ def _runs_of(effect: Effect, runs: Sequence[Run]) -> Sequence[Run]:
     return [run for run in runs if run.name in (effect.name, effect.against)] or runs
 
 
-def _origins(runs: Sequence[Run], key: str) -> list[str]:
-    """Devices or commits of the trainings, which may be of several days."""
+def _origins(runs: Sequence[Run], key: str) -> str:
+    """Devices or commits of the trainings, which may be of several days, after commas."""
     found = {getattr(one.provenance["train"], key) for run in runs for one in run.results}
-    return sorted(one or "unknown" for one in found)
+    return ", ".join(sorted(one or "unknown" for one in found))
 
 
 def _mean(run: Run, value: Callable[[SeedResult], float]) -> float:
@@ -186,10 +185,10 @@ def page(
         ]
         for one in found
     ]
-    commits = ", ".join(map(short_commit, _origins(runs, "commit")))
+    device, commit = _origins(runs, "device"), short_commit(_origins(runs, "commit"))
     blocks: list[Block] = [
         Heading(1, "What each technique is worth"),
-        Paragraph(f"{title} on {', '.join(_origins(runs, 'device'))}, at commit {commits}"),
+        Paragraph(f"{title} on {device}, at commit {commit}"),
         Table([*header, "trained, bpb", "gap, bpb", "ms a step", "bytes"], rows),
         Paragraph(
             "Gain: bits per byte with TTT that are saved, weighted to FineWeb's lengths; nats: per "
@@ -301,11 +300,12 @@ def write(
 ) -> list[Block]:
     """Write recipe.json, .md and .svg to `directory`; returns the blocks of the page.
 
-    earlier: what stays beside these runs.
+    earlier: its rows stay, but those that are measured anew.
     """
-    content = earlier.added_to(recipe(found, described, runs, compared, code_bytes))
-    every = [*found, *(one for one, _ in earlier.effects)]
-    blocks = page(title, every, {**described, **earlier.described}, runs, compared)
+    kept = earlier.beside({one.name for one in found}, {run.name for run in runs})
+    content = kept.added_to(recipe(found, described, runs, compared, code_bytes))
+    every = [*found, *(one for one, _ in kept.effects)]
+    blocks = page(title, every, {**described, **kept.described}, runs, compared)
     write_json(directory / NAMES[0], content)
     write_bytes(directory / NAMES[1], to_markdown(blocks).encode())
     write_bytes(directory / NAMES[2], plot(every).encode())

@@ -173,11 +173,11 @@ def label(text: str) -> str:
 
 
 def short_commit(commit: str | None) -> str:
-    """Shortened hash, keeping the mark of uncommitted changes."""
+    """Shortened hash, or several after commas, keeping the mark of uncommitted changes."""
     if commit is None:
         return "unknown"
-    name, mark, rest = commit.partition("+")
-    return name[:10] + mark + rest
+    parts = (one.partition("+") for one in commit.split(", "))
+    return ", ".join(name[:10] + mark + rest for name, mark, rest in parts)
 
 
 def _mostly_numbers(cells: Sequence[str]) -> bool:

@@ -5,7 +5,6 @@ keeps what was measured before, each row with the commit at which it was, but wh
 Figures of the whole file that the new runs do not have are kept, too.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from model.runtime.errors import reading
+from model.runtime.files import read_json
 from pocketlm.report.blocks import short_commit
 from pocketlm.report.effects import Effect
 
+REPAIR = "name the recipe.json of an ablation"
 ROWS = ("ablation", "runs", "earlier_runs")
 
 
@@ -58,15 +59,14 @@ class _Origin(BaseModel):
 
 def _described(row: Mapping[str, Any]) -> list[str]:
     settings = [row["settings"]] if "settings" in row else []
-    commits = ", ".join(map(short_commit, row["commit"].split(", ")))
-    return [*settings, f"measured at commit {commits}"]
+    return [*settings, f"measured at commit {short_commit(row['commit'])}"]
 
 
 def read_earlier(path: Path) -> Earlier:
     """What a recipe.json has; raises InputError if it is none."""
     keys = [one.name for one in fields(Effect)]
-    with reading(path, "name the recipe.json of an ablation"):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path, REPAIR)
+    with reading(path, REPAIR):
         commit = {"commit": content["commit"]}
         rows = [commit | row for row in content["ablation"]]
         for row in rows:
