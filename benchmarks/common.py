@@ -1,7 +1,7 @@
 """Shared by the benchmarks: timing, measured rates of the device, sections with a limit, tables.
 
 Every section prints its start and end and is aborted after its time limit, so that one that hangs
-or fails does not stop the others.
+or fails does not stop the others; the program ends with status 1 then.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from rich.table import Table
 
 from model.data.loader import CU_SEQLENS_MULTIPLE
 from model.data.packing import Documents
+from model.runtime.errors import user_errors
 from model.runtime.files import read_json
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
@@ -35,6 +36,7 @@ PEAK_RATES = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e1
 RATE_SIZE = {"cuda": 8192, "cpu": 512}
 
 _console = Console(width=120)
+_failed: list[str] = []  # names of sections
 
 
 def load(preset: str) -> Params:
@@ -76,13 +78,22 @@ def child(module: Sequence[str], limit: int, variables: Mapping[str, str]) -> di
         return read_json(result)
 
 
+@contextmanager
+def program() -> Iterator[None]:
+    """All of a benchmark: bad input is shown as stages do; a failed section makes its status 1."""
+    with user_errors():
+        yield
+    if _failed:
+        raise SystemExit(f"failed: {', '.join(_failed)}")
+
+
 class OutOfTime(Exception):
     """A section took longer than its limit."""
 
 
 @contextmanager
 def section(name: str, limit: int, show: bool = True) -> Iterator[None]:
-    """Run the block as a section; an exception in it, or exceeding the limit, is only printed.
+    """Run the block as a section; an exception in it, or exceeding the limit, ends it alone.
 
     limit: seconds. A call that never returns to Python is not interrupted.
     """
@@ -96,6 +107,7 @@ def section(name: str, limit: int, show: bool = True) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        _failed.append(name)
         say(f"{name}: failed: {type(error).__name__}: {error}")
     finally:
         signal.alarm(0)

@@ -256,4 +256,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with common.program():
+        main()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import table
+from benchmarks.common import program, table
 from benchmarks.loss_sources import Reference, by_tensor
 from model.artifact.format import read_artifact, restore
 from model.artifact.quantizer import Quantized
@@ -26,7 +26,6 @@ from model.network.gpt import GPT
 from model.quantization.calibration_text import generate, sampling_noise
 from model.quantization.sensitivity import sensitivities
 from model.runtime.distributed import Group
-from model.runtime.errors import user_errors
 
 SEED = 7  # of the predictions' targets, and of the model's own text
 TOTAL = "all tensors added"
@@ -101,12 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=16, help="validation documents")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of each at most")
     options = parser.parse_args(arguments)
-    with user_errors():
-        each, every = measure(options.seed, options.documents, options.tokens)
+    each, every = measure(options.seed, options.documents, options.tokens)
     columns = ["tensor", "KL", "gap", "Fisher", "own text, 1.0", "own text, 0.8", "KL, nearest"]
     table("Each tensor alone", columns, each)
     table("Together", ["", "KL", "gap"], every)
 
 
 if __name__ == "__main__":
-    main()
+    with program():
+        main()

@@ -24,14 +24,13 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import load, table
+from benchmarks.common import load, program, table
 from model.artifact.compression import COMPRESSORS, Stream, compress_all, compressor
 from model.artifact.format import read_artifact, streams_of
 from model.kernels import dispatch
 from model.network.gpt import GPT
 from model.quantization.calibration_text import generate, sampling_noise
 from model.runtime.cuda_graphs import graph_runner
-from model.runtime.errors import user_errors
 from model.runtime.files import read_json, write_json
 from model.runtime.run_log import environment
 from pocketlm.params.params import Params
@@ -155,13 +154,13 @@ def main(arguments: list[str] | None = None) -> None:
         rows = time_text(params, device)
         table("Calibration text", ["", "tokens", "s", "ms/token"], rows)
         return
-    with user_errors():
-        directory = Path(f"artifacts/quantize/seed{options.seed}")
-        rows, figures = measure(directory, options.compressors)
-        show(rows, figures, options.compressors)
-        if options.json:
-            write_json(RECORD, figures)
+    directory = Path(f"artifacts/quantize/seed{options.seed}")
+    rows, figures = measure(directory, options.compressors)
+    show(rows, figures, options.compressors)
+    if options.json:
+        write_json(RECORD, figures)
 
 
 if __name__ == "__main__":
-    main()
+    with program():
+        main()

@@ -106,7 +106,7 @@ def figures_of(runs: Mapping[int, Figures], largest: int) -> dict[str, Any]:
     steps = {gpus: run["ms"]["whole step"] for gpus, run in runs.items()}
     found: dict[str, Any] = {key: here[key] for key in ("device", "versions", "commit")}
     found["tokens_per_s_per_gpu"] = {str(n): r["tokens_per_s_per_gpu"] for n, r in runs.items()}
-    found["cold_start_s"] = runs[largest]["startup_seconds"] if largest in runs else None
+    found["cold_start_s"] = runs[largest]["startup_seconds"]
     if 1 in steps:
         found |= {f"efficiency_{n}": steps[1] / n / ms for n, ms in steps.items() if n > 1}
         found["overhead_ms"] = {str(n): ms for n, ms in overheads(steps).items()}
@@ -123,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=240, help="seconds for each number of GPUs")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     chosen = parser.parse_args(arguments)
+    common.load(chosen.preset)  # bad input is refused before GPUs are used
     runs: dict[int, Figures] = {}
     with tempfile.TemporaryDirectory() as cache:
         for gpus in sorted(set(chosen.gpus), reverse=True):
@@ -130,9 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 options = (chosen.preset, gpus, chosen.steps, Path(cache), chosen.limit)
                 runs[gpus] = measured(*options)
             show(runs)
-    if chosen.json:
+    if chosen.json and len(runs) == len(set(chosen.gpus)):  # a table with gaps replaces none
         write_json(chosen.json, figures_of(runs, max(chosen.gpus)))
 
 
 if __name__ == "__main__":
-    main()
+    with common.program():
+        main()

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import say, table
-from model.runtime.errors import InputError, reading, user_errors
+from benchmarks.common import program, say, table
+from model.runtime.errors import InputError, reading
 from model.runtime.files import read_json, write_json
 
 SAME = 0.02  # runs whose seconds or parameters differ by less, relatively, are equal in them
@@ -75,19 +75,19 @@ def main() -> None:
     parser.add_argument("recipe", help="recipe.json of pocketlm ablation conf/ablation/sizes.yaml")
     parser.add_argument("--json", help="write the figures to this file, too")
     arguments = parser.parse_args()
-    with user_errors():
-        recipe = read_json(arguments.recipe, REPAIR)
-        with reading(arguments.recipe, REPAIR):
-            found = figures(recipe, arguments.recipe)
-        curve = found["size_curve"]
-        table("by size", [*curve[0]], [[*row.values()] for row in curve])
-        by_seconds = found["gap_by_seconds"]
-        table("gap by seconds of training, nats", [*by_seconds], [[*by_seconds.values()]])
-        if (gap := found["expected_gap_4800"]) is not None:
-            say(f"expected after {LONGEST:,} s: {gap:.4f} nats")
-        if arguments.json:
-            write_json(arguments.json, found)
+    recipe = read_json(arguments.recipe, REPAIR)
+    with reading(arguments.recipe, REPAIR):
+        found = figures(recipe, arguments.recipe)
+    curve = found["size_curve"]
+    table("by size", [*curve[0]], [[*row.values()] for row in curve])
+    by_seconds = found["gap_by_seconds"]
+    table("gap by seconds of training, nats", [*by_seconds], [[*by_seconds.values()]])
+    if (gap := found["expected_gap_4800"]) is not None:
+        say(f"expected after {LONGEST:,} s: {gap:.4f} nats")
+    if arguments.json:
+        write_json(arguments.json, found)
 
 
 if __name__ == "__main__":
-    main()
+    with program():
+        main()

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import say, table
+from benchmarks.common import program, say, table
 from model.data.config import DataConfig
 from model.data.corpus_shards import write_shards
 from model.data.sources import Corpus, open_corpus
@@ -142,4 +142,5 @@ def texts(files: list[str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with program():
+        main()

@@ -328,4 +328,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with common.program():
+        main()

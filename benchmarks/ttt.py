@@ -428,4 +428,5 @@ def chunk_seconds(model: GPT, params: Params, rows: int, chunks: int = 16) -> fl
 
 
 if __name__ == "__main__":
-    main()
+    with common.program():
+        main()

@@ -15,6 +15,7 @@ import yaml
 from benchmarks import common, floors, scaling
 from benchmarks.train import category, with_speedup
 from model.data.packing import Documents
+from model.runtime.errors import InputError
 from model.runtime.files import read_json
 from pocketlm.params.presets import compose
 from pocketlm.workflow.flops import attention_flops, product_values
@@ -151,12 +152,15 @@ def test_optimizer_work_counts_every_value_once():
     assert flops > 4 * min(SMALL["width"], SMALL["mlp_width"]) * matrices
 
 
-def test_a_section_is_aborted_and_the_next_one_runs(capsys):
+def test_a_section_is_aborted_and_the_next_one_runs(capsys, monkeypatch):
+    monkeypatch.setattr(common, "_failed", [])
     with common.section("slow", 1):
         time.sleep(30)
     with common.section("broken", 10):
         raise ValueError("wrong")
     with common.section("good", 10):
+        pass
+    with pytest.raises(SystemExit, match="failed: slow, broken"), common.program():
         pass
     said = capsys.readouterr().out
     assert "slow: failed: OutOfTime: aborted after 1 s" in said
@@ -170,6 +174,29 @@ def test_overhead_is_what_sharing_does_not_explain():
     expected = 100 / (100 + 3 + 4 * 7 / 8)
     assert scaling.predicted_efficiency(steps, 8) == pytest.approx(expected)
     assert scaling.predicted_efficiency({1: 800.0, 2: 405.0}, 8) is None
+
+
+def test_scaling_writes_no_figures_with_gaps(tmp_path, monkeypatch):
+    path = tmp_path / "scaling.json"
+
+    def measured(preset: str, gpus: int, *rest: object) -> dict[str, object]:
+        if gpus == 2:
+            raise RuntimeError("out of memory")
+        return {"tokens_per_s_per_gpu": 1.0, "ms": {"whole step": 8.0, "optimizer": 1.0}} | {
+            "startup_seconds": 3.0
+        }
+
+    monkeypatch.setattr(common, "_failed", [])
+    monkeypatch.setattr(scaling, "measured", measured)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match="failed: 2 GPUs"), common.program():
+        scaling.main(["--gpus", "1", "2", "--json", str(path)])
+    assert not path.exists()
+
+
+def test_scaling_refuses_an_unknown_preset(tmp_path):
+    with pytest.raises(InputError, match="preset none"):
+        scaling.main(["--preset", "none", "--json", str(tmp_path / "scaling.json")])
 
 
 @pytest.mark.campaign

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import sizes
+from benchmarks.common import program
 from model.runtime.errors import InputError
 
 
@@ -72,7 +73,7 @@ def test_a_recipe_that_names_no_baseline_is_an_error_of_that_file(
     place = tmp_path / "recipe.json"
     place.write_text(json.dumps({key: RECIPE[key] for key in RECIPE if key != "baseline"}))
     monkeypatch.setattr(sys, "argv", ["sizes", str(place)])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), program():
         sizes.main()
     said = capsys.readouterr().err
     assert "recipe.json" in said
