@@ -1,7 +1,12 @@
 """How far losses of one document may differ by the order in which sums are taken.
 
-Sums in bf16 of a GPU depend on the shapes of a batch. Seen on one H100, 27 M parameters trained for
-130 s, TTT: at most 0.18 nats in one loss of 15,000.
+Sums in bf16 of a GPU depend on the shapes of a batch, and adapters carry a difference on from
+update to update, the further the higher their rate. Seen with TTT: preset record, 27 M parameters
+trained for 130 s on an H100, at most 0.18 nats in one loss of 15,000; preset best, which updates
+every 16 tokens at up to twice the rate, trained for 300 s on four H200s, 1.45 nats in one of
+14,000, and 0.0014 in a document's mean. So one loss says little about another order of sums; that
+nothing crosses documents is shown to the bit, by shapes that stay the same
+(`pocketlm.audit.documents`).
 """
 
 from collections.abc import Iterable
@@ -33,7 +38,7 @@ class Rounding:
 
 
 # By device.
-ROUNDING = {"cpu": Rounding(2e-3, 1e-5), "cuda": Rounding(0.5, 5e-3)}
+ROUNDING = {"cpu": Rounding(2e-3, 1e-5), "cuda": Rounding(3.0, 5e-3)}
 
 
 def largest(differences: Iterable[tuple[float, float]]) -> tuple[float, float]:
