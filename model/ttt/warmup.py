@@ -32,7 +32,7 @@ def warm_up_kernels(
     Does nothing on a CPU, where no Triton kernels run.
     """
     if model.device.type == "cuda" and documents:
-        with fixed_weights(model), precompile():
+        with fixed_weights(model), precompile(), np.errstate(all="ignore"):
             read_excerpts(model, documents, ttt, execution)
 
 
