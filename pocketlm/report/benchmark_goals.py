@@ -169,6 +169,9 @@ BARS = (
         TENTHS,
     ),
     Bar(
+        "scaling", "efficiency_4", "4 GPUs: rate of each over that of one", UNKNOWN, "≥ 0.97", RATIO
+    ),
+    Bar(
         "scaling", "efficiency_8", "8 GPUs: rate of each over that of one", UNKNOWN, "≥ 0.97", RATIO
     ),
     Bar(
