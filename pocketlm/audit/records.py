@@ -1,6 +1,7 @@
 """What runs recorded of themselves: hashes, environment, logs; all must agree."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from model.runtime.provenance import Recorded, read_provenance, require_recorded
 from model.runtime.run_log import read_log
 from pocketlm.audit.checks import Check
 from pocketlm.params.paths import ARTIFACTS, DETAILS, LOGS, STEPS
+from pocketlm.report.blocks import short_commit
 
 FACTS = ("time", "commit", "device", "python", "versions", "world_size")
 
@@ -77,23 +79,19 @@ def logs(seed: int) -> Check:
 
 def environment(seeds: Sequence[int]) -> Check:
     """Facts of every run are there; device and versions of a stage are the same for all seeds."""
-    problems, commits, devices = list[str](), dict[str, list[str]](), dict[str, None]()
+    problems, commits, devices = list[str](), Counter[str | None](), dict[str, None]()
     for stage in STEPS:
         made = {seed: _sidecar(stage, seed) for seed in seeds}
         for seed, facts in made.items():
             lacking = [fact for fact in FACTS if facts.get(fact) is None]
             if lacking:
                 problems.append(f"{stage} of seed {seed} does not record {', '.join(lacking)}")
-            commits.setdefault(str(facts.get("commit")), []).append(f"{stage}@{seed}")
+            commits[facts.get("commit")] += 1
             devices[f"{facts.get('device')}, {facts.get('world_size')} processes"] = None
         for fact in ("device", "versions", "python", "params"):
             if len({_text(facts.get(fact)) for facts in made.values()}) > 1:
                 problems.append(f"{stage}: {fact} differs between seeds")
-    named = [
-        f"{commit[:10]}{' with uncommitted changes' * commit.endswith('+changes')} "
-        f"({len(targets)} runs)"
-        for commit, targets in commits.items()
-    ]
+    named = [f"{short_commit(commit)} ({runs} runs)" for commit, runs in commits.items()]
     evidence = f"commits: {', '.join(named)}; devices: {', '.join(devices)}"
     return Check("environment", evidence, tuple(problems))
 
