@@ -75,6 +75,19 @@ class TTTConfig(Settings):
         "rows of the eval-time hash embedding; 0 = off", "rows", ge=0, le=2**18
     )
     hash_rate: float = setting("rate of the hash embedding, times lr", gt=0, le=1e6)
+    shared_lr: float = setting(
+        "AdamW of the shared weights, on documents that have been scored; 0 = off",
+        off=0,
+        ge=0,
+        le=1,
+    )
+    round_tokens: int = setting(
+        "tokens of such a step, and at least of the documents scored before the next steps",
+        "tokens",
+        off=49152,
+        ge=1,
+        le=2**30,
+    )
     seed: int = setting("of the adapters' initial A", ge=0, le=2**32 - 1)
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from model.ttt.document_adapters import DocumentAdapters, optimizer_scalars
 from model.ttt.rate_mixture import mixed_losses
 from model.ttt.reader import READERS
 from model.ttt.session_plan import SessionPlan, session_plan
+from model.ttt.shared_weights import SharedWeights, rounds
 
 
 def ttt_losses(
@@ -32,7 +34,7 @@ def ttt_losses(
     group: Group,
     progress: ReportProgress | None = None,
 ) -> list[np.ndarray]:
-    """Losses of documents, each adapting the model as it is read; the model itself is unchanged.
+    """Losses of documents, each adapting the model as it is read; afterwards it is as before.
 
     documents: token ids, each (n,) with BOS first. execution: how large batches are, and whether
     chunks of equal shapes are captured and replayed, if the model is on a GPU; neither changes a
@@ -41,6 +43,28 @@ def ttt_losses(
     processes of `group` share the work; all but the main process return an empty list. Raises
     InputError if there is no document or a loss is not finite.
     """
+    scored: list[tuple[int, int, np.ndarray]] = []
+    parts = rounds([document.size for document in documents], ttt)
+    shared = SharedWeights(model, ttt, group) if len(parts) > 1 else None
+    with shared.learning() if shared else nullcontext():
+        for number, part in enumerate(parts):
+            if shared and number:
+                shared.learn([documents[member] for member in parts[number - 1]])
+            members = [documents[member] for member in part]
+            found = _round(model, members, ttt, execution, group, progress)
+            scored += [(part[member], 0, losses) for member, losses in found]
+    return gather_losses(documents, scored, group)
+
+
+def _round(
+    model: GPT,
+    documents: Sequence[np.ndarray],
+    ttt: TTTConfig,
+    execution: ExecutionConfig,
+    group: Group,
+    progress: ReportProgress | None,
+) -> list[tuple[int, np.ndarray]]:
+    """Number and losses of the documents that this process scores, with fixed shared weights."""
     lengths = [document.size for document in documents]
     # All processes must form the same batches, even if their free memory differs.
     fitting = group.gather_objects(rows_that_fit(model, ttt, execution.ttt_documents))
@@ -49,7 +73,7 @@ def ttt_losses(
     batches = document_batches(lengths, ttt, fitted, group.size, model.device)
     sizes = [sum(lengths[member] for member in batch.members) for batch in batches]
     shared = SharedProgress(progress)
-    scored: list[tuple[int, int, np.ndarray]] = []
+    scored: list[tuple[int, np.ndarray]] = []
     widest = max((len(batch.members) for batch in batches if batch.adapts), default=0)
     with fixed_weights(model):
         runner = graph_runner(model.device, execution.cuda_graphs)
@@ -62,8 +86,8 @@ def ttt_losses(
             else:
                 losses = packed_losses(model, members)
                 shared.advance(sizes[number])
-            scored += [(m, 0, row) for m, row in zip(batch.members, losses, strict=True)]
-    return gather_losses(documents, scored, group)
+            scored += zip(batch.members, losses, strict=True)
+    return scored
 
 
 @torch.no_grad()

@@ -1,7 +1,11 @@
-"""Experiments with several documents: none changes the scores of another."""
+"""Experiments with several documents: none changes the scores of another of its round, or before.
+
+Without `ttt.shared_lr` all documents are one round.
+"""
 
 import numpy as np
 
+from model.evaluation.score import TTT
 from pocketlm.audit.causality import MARGIN, Noise, Runs, how_equal
 from pocketlm.audit.checks import Check
 from pocketlm.audit.rounding import apart
@@ -25,11 +29,14 @@ def documents(subject: Subject, runs: Runs, noise: Noise) -> Check:
         problems += [
             f"{way}: {problem}" for problem in beside_other_text(subject, way, together, noise)
         ]
+    problems += later_round(subject, noise)
     evidence = (
         f"{len(sample)} documents, {len(WAYS)} ways: alone, together and in reverse order: "
         f"{tolerance.seen(differences)} apart; with the text of all others replaced, equal "
         f"{how_equal(noise)}"
     )
+    if subject.params.ttt.shared_lr:
+        evidence += "; so is a document with the text of a later round replaced"
     return Check("documents", evidence, tuple(problems))
 
 
@@ -48,6 +55,21 @@ def beside_other_text(subject: Subject, way: str, together: Losses, noise: Noise
         if not largest <= MARGIN * noise[way]:
             found.append(f"the text of others changes document {number} by {largest:.2e} nats")
     return found
+
+
+def later_round(subject: Subject, noise: Noise) -> list[str]:
+    """Whether a document of one round changes with the text of the next, be it by a bit."""
+    if not subject.params.ttt.shared_lr or len(subject.sample) < 2:
+        return []
+    first, second = (subject.cut(number) for number in subject.sample[:2])
+    before, after = (
+        subject.losses(TTT, [first, text], round_tokens=first.size)[0]
+        for text in (second, _noise(second, np.random.default_rng(SEED)))
+    )
+    largest = float(np.abs(before - after).max())
+    if largest <= MARGIN * noise[TTT]:
+        return []
+    return [f"ttt: the text of a later round changes an earlier score by {largest:.2e} nats"]
 
 
 def _noise(text: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -16,6 +16,7 @@ from model.network.gpt import GPT
 from model.runtime.config import ExecutionConfig
 from model.runtime.distributed import Group
 from model.ttt.batching import bytes_per_document
+from model.ttt.shared_weights import rounds
 from pocketlm.audit.rounding import ROUNDING, Rounding
 from pocketlm.params.params import Params
 from pocketlm.submission.bundle import settings_of
@@ -46,17 +47,26 @@ class Subject:
         """How experiments run: the stages' settings without CUDA graphs."""
         return dataclasses.replace(self.params.execution, cuda_graphs=False)
 
-    def losses(self, way: str, documents: Sequence[np.ndarray], rows: int | None = None) -> Losses:
+    def losses(
+        self,
+        way: str,
+        documents: Sequence[np.ndarray],
+        rows: int | None = None,
+        round_tokens: int | None = None,
+    ) -> Losses:
         """Losses of documents in one way of scoring: nats, fp32 (n,) each, of targets 1 … n.
 
-        rows: documents that TTT adapts at once, at most; None: as the stage.
+        rows: documents that TTT adapts at once, at most; None: as the stage. round_tokens: instead
+        of `ttt.round_tokens`; None: all documents are one round.
         """
+        whole = sum(document.size for document in documents)
+        ttt = dataclasses.replace(self.params.ttt, round_tokens=round_tokens or whole)
         execution = self.execution
         rows = rows or execution.ttt_documents
         execution = dataclasses.replace(
             execution, ttt_documents=rows, ttt_tokens=max(execution.ttt_tokens, 64 * rows)
         )
-        settings = settings_of(self.params)
+        settings = settings_of(dataclasses.replace(self.params, ttt=ttt))
         return losses_of(way, self.model, documents, settings, execution, self.group)
 
     @property
@@ -68,16 +78,27 @@ class Subject:
 
     @cached_property
     def sample(self) -> list[int]:
-        """Numbers of the documents of the experiments: the longest, and others by chance."""
-        order = sorted(range(len(self.documents)), key=lambda n: -self.documents[n].size)
+        """Numbers of the documents of the experiments: the longest, and others by chance.
+
+        They are of the first round (`model.ttt.shared_weights`), which is scored with the weights
+        of the artifact, as the experiments are.
+        """
+        first = rounds([document.size for document in self.documents], self.params.ttt)[0]
+        order = sorted(first, key=lambda n: -self.documents[n].size)
         long = [n for n in order if self.documents[n].size > self.params.ttt.chunk + 1] or order
         others = np.random.default_rng(SEED).permutation(long[1:])
         return [long[0], *others[: SAMPLE - 1].tolist()]
 
     def cut(self, number: int) -> np.ndarray:
-        """The beginning of a document of the sample, as long as experiments take it."""
-        windows = WINDOWS if number == self.sample[0] else 1
-        return self.documents[number][: windows * self.params.model.sequence_length]
+        """The beginning of a document of the sample, as long as experiments take it.
+
+        All of the sample together are no more than a round of the bundle, which scores them, too.
+        """
+        windows, ttt = WINDOWS if number == self.sample[0] else 1, self.params.ttt
+        size = windows * self.params.model.sequence_length
+        if ttt.shared_lr:
+            size = min(size, max(2, ttt.round_tokens // SAMPLE))
+        return self.documents[number][:size]
 
     @property
     def rounding(self) -> Rounding:

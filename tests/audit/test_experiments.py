@@ -26,12 +26,14 @@ MODES = {
     "mixture": ["ttt.mode=cached", "ttt.lr_mixture=[0.5,2.0,8.0]"],
     "window": ["ttt.mode=window"],
     "cached": ["ttt.mode=cached", "ttt.bptt_chunks=1", "ttt.steps=2"],
+    "shared": ["ttt.mode=window", "ttt.shared_lr=0.01", "ttt.round_tokens=72"],
     "growing": ["ttt.mode=cached", "ttt.largest_chunk=16", "ttt.context=16", "ttt.refresh=0"],
 }
 
 
 @pytest.mark.parametrize(
-    "mode", ["window", "cached", "mixture", pytest.param("growing", marks=pytest.mark.campaign)]
+    "mode",
+    ["window", "cached", "mixture", "shared", pytest.param("growing", marks=pytest.mark.campaign)],
 )
 def test_a_clean_evaluation_passes_all_experiments(tmp_path: Path, mode: str) -> None:
     checks = list(Experiments(small_subject(tmp_path, *MODES[mode])).checks())
@@ -141,6 +143,12 @@ def adapters_carried_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "losses", losses)
 
 
+def rounds_from_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shared weights learn from later rounds before an earlier one is scored."""
+    forwards = loop.rounds
+    monkeypatch.setattr(loop, "rounds", lambda *what: forwards(*what)[::-1])
+
+
 CAUSAL = {"causality", "black box"}
 PLANTS: dict[Plant, set[str]] = {
     leaky_smear: CAUSAL,
@@ -151,15 +159,16 @@ PLANTS: dict[Plant, set[str]] = {
     best_of_the_rates: {"black box", "score before update"},
     gradients_of_all: {"documents"},
     adapters_carried_over: {"causality", "documents"},
+    rounds_from_the_last: {"documents"},
 }
+MODE_OF: dict[Plant, str] = {best_of_the_rates: "mixture", rounds_from_the_last: "shared"}
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_a_planted_violation_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Plant
 ) -> None:
-    mode = "mixture" if plant is best_of_the_rates else "window"
-    subject = small_subject(tmp_path, *MODES[mode])
+    subject = small_subject(tmp_path, *MODES[MODE_OF.get(plant, "window")])
     plant(monkeypatch)
     checks = list(Experiments(subject).checks())
     assert set(failed(checks)) == PLANTS[plant], [check.problems for check in checks]
