@@ -100,13 +100,13 @@ def show(runs: Mapping[int, Figures]) -> None:
     table("training by number of GPUs", COLUMNS, rows)
 
 
-def figures_of(runs: Mapping[int, Figures], largest: int) -> dict[str, Any]:
-    """What scaling.json holds; largest: number of GPUs whose start was cold."""
+def figures_of(runs: Mapping[int, Figures]) -> dict[str, Any]:
+    """What scaling.json holds."""
     here = environment()
     steps = {gpus: run["ms"]["whole step"] for gpus, run in runs.items()}
     found: dict[str, Any] = {key: here[key] for key in ("device", "versions", "commit")}
     found["tokens_per_s_per_gpu"] = {str(n): r["tokens_per_s_per_gpu"] for n, r in runs.items()}
-    found["cold_start_s"] = runs[largest]["startup_seconds"]
+    found["cold_start_s"] = runs[max(runs)]["startup_seconds"]  # the first one
     if 1 in steps:
         found |= {f"efficiency_{n}": steps[1] / n / ms for n, ms in steps.items() if n > 1}
         found["overhead_ms"] = {str(n): ms for n, ms in overheads(steps).items()}
@@ -124,15 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     chosen = parser.parse_args(arguments)
     common.load(chosen.preset)  # bad input is refused before GPUs are used
-    runs: dict[int, Figures] = {}
+    wanted, runs = set(chosen.gpus), dict[int, Figures]()
     with tempfile.TemporaryDirectory() as cache:
-        for gpus in sorted(set(chosen.gpus), reverse=True):
+        for gpus in sorted(wanted, reverse=True):
             with section(f"{gpus} GPUs", chosen.limit + 10):
                 options = (chosen.preset, gpus, chosen.steps, Path(cache), chosen.limit)
                 runs[gpus] = measured(*options)
             show(runs)
-    if chosen.json and len(runs) == len(set(chosen.gpus)):  # a table with gaps replaces none
-        write_json(chosen.json, figures_of(runs, max(chosen.gpus)))
+    if chosen.json and runs.keys() == wanted:  # a table with gaps replaces none
+        write_json(chosen.json, figures_of(runs))
 
 
 if __name__ == "__main__":

@@ -131,6 +131,19 @@ def fixed_weights(model: GPT) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def trainable(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Let gradients of these weights be asked for inside the block."""
+    before = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight, trained in zip(weights, before, strict=True):
+            weight.requires_grad_(trained)
+
+
 def _tensors_of_blocks(model: GPT) -> list[tuple[nn.Module, str, Tensor]]:
     """Module, name and tensor of the parameters and buffers of the blocks and their skips."""
     found = [

@@ -18,7 +18,6 @@ the loss depends on what becomes of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 from model.artifact.quantizer import column_codes, column_factors
 from model.data.packing import Documents
 from model.evaluation.generation import draw
+from model.network.compute_weights import trainable
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 
@@ -106,7 +106,7 @@ def _gradients(
     weights = [model.get_parameter(name) for name in names]
     none_forbidden = torch.zeros(model.config.vocabulary, dtype=torch.bool, device=model.device)
     document = Documents.from_rows(1, tokens.shape[1], model.device)
-    with _trainable(weights):
+    with trainable(weights):
         for row, uniform in zip(tokens, noise.to(model.device), strict=True):
             with torch.enable_grad():
                 logits = model(row, document)
@@ -114,16 +114,3 @@ def _gradients(
                 loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
                 gradients = torch.autograd.grad(loss, weights)
             yield list(gradients)
-
-
-@contextmanager
-def _trainable(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Let gradients of these weights be asked for inside the block."""
-    before = [weight.requires_grad for weight in weights]
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for weight, trained in zip(weights, before, strict=True):
-            weight.requires_grad_(trained)

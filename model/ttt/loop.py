@@ -45,11 +45,11 @@ def ttt_losses(
     """
     scored: list[tuple[int, int, np.ndarray]] = []
     parts = rounds([document.size for document in documents], ttt)
-    shared = SharedWeights(model, ttt, group) if len(parts) > 1 else None
-    with shared.learning() if shared else nullcontext():
+    weights = SharedWeights(model, ttt, group) if len(parts) > 1 else None
+    with weights.learning() if weights else nullcontext():
         for number, part in enumerate(parts):
-            if shared and number:
-                shared.learn([documents[member] for member in parts[number - 1]])
+            if weights and number:
+                weights.learn([documents[member] for member in parts[number - 1]])
             members = [documents[member] for member in part]
             found = _round(model, members, ttt, execution, group, progress)
             scored += [(part[member], 0, losses) for member, losses in found]

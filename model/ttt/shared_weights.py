@@ -25,11 +25,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from model.data.loader import pack_span
 from model.data.packing import Documents
 from model.evaluation.losses import targets_of, to_indices
-from model.network.compute_weights import ComputeWeights
+from model.network.compute_weights import ComputeWeights, trainable
 from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.ttt.config import TTTConfig
@@ -60,51 +61,53 @@ class SharedWeights:
     def __init__(self, model: GPT, ttt: TTTConfig, group: Group) -> None:
         self._model, self._ttt, self._group = model, ttt, group
         self._weights = list(model.parameters())
+        self._compute_weights = ComputeWeights(model)
         self._optimizer = torch.optim.AdamW(
-            self._weights, betas=BETAS, eps=EPSILON, weight_decay=0.0
+            self._weights, ttt.shared_lr, BETAS, EPSILON, weight_decay=0.0
         )
-        self._steps = 0
+        self._rise = LambdaLR(self._optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
 
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Let the weights learn in the block, and be afterwards what they were before."""
-        before = [(weight.detach().clone(), weight.requires_grad) for weight in self._weights]
-        self._model.requires_grad_(True)
+        before = [weight.detach().clone() for weight in self._weights]
         try:
-            yield
+            with trainable(self._weights):
+                yield
         finally:
-            for weight, (value, trained) in zip(self._weights, before, strict=True):
-                weight.requires_grad_(trained).data.copy_(value)
+            with torch.no_grad():
+                for weight, value in zip(self._weights, before, strict=True):
+                    weight.copy_(value)
 
     def learn(self, documents: Sequence[np.ndarray]) -> None:
         """Take steps on a round's documents, token ids (n,) each, BOS first. Collective."""
         tokens = np.concatenate(documents)
         targets = np.concatenate([targets_of(document) for document in documents])
         steps = max(1, round(tokens.size / self._ttt.round_tokens))
-        compute_weights = ComputeWeights(self._model)
-        for part in np.array_split(np.arange(tokens.size), steps):
-            self._step(tokens[part], targets[part], compute_weights)
+        for text in np.array_split(np.stack([tokens, targets]), steps, axis=1):
+            self._step(text)
 
-    def _step(self, tokens: np.ndarray, targets: np.ndarray, weights: ComputeWeights) -> None:
-        """A step on the mean loss of these tokens, whose passes the processes share."""
-        group, device = self._group, self._model.device
-        passes = np.array_split(np.arange(tokens.size), -(-tokens.size // PASS))
-        with torch.enable_grad(), weights.in_use(None):
-            for part in passes[group.rank :: group.size]:
-                spans = pack_span(tokens[part], self._model.config.sequence_length)
+    def _step(self, text: np.ndarray) -> None:
+        """A step on the mean loss of `text`, whose passes the processes share.
+
+        text: tokens and their targets, (2, n).
+        """
+        group, device, size = self._group, self._model.device, text.shape[1]
+        passes = np.array_split(text, -(-size // PASS), axis=1)
+        with torch.enable_grad(), self._compute_weights.in_use(None):
+            for tokens, targets in passes[group.rank :: group.size]:
+                spans = pack_span(tokens, self._model.config.sequence_length)
                 losses = self._model.losses(
-                    to_indices(tokens[part], device),
-                    to_indices(targets[part], device),
+                    to_indices(tokens, device),
+                    to_indices(targets, device),
                     Documents.from_lengths(spans, device),
                 )
-                (losses.sum() / tokens.size).backward()
-                weights.collect()
+                (losses.sum() / size).backward()
+                self._compute_weights.collect()
         for weight in self._weights:
             if weight.grad is None:  # this process had no pass
                 weight.grad = torch.zeros_like(weight)
             group.all_reduce(weight.grad)
-        self._steps += 1
-        for settings in self._optimizer.param_groups:
-            settings["lr"] = self._ttt.shared_lr * min(1.0, self._steps / WARMUP)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._rise.step()

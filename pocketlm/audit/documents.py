@@ -29,13 +29,13 @@ def documents(subject: Subject, runs: Runs, noise: Noise) -> Check:
         problems += [
             f"{way}: {problem}" for problem in beside_other_text(subject, way, together, noise)
         ]
-    problems += later_round(subject, noise)
     evidence = (
         f"{len(sample)} documents, {len(WAYS)} ways: alone, together and in reverse order: "
         f"{tolerance.seen(differences)} apart; with the text of all others replaced, equal "
         f"{how_equal(noise)}"
     )
-    if subject.params.ttt.shared_lr:
+    if subject.params.ttt.shared_lr and len(sample) > 1:
+        problems += later_round(subject, noise)
         evidence += "; so is a document with the text of a later round replaced"
     return Check("documents", evidence, tuple(problems))
 
@@ -51,25 +51,27 @@ def beside_other_text(subject: Subject, way: str, together: Losses, noise: Noise
         random = np.random.default_rng([SEED, kept])
         mixed = [t if n == kept else _noise(t, random) for n, t in enumerate(texts)]
         after = subject.losses(way, mixed)[kept]
-        largest = float(np.abs(before - after).max())
-        if not largest <= MARGIN * noise[way]:
-            found.append(f"the text of others changes document {number} by {largest:.2e} nats")
+        if change := _change(before, after, noise[way]):
+            found.append(f"the text of others changes document {number} by {change}")
     return found
 
 
 def later_round(subject: Subject, noise: Noise) -> list[str]:
     """Whether a document of one round changes with the text of the next, be it by a bit."""
-    if not subject.params.ttt.shared_lr or len(subject.sample) < 2:
-        return []
     first, second = (subject.cut(number) for number in subject.sample[:2])
     before, after = (
         subject.losses(TTT, [first, text], round_tokens=first.size)[0]
         for text in (second, _noise(second, np.random.default_rng(SEED)))
     )
+    if change := _change(before, after, noise[TTT]):
+        return [f"ttt: the text of a later round changes an earlier score by {change}"]
+    return []
+
+
+def _change(before: np.ndarray, after: np.ndarray, noise: float) -> str:
+    """The largest difference of losses, in words, if it is more than noise; else empty."""
     largest = float(np.abs(before - after).max())
-    if largest <= MARGIN * noise[TTT]:
-        return []
-    return [f"ttt: the text of a later round changes an earlier score by {largest:.2e} nats"]
+    return "" if largest <= MARGIN * noise else f"{largest:.2e} nats"
 
 
 def _noise(text: np.ndarray, random: np.random.Generator) -> np.ndarray:

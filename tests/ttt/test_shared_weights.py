@@ -28,7 +28,6 @@ from tests.helpers.models import (
     small_model,
     ttt_params,
 )
-from tests.helpers.processes import run_processes
 
 CPU = torch.device("cpu")
 ALONE = Group(0, 1, CPU)
@@ -144,23 +143,6 @@ def test_the_weights_are_restored_after_an_error() -> None:
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert torch.equal(model.embedding, before)
-
-
-def _adapt(group: Group, documents: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
-    done: list[int] = []
-    execution = execution_params(ttt_documents=2)
-    losses = ttt_losses(small_model(), documents, adapting(), execution, group, done.append)
-    return losses, sum(done)
-
-
-def test_two_processes_equal_one() -> None:
-    documents = random_documents(LENGTHS)
-    expected, total = _adapt(ALONE, documents)
-    (losses, main_total), (nothing, other_total) = run_processes(2, _adapt, documents)
-    assert nothing == []
-    assert main_total == other_total == total == sum(LENGTHS)
-    for one, other in zip(losses, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-4)
 
 
 def test_what_documents_have_in_common_is_learned() -> None:

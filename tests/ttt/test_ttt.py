@@ -508,22 +508,34 @@ def test_batch_mates_batch_size_and_order_change_nothing(changes: dict[str, Any]
             np.testing.assert_allclose(one, two, atol=3e-5)
 
 
-def _adapt(group: Group, documents: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
+def _adapt(
+    group: Group, documents: list[np.ndarray], changes: dict[str, Any]
+) -> tuple[list[np.ndarray], int]:
     done: list[int] = []
-    execution = execution_params(ttt_documents=2)
-    losses = ttt_losses(small_model(), documents, ttt_params(), execution, group, done.append)
+    ttt, execution = ttt_params(**changes), execution_params(ttt_documents=2)
+    losses = ttt_losses(small_model(), documents, ttt, execution, group, done.append)
     return losses, sum(done)
 
 
-def test_two_processes_equal_one() -> None:
-    documents = random_documents(LENGTHS)
-    expected, total = _adapt(ALONE, documents)
-    assert total == sum(LENGTHS)
-    (losses, main_total), (nothing, other_total) = run_processes(2, _adapt, documents)
+@pytest.mark.parametrize(
+    ("changes", "lengths", "tolerance"),
+    [
+        ({}, LENGTHS, 3e-5),
+        ({"shared_lr": 0.003, "round_tokens": 64}, [30, 9, 40, 3, 25, 64, 8, 17], 2e-4),
+    ],
+    ids=["fixed weights", "rounds"],
+)
+def test_two_processes_equal_one(
+    changes: dict[str, Any], lengths: list[int], tolerance: float
+) -> None:
+    documents = random_documents(lengths)
+    expected, total = _adapt(ALONE, documents, changes)
+    assert total == sum(lengths)
+    (losses, main_total), (nothing, other_total) = run_processes(2, _adapt, documents, changes)
     assert nothing == []
     assert main_total == other_total == total
     for one, other in zip(losses, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=3e-5)
+        np.testing.assert_allclose(one, other, atol=tolerance)
 
 
 @pytest.mark.parametrize(("mode", "rows"), [("window", [2, 3, 2, 2]), ("cached", [3, 3, 1, 2])])
