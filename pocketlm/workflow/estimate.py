@@ -4,7 +4,8 @@ A stage's work is counted in model FLOPs (`pocketlm.workflow.flops`):
 
     train       3 forward passes of every token trained on
     evaluate    a forward pass of every token read, by plain and by sliding windows
-    ttt_eval    3 forward passes of every token read, which may be read in several windows
+    ttt_eval    3 forward passes of every token read, which may be read in several windows, and once
+                more if the shared weights learn (not that their first rounds are small batches)
 
 and divided by the rate that one process reaches. On GPUs that is the rate which the record's model
 reached in `records/benchmarks`, in training for the evaluation without adaptation too; quantization
@@ -188,6 +189,7 @@ def seconds_of(
         read = read_by_windows(lengths, window, window) + read_by_windows(lengths, window, stride)
         found["evaluate"] = flops * read / rates.score / faster
         read = params.ttt.steps * read_by_ttt(lengths, params.ttt)
+        read += sum(lengths) if params.ttt.shared_lr else 0
         found["ttt_eval"] = 3 * flops * read / rates.ttt / faster
     return found
 
