@@ -8,12 +8,12 @@ earlier rounds alone: score first, in one pass from left to right. Nothing says 
 must fit into the artifact, from which every evaluation starts.
 
 A step reads about `ttt.round_tokens` tokens. A round ends with the document in which it has read as
-many, and no fewer than an eighth of all tokens that earlier rounds read,
+many, and no fewer than a quarter of all tokens that earlier rounds read,
 
-    tokens of round r  ≥  max(round_tokens, (tokens of the rounds before) / 8),
+    tokens of round r  ≥  max(round_tokens, (tokens of the rounds before) / 4),
 
 since it takes as long as its longest document. So the number of rounds grows with the logarithm of
-the text, while the weights are never behind by more than an eighth of it and a document. Nobody
+the text, while the weights are never behind by more than a quarter of it and a document. Nobody
 reads the text after the last round, so nothing is learned from it.
 
 Public forms take SGD steps on chunks of 32,768 tokens instead of adapters (parameter-golf, records
@@ -35,7 +35,7 @@ from model.network.gpt import GPT
 from model.runtime.distributed import Group
 from model.ttt.config import TTTConfig
 
-GROWTH = 1 / 8  # tokens of a round over those of the rounds before, at least
+GROWTH = 1 / 4  # tokens of a round over those of the rounds before, at least
 BETAS = (0.9, 0.95)
 WARMUP = 5  # steps over which the rate rises: second moments are estimated from few gradients
 EPSILON = 1e-6  # keeps noise small where the gradient is nothing but rounding
