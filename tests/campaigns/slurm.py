@@ -182,7 +182,7 @@ def campaign(
         )
         if not run.problem:
             shutil.rmtree(copy.path.parent)
-        cluster.run("scancel", "--user=root", check=False)
+        cluster.cancel_all()
     return done
 
 
@@ -192,14 +192,14 @@ def saved(checkout: Checkout) -> int:
     return sum(log.read_text().count("train: stopped by") for log in logs)
 
 
-def limit(checkout: Checkout) -> None:
-    """Give training a minute, with the signal 30 s before, or as Slurm likes up to a minute sooner.
+def limit(checkout: Checkout, minutes: int = 1) -> None:
+    """Give training so long, with the signal 30 s before, or as Slurm likes up to a minute sooner.
 
-    So jobs may end at their start, and on a busy machine it takes many.
+    In one minute jobs may end at their start, and on a busy machine it takes many.
     """
     path = checkout.path / "profiles/slurm/config.yaml"
     text = path.read_text().replace("TERM@120", "TERM@30").replace("retries: 3", "retries: 20")
-    path.write_text(re.sub(r"(train_seed: \{.*runtime:) \d+", r"\1 1", text))
+    path.write_text(re.sub(r"(train_seed: \{.*runtime:) \d+", rf"\1 {minutes}", text))
 
 
 def summary(runs: list[Run]) -> str:

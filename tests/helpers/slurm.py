@@ -132,6 +132,13 @@ class Cluster:
         """Ids of the jobs in a state; none if the controller does not answer."""
         return self.run("squeue", "-h", "-t", state, "-o", "%i", check=False).split()
 
+    def cancel_all(self) -> None:
+        """Cancel what runs and waits; returns once both nodes are free again."""
+        if self.controller is None or self.controller.poll() is not None:
+            self.start_controller()
+        self.run("scancel", "--user=root", check=False)
+        self.wait_for_nodes()
+
     def stop(self) -> None:
         if self.controller and self.controller.poll() is None:
             self.run("scancel", "--state=RUNNING", "--user=root", check=False)

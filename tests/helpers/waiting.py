@@ -1,5 +1,6 @@
 """Wait for what other processes do; hold a step where a test needs it, however fast the host is."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -10,10 +11,12 @@ import psutil
 
 from tests.helpers.checkout import Checkout
 
+PATIENCE = 300.0  # [s] hosts differ; only a test that fails waits so long
+
 
 def wait_until(
     is_so: Callable[[], bool],
-    seconds: float = 120,
+    seconds: float = PATIENCE,
     failure: Callable[[], object] = lambda: "waited in vain",
 ) -> None:
     deadline = time.monotonic() + seconds
@@ -22,7 +25,7 @@ def wait_until(
         time.sleep(0.1)
 
 
-def wait_for(step: str, checkout: Checkout, seconds: float = 120) -> None:
+def wait_for(step: str, checkout: Checkout, seconds: float = PATIENCE) -> None:
     """Wait until a step has been started."""
     wait_until(
         lambda: step in checkout.record.read_text().split(),
@@ -37,14 +40,28 @@ def wait_for_end(path: Path) -> None:
 
 
 def processes_in(path: Path) -> list[str]:
-    """Command lines of the processes that work in a directory."""
+    """Command lines of the processes that work in a directory or below it."""
     return [" ".join(process.info["cmdline"] or []) for process in _working_in(path)]
+
+
+def kill_processes_in(path: Path) -> None:
+    """Kill what a test has started in a directory and a failure has left running."""
+    while left := list(_working_in(path)):
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=1)
 
 
 def _working_in(path: Path) -> Iterator[psutil.Process]:
     for process in psutil.process_iter(["cmdline"]):
         try:
-            if Path(process.cwd()) == path and process.status() != psutil.STATUS_ZOMBIE:
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            if (
+                not ended
+                and process.pid != os.getpid()
+                and Path(process.cwd()).is_relative_to(path)
+            ):
                 yield process
         except (psutil.Error, OSError):
             continue

@@ -4,12 +4,21 @@ A checkout that has been run once is shared; every test works on a copy of it.
 """
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.checkout import ENGINES, FROM_TRAIN, SNAKEMAKE, Checkout, make_checkout
 from tests.helpers.shared import made_once
+from tests.helpers.waiting import kill_processes_in
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on(tmp_path: Path) -> Iterator[None]:
+    """What a failed test has started disturbs no other."""
+    yield
+    kill_processes_in(tmp_path)
 
 
 @pytest.fixture(scope="session")

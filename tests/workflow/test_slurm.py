@@ -11,7 +11,13 @@ from tests.campaigns.kills import digests
 from tests.campaigns.slurm import CALL, Run, campaign, limit, saved
 from tests.helpers.checkout import FROM_TRAIN, Checkout
 from tests.helpers.slurm import Cluster, needs_slurm, running
-from tests.helpers.waiting import let_go_when_sent, stop, stop_in_training, wait_until
+from tests.helpers.waiting import (
+    kill_processes_in,
+    let_go_when_sent,
+    stop,
+    stop_in_training,
+    wait_until,
+)
 
 pytestmark = [
     needs_slurm,
@@ -28,11 +34,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def tokenized(finished: Checkout, cluster: Cluster, tmp_path: Path) -> Checkout:
+def tokenized(finished: Checkout, cluster: Cluster, tmp_path: Path) -> Iterator[Checkout]:
     """A checkout for this Slurm whose tokens are there, and nothing after them."""
     checkout = cluster.checkout(finished.copy(tmp_path / "checkout"))
     checkout.set("report.baseline", "none")
-    return checkout
+    yield checkout
+    kill_processes_in(tmp_path)  # Snakemake would submit again what is canceled
+    cluster.cancel_all()
 
 
 def only_seed(checkout: Checkout) -> None:
@@ -87,7 +95,7 @@ def test_one_step_over_two_nodes_is_that_of_two_processes(tokenized, tmp_path) -
 def test_training_into_its_time_limit_resumes(tokenized, tmp_path) -> None:
     only_seed(tokenized)
     tokenized.set("train.steps", 401)
-    limit(tokenized)
+    limit(tokenized, minutes=2)  # so that the signal does not come before training heeds it
     alone = tokenized.copy(tmp_path / "alone")
     tokenized.record.write_text("")
     call = tokenized.start("snakemake", "train", "--workflow-profile", "profiles/slurm")
