@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread per process so that times mean something."""
 
 import os
+import signal
 import time
 import zlib
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background; programs inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)

@@ -4,8 +4,7 @@ import dataclasses
 import gc
 import math
 import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.queue import simulate
 from model.data.packing import Documents
@@ -60,6 +57,7 @@ from tests.helpers.models import (
     ttt_params,
 )
 from tests.helpers.processes import run_processes
+from tests.helpers.replay import ReplayRunner
 
 CPU = torch.device("cpu")
 ALONE = Group(0, 1, CPU)
@@ -672,62 +670,6 @@ def test_simulation_of_a_queue_worked_out_by_hand() -> None:
     assert two.wasted_rows == pytest.approx(3 / 12)
 
 
-class Operations(TorchDispatchMode):
-    """Notes every operation on tensors, to repeat it as a CUDA graph would: on the same memory,
-    with the shapes and the numbers of that time, without a line of the program that made it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.noted: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        aliases = [returned.alias_info for returned in func._schema.returns]
-        if not any(alias is not None and not alias.is_write for alias in aliases):
-            self.noted.append((func, args, kwargs, result))
-        return result
-
-    @torch.no_grad()
-    def repeat(self) -> None:
-        for func, args, kwargs, result in self.noted:
-            written = tuple(x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor))
-            # Autograd does not notice what a CUDA graph writes.
-            with torch.autograd._unsafe_preserve_version_counter(written):
-                again = func(*args, **kwargs)
-                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                    if isinstance(old, Tensor) and old is not new:
-                        old.copy_(new)
-
-
-class NotedOperations(GraphRunner):
-    """Replays on any device. played: the keys."""
-
-    def __init__(self) -> None:
-        super().__init__(captured=True)
-        self.played: Counter[Any] = Counter()
-
-    def run(self, key: Any, work: Callable[[], Tensor]) -> Tensor:
-        self.present = key
-        return super().run(key, work)
-
-    def _capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        with Operations() as operations:
-            result = work()
-        fresh = True
-
-        def play() -> Tensor:
-            nonlocal fresh
-            if not fresh:  # noting has done the work once, unlike capturing on a GPU
-                operations.repeat()
-                self.played[self.present] += 1
-            fresh = False
-            return result
-
-        return play
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -749,7 +691,7 @@ def test_replayed_chunks_equal_those_run_as_they_are(
     model = small_model()
     ttt = ttt_params(context=40, **changes)
     documents = random_documents([150, 140, 120, 61, 60, 59, 20])
-    runner = NotedOperations()
+    runner = ReplayRunner()
     with fixed_weights(model):
         expected = Session(model, ttt, 7, EAGER).losses(documents, SharedProgress(None))
         session = Session(model, ttt, 7, runner)
