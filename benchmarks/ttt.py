@@ -321,9 +321,9 @@ def floor_work(model: GPT, ttt: TTTConfig, lengths: Sequence[int]) -> tuple[floa
             past = seen - (end - start)
             pairs += window if ttt.mode == "window" else window - past * (past + 1) // 2
     flops = read_by_ttt(lengths, ttt) * per_token
-    flops += ttt.rates * attention_flops(model.config, pairs)
+    flops += ttt.steps * ttt.rates * attention_flops(model.config, pairs)
     moved = adapted * trained_chunks * (16.0 + 5 * model.dtype.itemsize)
-    return flops * ttt.steps, moved * ttt.rates * ttt.steps
+    return flops, moved * ttt.rates * ttt.steps
 
 
 def compare(

@@ -5,7 +5,7 @@ A stage's work is counted in model FLOPs (`pocketlm.workflow.flops`):
     train       3 forward passes of every token trained on
     evaluate    a forward pass of every token read, by plain and by sliding windows
     ttt_eval    3 forward passes of every token read, which may be read in several windows, and once
-                more if the shared weights learn (not that their first rounds are small batches)
+                more if the shared weights learn from it (not that early rounds are small batches)
 
 and divided by the rate that one process reaches. On GPUs that is the rate which the record's model
 reached in `records/benchmarks`, in training for the evaluation without adaptation too; quantization
@@ -128,7 +128,7 @@ def measured_rates(params: Params, lengths: Sequence[int] | None = None) -> Rate
         _seconds(lambda: plain_losses(model, documents, MEASURED, group)),
         _seconds(lambda: ttt_losses(model, documents, params.ttt, params.execution, group)),
     ]
-    passes = 3 * size, sum(lengths), 3 * params.ttt.steps * read_by_ttt(lengths, params.ttt)
+    passes = 3 * size, sum(lengths), 3 * read_by_ttt(lengths, params.ttt)
     train, score, ttt = (flops * n / s for n, s in zip(passes, seconds, strict=True))
     return Rates("measured here", train, score, ttt)
 
@@ -160,14 +160,18 @@ def read_by_windows(lengths: Sequence[int], window: int, stride: int) -> int:
 
 
 def read_by_ttt(lengths: Sequence[int], ttt: TTTConfig) -> int:
-    """Tokens that one step of TTT runs through the blocks: each once if cached, else by windows.
+    """Tokens that TTT runs through the blocks, forward and backward.
 
-    A mixture reads them once for each of its rates. Padding of windows is not counted.
+    Adapters read a token once in every step if cached, else by windows, whose padding is not
+    counted, and once for each rate of a mixture; shared weights read all rounds but the last.
     """
-    if ttt.mode == "cached":
-        return ttt.rates * sum(lengths)
+    from model.ttt.shared_weights import rounds
+
     ends = (end for length in lengths for _, end in chunks(length, ttt))
-    return ttt.rates * sum(min(end, ttt.context) for end in ends)
+    windows = (min(end, ttt.context) for end in ends)
+    read = sum(lengths) if ttt.mode == "cached" else sum(windows)
+    learned = sum(lengths[number] for part in rounds(lengths, ttt)[:-1] for number in part)
+    return ttt.steps * ttt.rates * read + learned
 
 
 def seconds_of(
@@ -188,8 +192,7 @@ def seconds_of(
         window, stride = model.sequence_length, params.evaluate.sliding_stride
         read = read_by_windows(lengths, window, window) + read_by_windows(lengths, window, stride)
         found["evaluate"] = flops * read / rates.score / faster
-        read = params.ttt.steps * read_by_ttt(lengths, params.ttt)
-        read += sum(lengths) if params.ttt.shared_lr else 0
+        read = read_by_ttt(lengths, params.ttt)
         found["ttt_eval"] = 3 * flops * read / rates.ttt / faster
     return found
 

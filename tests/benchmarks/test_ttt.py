@@ -47,6 +47,8 @@ def test_floors_count_every_token_pair_and_value(mode: str) -> None:
     assert moved == (4 + 1) * adapted * 36  # chunks trained on; fp32
     mixed = floor_work(model, dataclasses.replace(ttt, lr_mixture=[0.5, 1.0, 2.0]), lengths)
     assert mixed == (3 * flops, 3 * moved)
+    twice = floor_work(model, dataclasses.replace(ttt, steps=2), lengths)
+    assert twice == (2 * flops, 2 * moved)
 
 
 def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_best() -> None:

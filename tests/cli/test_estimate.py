@@ -50,11 +50,11 @@ def test_one_gpu_takes_as_long_as_its_share() -> None:
         assert (alone[stage] or 0) == pytest.approx(2 * (both[stage] or 0))
 
 
-def test_shared_weights_that_learn_read_every_token_once_more() -> None:
+def test_shared_weights_that_learn_read_once_more_all_rounds_but_the_last() -> None:
     params = compose("record")
-    learning = compose("record", ["ttt.shared_lr=1e-5"])
+    learning = compose("record", ["ttt.shared_lr=1e-5", "ttt.round_tokens=3000"])
     fixed, more = (seconds_of(one, FIXED, 1, [1000] * 10) for one in (params, learning))
-    assert more["ttt_eval"] == pytest.approx(2 * (fixed["ttt_eval"] or 0))  # cached, at one rate
+    assert more["ttt_eval"] == pytest.approx(1.9 * (fixed["ttt_eval"] or 0))  # cached, at one rate
     assert more["evaluate"] == fixed["evaluate"]
 
 
