@@ -238,6 +238,7 @@ def test_hooks_see_the_inputs_where_the_operation_is_not_used(fused, reason):
     assert len(seen) == 2
 
 
+@pytest.mark.campaign
 def test_kernel_compiles_for_hopper_and_fits_its_shared_memory(tmp_path):
     program = """
 from model.kernels.fused_mlp import BACKWARD, FORWARD, product_kernel

@@ -175,6 +175,7 @@ def test_is_part_of_compiled_graphs_for_any_number_of_documents_and_tokens():
         assert_equal(results(compiled, *arguments), results(kernel, *arguments))
 
 
+@pytest.mark.campaign
 def test_kernels_compile_for_hopper(tmp_path):
     program = """
 from model.kernels.low_rank import *

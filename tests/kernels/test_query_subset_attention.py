@@ -199,6 +199,7 @@ def test_operations_keep_what_they_promise_the_compiler():
     torch.library.opcheck(query_subset_backward.sealed, (dy, *operands, *found))
 
 
+@pytest.mark.campaign
 def test_kernels_compile_for_hopper(tmp_path):
     program = """
 from model.kernels.query_subset_attention import *

@@ -44,6 +44,7 @@ def test_triton_kernel_interpreted_equals_the_formula() -> None:
     subprocess.run([sys.executable, "-c", SCRIPT], check=True, env=environment)
 
 
+@pytest.mark.campaign
 def test_it_compiles_for_hopper(tmp_path) -> None:
     pytest.importorskip("triton")
     assert compile_for_hopper(BUILD, tmp_path) == [0]

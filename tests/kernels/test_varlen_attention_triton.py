@@ -195,6 +195,7 @@ def test_operations_keep_what_they_promise_the_compiler(exclusive):
     torch.library.opcheck(varlen_attention_triton.attention.sealed, (q, k, v, tiles, exclusive))
 
 
+@pytest.mark.campaign
 def test_kernels_compile_for_hopper_and_fit_its_shared_memory(tmp_path):
     program = """
 from model.kernels.varlen_attention_triton import *

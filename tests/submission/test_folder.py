@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,30 @@ CHECKS = ("bytes", "causality", "score before update")
 LOG = re.compile(r"seed(\d+)_(\w+)\.jsonl")
 
 
-@pytest.fixture
-def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
-    """Parameters of a directory, the current one, in which all stages and the audit have run."""
-    params = compose("demo", directory=ROOT / "conf")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which all stages and the audit have run, of which every test has a copy."""
+    place, params = tmp_path_factory.mktemp("finished"), compose("demo", directory=ROOT / "conf")
     for name in ("pyproject.toml", "constraints.txt"):
-        write_bytes(tmp_path / name, (ROOT / name).read_bytes())
+        write_bytes(place / name, (ROOT / name).read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr("steps.report.code_bytes", lambda params: (len(CODE), 60_000))
+        Path("params.yaml").write_text(render(params))
+        for seed in params.seeds:
+            write_seed(Path("."), seed)
+        make_report(StageRun("report", None, params, Group(0, 1, torch.device("cpu"))))
+        write_audit([])
+    return place
+
+
+@pytest.fixture
+def params(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+    """Parameters of a directory, the current one, in which all stages and the audit have run."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("steps.report.code_bytes", lambda params: (len(CODE), 60_000))
     monkeypatch.setattr("pocketlm.submission.folder.bundle", lambda settings: CODE)
-    Path("params.yaml").write_text(render(params))
-    for seed in params.seeds:
-        write_seed(Path("."), seed)
-    make_report(StageRun("report", None, params, Group(0, 1, torch.device("cpu"))))
-    write_audit([])
-    return params
+    return compose("demo", directory=ROOT / "conf")
 
 
 def write_audit(failed: list[str]) -> None:
