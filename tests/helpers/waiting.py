@@ -56,12 +56,8 @@ def kill_processes_in(path: Path) -> None:
 def _working_in(path: Path) -> Iterator[psutil.Process]:
     for process in psutil.process_iter(["cmdline"]):
         try:
-            ended = process.status() == psutil.STATUS_ZOMBIE
-            if (
-                not ended
-                and process.pid != os.getpid()
-                and Path(process.cwd()).is_relative_to(path)
-            ):
+            other = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
+            if other and Path(process.cwd()).is_relative_to(path):
                 yield process
         except (psutil.Error, OSError):
             continue

@@ -472,9 +472,16 @@ def test_a_run_whose_log_was_damaged_begins_anew(tokens, tmp_path, whole):
     assert curve(directory) == curve(whole)
 
 
-def test_processes_that_cannot_share_a_step_are_refused(tokens, tmp_path):
-    batches: dict[str, Any] = {"tokens_per_step": 129, "tokens_per_microbatch": 129}
-    directory = workplace(tmp_path / "odd", tokens, batch_schedule=[], **batches)
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (129, "do not divide train.tokens_per_step (129)"),
+        (48, "would take 24 tokens of a step at once, fewer than model.sequence_length (32)"),
+    ],
+)
+def test_processes_that_cannot_share_a_step_are_refused(tokens, tmp_path, batch, words):
+    batches = {"tokens_per_step": batch, "tokens_per_microbatch": batch, "batch_schedule": []}
+    directory = workplace(tmp_path / "odd", tokens, **batches)
     torchrun = ["-m", "pocketlm.workflow.torchrun", "2", "-m", "steps.train", "--seed=0"]
     done = subprocess.run(
         [sys.executable, *torchrun],
@@ -486,7 +493,7 @@ def test_processes_that_cannot_share_a_step_are_refused(tokens, tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.count("started with 2 processes") == 1
-    assert done.stderr.count("do not divide train.tokens_per_step (129)") == 1
+    assert done.stderr.count(words) == 1
 
 
 def _fail_twice(group: Group) -> list[bool]:

@@ -30,7 +30,7 @@ LOG = re.compile(r"seed(\d+)_(\w+)\.jsonl")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
     """A directory in which all stages and the audit have run, of which every test has a copy."""
     place, params = tmp_path_factory.mktemp("finished"), compose("demo", directory=ROOT / "conf")
     for name in ("pyproject.toml", "constraints.txt"):
@@ -43,16 +43,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_seed(Path("."), seed)
         make_report(StageRun("report", None, params, Group(0, 1, torch.device("cpu"))))
         write_audit([])
-    return place
+    return place, params
 
 
 @pytest.fixture
-def params(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+def params(
+    finished: tuple[Path, Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Params:
     """Parameters of a directory, the current one, in which all stages and the audit have run."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    place, params = finished
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pocketlm.submission.folder.bundle", lambda settings: CODE)
-    return compose("demo", directory=ROOT / "conf")
+    return params
 
 
 def write_audit(failed: list[str]) -> None:

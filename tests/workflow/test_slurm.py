@@ -33,14 +33,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(autouse=True)
+def nothing_runs_on(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
+    """In place of that of all workflow tests, as jobs run on, too."""
+    yield
+    kill_processes_in(tmp_path)  # Snakemake would submit again what is canceled
+    cluster.cancel_all()
+
+
 @pytest.fixture
-def tokenized(finished: Checkout, cluster: Cluster, tmp_path: Path) -> Iterator[Checkout]:
+def tokenized(finished: Checkout, cluster: Cluster, tmp_path: Path) -> Checkout:
     """A checkout for this Slurm whose tokens are there, and nothing after them."""
     checkout = cluster.checkout(finished.copy(tmp_path / "checkout"))
     checkout.set("report.baseline", "none")
-    yield checkout
-    kill_processes_in(tmp_path)  # Snakemake would submit again what is canceled
-    cluster.cancel_all()
+    return checkout
 
 
 def only_seed(checkout: Checkout) -> None:
