@@ -15,7 +15,8 @@ Floor of one reading: model FLOPs at the measured rate of a large product plus t
 and optimizer at the measured rate of a copy. Per token that is read, 4 FLOPs for each value of the
 frozen matrices (forward, gradient of the input) and 6 for each of an adapter; 12·layers·heads·d for
 each visible pair. Per document and chunk, each adapter value moves 16 bytes of masters and second
-moments, and five times its compute weight or gradient.
+moments, and five times its compute weight or gradient. Tokens from which shared weights learn are
+counted as if adapters read them, without their pairs, which is less than they take.
 
 The simulated queue assumes that the time of a chunk is linear in its rows, between one row and the
 largest batch, both measured.
