@@ -36,7 +36,7 @@ WAYS = ("everything", "one", "SIGTERM", "SIGINT")
 STARTS = ("nothing", "tokenize", "train", "quantize")  # what was done before the run
 # Outputs that depend on nothing but the inputs; the others hold seconds.
 EXACT = ("*.bin", "manifest.json", "*.model", "*.safetensors", "*.pocket", "*.parquet")
-PATIENCE = 240.0  # [s] that a run may take, and that processes may take to end
+PATIENCE = 600.0  # [s] that a run may take, and that processes may take to end
 
 
 @dataclass

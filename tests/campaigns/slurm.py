@@ -119,7 +119,7 @@ def disturbed(run: Run, number: int) -> None:
             ways[way](job)
             run.befell.append(way)
         finish(run)
-    except (AssertionError, TimeoutError, subprocess.TimeoutExpired) as error:
+    except (AssertionError, subprocess.TimeoutExpired) as error:
         run.problem = str(error)
     finally:
         if run.call and run.call.poll() is None:

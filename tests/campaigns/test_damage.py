@@ -9,7 +9,6 @@ from tests.campaigns.damage import OUTCOMES, campaign
 
 @pytest.mark.campaign
 @pytest.mark.workflow
-@pytest.mark.timeout(900)
 def test_damaged_files_are_refused_or_change_nothing(tmp_path: Path) -> None:
     found = campaign(cases=4, seed=1, place=tmp_path)
     wrong = {kind: outcomes for kind, outcomes in found.items() if set(outcomes) & {*OUTCOMES[2:]}}

@@ -18,7 +18,7 @@ COMMAND = [sys.executable, "-m", "pocketlm", "audit"]
 # The loop of TTT scores a chunk after the step on it.
 UPDATE_FIRST = f"\n\n{getsource(update_first)}\n\nSession._score_and_step = update_first\n"
 
-pytestmark = [pytest.mark.workflow, pytest.mark.campaign, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.workflow, pytest.mark.campaign]
 
 
 def audit_of(checkout: Checkout) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from tests.helpers.waiting import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.workflow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.workflow
 PLAN = ("snakemake", "-n")
 AFTER_TTT = sorted([*TTT, *REPORT])
 ALL_AFTER_TRAIN = (

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.checkout import BIN, Checkout
 
-pytestmark = [pytest.mark.workflow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.workflow
 COMPARE = (str(BIN / "python"), "-m", "pocketlm", "compare")
 
 

@@ -111,7 +111,6 @@ def test_the_difference_from_what_was_tokenized_is_said() -> None:
 
 @pytest.mark.campaign
 @pytest.mark.workflow
-@pytest.mark.timeout(600)
 def test_a_text_that_is_added_runs_everything(checkout: Checkout, engine: list[str]) -> None:
     """Bare `dvc repro` compares before any command runs: a stage that runs tells it."""
     (checkout.path / "texts/more.jsonl").write_text('{"text": "sea and evening"}\n' * 3)

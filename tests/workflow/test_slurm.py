@@ -72,6 +72,7 @@ def test_two_nodes_make_what_one_host_makes_while_others_look(tokenized, tmp_pat
             assert status.returncode == 0 or "Unable to acquire lock" in said, said
             tokenized.run("snakemake", "-n", "report")
             looks += 1
+        time.sleep(3)  # as the jobs need the cores, too
     said = call.communicate()[0]
     assert call.returncode == 0, said + logs(tokenized)
     assert looks > 2
@@ -126,8 +127,8 @@ def test_a_controller_that_is_away_is_waited_for(tokenized, cluster) -> None:
     assert call.poll() is None
     cluster.start_controller()
     said = call.communicate()[0]
-    assert call.returncode == 0, said
-    assert "Trying to restart" not in said
+    assert call.returncode == 0, said + logs(tokenized)
+    assert "Trying to restart" not in said, said + logs(tokenized)
 
 
 def test_a_stage_for_gpus_does_not_run_on_a_cpu(tokenized) -> None:

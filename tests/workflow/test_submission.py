@@ -11,7 +11,6 @@ SUBMISSION = ["submission" if word == "report" else word for word in SNAKEMAKE]
 
 @pytest.mark.campaign
 @pytest.mark.workflow
-@pytest.mark.timeout(900)
 def test_one_command_audits_and_writes_the_folder(checkout: Checkout) -> None:
     """From finished results only the audit runs; from an edited value what depends on it, too."""
     assert checkout.steps_run_by(*SUBMISSION) == ["audit"]

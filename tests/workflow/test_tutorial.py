@@ -25,7 +25,6 @@ SHOWN = {
 
 @pytest.mark.campaign
 @pytest.mark.workflow
-@pytest.mark.timeout(1800)
 def test_every_command_of_the_tutorial(tmp_path: Path) -> None:
     make_checkout(tmp_path / "clone")
     checkout = Checkout(tmp_path / "clone")

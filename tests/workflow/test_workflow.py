@@ -45,7 +45,7 @@ _multiplier = Schedule.multiplier
 Schedule.multiplier = lambda self, *given: 0.5 * _multiplier(self, *given)
 """
 
-pytestmark = [pytest.mark.workflow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.workflow
 
 
 def test_row_1_snakemake_then_dvc(checkout: Checkout) -> None:
