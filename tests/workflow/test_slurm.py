@@ -16,6 +16,7 @@ from tests.helpers.waiting import (
     let_go_when_sent,
     stop,
     stop_in_training,
+    wait_for,
     wait_until,
 )
 
@@ -117,18 +118,28 @@ def test_training_into_its_time_limit_resumes(tokenized, tmp_path) -> None:
 
 
 def test_a_controller_that_is_away_is_waited_for(tokenized, cluster) -> None:
-    """When the first stage has ended, the next cannot be submitted, nor the end be seen."""
+    """At first no job can begin its stage; then the stage ends, and neither is its end seen nor can
+    the next be submitted."""
     only_seed(tokenized)
     tokenized.set("train.steps", 30)
+    tokenized.record.write_text("")
     call = tokenized.start("snakemake", "quantize", "--workflow-profile", "profiles/slurm")
     wait_until(lambda: cluster.jobs() != [])
     cluster.stop_controller()
-    time.sleep(60)
+    time.sleep(40)
+    assert tokenized.record.read_text() == ""
+    cluster.start_controller()
+    wait_for("train@0", tokenized)
+    cluster.stop_controller()
+    log = tokenized.path / "logs/train/seed0.jsonl"
+    wait_until(lambda: log.exists() and '"steps": 30,' in log.read_text())
+    time.sleep(20)
     assert call.poll() is None
     cluster.start_controller()
     said = call.communicate()[0]
     assert call.returncode == 0, said + logs(tokenized)
     assert "Trying to restart" not in said, said + logs(tokenized)
+    assert tokenized.record.read_text().split() == ["train@0", "quantize@0"]
 
 
 def test_a_stage_for_gpus_does_not_run_on_a_cpu(tokenized) -> None:
