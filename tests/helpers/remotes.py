@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.checkout import Checkout
+from tests.helpers.waiting import wait_until
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 CONFIGURATION = """
@@ -136,10 +136,12 @@ def _free_port() -> int:
 
 
 def _wait_for(port: int) -> None:
-    for _ in range(120):
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.25)
-    raise TimeoutError(f"nobody listens at port {port}")
+    wait_until(lambda: _is_open(port), 30, lambda: f"nobody listens at port {port}")
+
+
+def _is_open(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True

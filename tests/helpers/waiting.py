@@ -34,6 +34,11 @@ def wait_for(step: str, checkout: Checkout, seconds: float = PATIENCE) -> None:
     )
 
 
+def wait_for_text(path: Path, *parts: str) -> None:
+    """Wait until a file exists and contains all parts."""
+    wait_until(lambda: path.exists() and all(part in path.read_text() for part in parts))
+
+
 def wait_for_end(path: Path) -> None:
     """Wait until no process works in a directory any more."""
     wait_until(lambda: not processes_in(path), 30, lambda: processes_in(path))
@@ -81,8 +86,7 @@ def wait_for_training(checkout: Checkout, seed: int, steps: int) -> None:
     While a program imports its packages, a signal may be lost in one of them.
     """
     log = checkout.path / f".work/train/seed{seed}/log.jsonl"
-    parts = (f'"steps": {steps},', '"event": "loss"')
-    wait_until(lambda: all(part in log.read_text() for part in parts))
+    wait_for_text(log, f'"steps": {steps},', '"event": "loss"')
 
 
 def stop_in_training(checkout: Checkout, seed: int, steps: int) -> psutil.Process:

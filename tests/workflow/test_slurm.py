@@ -17,6 +17,7 @@ from tests.helpers.waiting import (
     stop,
     stop_in_training,
     wait_for,
+    wait_for_text,
     wait_until,
 )
 
@@ -131,8 +132,7 @@ def test_a_controller_that_is_away_is_waited_for(tokenized, cluster) -> None:
     cluster.start_controller()
     wait_for("train@0", tokenized)
     cluster.stop_controller()
-    log = tokenized.path / "logs/train/seed0.jsonl"
-    wait_until(lambda: log.exists() and '"steps": 30,' in log.read_text())
+    wait_for_text(tokenized.path / "logs/train/seed0.jsonl", '"steps": 30,')
     time.sleep(20)
     assert call.poll() is None
     cluster.start_controller()
