@@ -32,6 +32,7 @@ def figures(recipe: dict[str, Any], source: str) -> dict[str, Any]:
     base = next((run for run in runs if run["name"] == recipe["baseline"]), None)
     if base is None or not _same(base["parameters"], 36e6):
         raise InputError(f"{source}: the baseline is no model of 36 million parameters", REPAIR)
+    runs = [run for run in runs if run["file"] == base["file"]]
     sizes = sorted(
         (run for run in runs if _same(run["train_seconds"], base["train_seconds"])),
         key=lambda run: run["parameters"],

@@ -35,17 +35,17 @@ def main(
     ] = False,
     earlier: Annotated[
         Path | None,
-        Option(help="recipe.json of before: its rows stay, but those that are measured anew"),
+        Option(help="recipe.json of before: what it holds stays, but what is measured anew"),
     ] = None,
 ) -> None:
     """Compare settings, by a design or as variants; write their worth."""
     from rich.console import Console
 
     from pocketlm.params.load import load_params
-    from pocketlm.report.ablation_page import write
+    from pocketlm.report.ablation_page import Asked, recipe, write
     from pocketlm.report.compare_runs import Run
-    from pocketlm.report.earlier import Earlier, read_earlier
     from pocketlm.report.effects import chosen_and_reported
+    from pocketlm.report.recipe import read_recipe
     from pocketlm.report.terminal import show
     from pocketlm.submission.bundle import code_bytes
     from pocketlm.workflow import ablation
@@ -58,7 +58,7 @@ def main(
 
     plan = ablation.read_ablation(file)
     ablation.check_options(plan, file, confirm, choose or [], so_far)
-    kept = read_earlier(earlier) if earlier else Earlier()
+    before = read_recipe(earlier) if earlier else None
     planned = ablation.jobs(file, plan.named)
     if dry_run:
         print("\n".join(ablation.lines(plan, planned)))
@@ -70,6 +70,6 @@ def main(
     both = []
     if confirm or isinstance(plan, ablation.Variants):
         both = ablation.compared(plan, file, runs, ranked, choose or [], jobs)
-    title = f"{file}: {len(runs)} of {len(planned)} runs"
-    blocks = write(output, title, found, plan.described, runs, both, shipped, kept)
-    show(blocks, Console())
+    asked = Asked(str(file), plan.always, len(planned), plan.described)
+    measured = recipe(asked, found, runs, both, shipped)
+    show(write(output, measured.beside(before) if before else measured), Console())

@@ -1,7 +1,7 @@
-"""What factors or variants are worth (`effects`): recipe.json, its page and its figure."""
+"""What factors or variants are worth (`effects`) as recipe.json, a page and a figure."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from model.evaluation.length_weights import FINEWEB_BYTES
-from model.evaluation.score import TTT
 from model.runtime.files import write_bytes, write_json
 from model.runtime.run_log import read_log
 from pocketlm.params.paths import LOGS
@@ -25,92 +24,149 @@ from pocketlm.report.blocks import (
     to_markdown,
 )
 from pocketlm.report.compare import LEVEL
-from pocketlm.report.compare_runs import Run
-from pocketlm.report.earlier import Earlier
+from pocketlm.report.compare_runs import SCORES, Run
 from pocketlm.report.effects import Effect, halves
 from pocketlm.report.factorial import POWER
 from pocketlm.report.figures import COLOURS, GREY, STYLE, svg
 from pocketlm.report.paired import seeds_apart
+from pocketlm.report.recipe import Compared, Origin, Reached, Recipe, Row, Source
 from pocketlm.report.results import SeedResult
 
 NAMES = ("recipe.json", "recipe.md", "recipe.svg")
 LABEL = 40  # characters of a line of a label in the figure
-SEEDS = {
-    "included": "of other documents and other seeds together",
-    "not included": "of other documents alone: the noise of other seeds is NOT included, as no "
-    "training has two. Another seed may change what is called helping",
-    "same trainings": "of other documents: their trainings are those of the run that they are "
-    "compared with, so no seed differs",
+SEEDS = {  # what the noise is of, as a cell says it, and what that means
+    "included": ("documents, seeds", "of other documents and other seeds together"),
+    "not included": (
+        "documents alone",
+        "of other documents; that of other seeds is NOT included, as no training has two. Another "
+        "seed may change what is called helping",
+    ),
+    "same trainings": (
+        "documents; same seeds",
+        "of other documents: the trainings are those of the run that it is compared with, so no "
+        "seed differs",
+    ),
 }
 
 
+@dataclass(frozen=True)
+class Asked:
+    """An ablation's file, the values it sets in all runs, how many runs it has, and what each
+    factor or variant sets."""
+
+    file: str
+    always: Mapping[str, Any]
+    runs: int
+    described: Mapping[str, str]
+
+
 def recipe(
+    asked: Asked,
     found: Sequence[Effect],
-    described: Mapping[str, str],
     runs: Sequence[Run],
     compared: Sequence[Run],
     code_bytes: Callable[[Run], int],
-) -> dict[str, Any]:
-    """The content of recipe.json.
+) -> Recipe:
+    """What was measured.
 
-    described: what each factor or variant sets; runs: those that have succeeded; compared: the
-    baseline and the best, or none: then what was not measured is None. code_bytes: of the code that
-    is shipped beside a run's artifact.
+    found: effects in the order of the page; runs: those that have succeeded; compared: the baseline
+    and the best, or none. code_bytes: of the code that is shipped beside a run's artifact.
     """
-    before, best = compared or (None, None)
-    made = (best or runs[0]).results[0].provenance["train"]
-    total_bytes = best and (
-        max(result.quantize.artifact_bytes for result in best.results) + code_bytes(best)
+    to_choose, to_report = halves(runs[0])
+    source = Source(
+        file=asked.file,
+        runs=f"{len(runs)} of {asked.runs}",
+        always="; ".join(f"`{key}` {value}" for key, value in asked.always.items()),
+        device=_origins(runs, "device"),
+        commit=_origins(runs, "commit"),
+        to_choose=len(to_choose.chosen),
+        to_report=len(to_report.chosen) if to_report is not to_choose else 0,
     )
-    _, documents = halves(runs[0])
-    return {
-        **{key: getattr(made, key) for key in ("device", "versions", "commit")},
-        "baseline": before and before.name,
-        "best": best and best.name,
-        "baseline_trained_bpb": before and _mean(before, lambda result: result.train.bpb),
-        "best_trained_bpb": best and _mean(best, lambda result: result.train.bpb),
-        "baseline_ttt_bpb": before and fmean(documents.scores(before)),
-        "best_ttt_bpb": best and fmean(documents.scores(best)),
-        "best_total_bytes": total_bytes,
-        "tokens_per_s_per_gpu": best and _rate(best, recurrent=False),
-        "tokens_per_s_per_gpu_recurrent": best and _rate(best, recurrent=True),
-        "evaluation_seconds_8_gpus": best and _evaluation_seconds(best),
-        "ablation": [
-            {
+    return Recipe(
+        **_figures(runs, compared, code_bytes),
+        sources=[source],
+        ablation=[
+            Row(
                 **asdict(one),
-                "verdict": one.verdict,
-                "settings": described[one.name],
-                "commit": _origins(_runs_of(one, runs), "commit"),
-            }
+                settings=asked.described[one.name],
+                file=asked.file,
+                commit=_origins(_runs_of(one, runs), "commit"),
+            )
             for one in found
         ],
-        "runs": [
-            {"name": run.name, "commit": _origins([run], "commit"), **reached(run)} for run in runs
-        ],
+        runs=[reached(run, asked.file) for run in runs],
+    )
+
+
+def _figures(
+    runs: Sequence[Run], compared: Sequence[Run], code_bytes: Callable[[Run], int]
+) -> dict[str, Any]:
+    """The fields of `Best`; runs, compared, code_bytes: as of `recipe`."""
+    made = (compared[-1] if compared else runs[0]).results[0].provenance["train"]
+    origin = {key: getattr(made, key) for key in ("device", "versions", "commit")}
+    if not compared:
+        return origin
+    before, best = compared
+    _, documents = halves(runs[0])
+    artifact_bytes = max(result.quantize.artifact_bytes for result in best.results)
+    return {
+        **origin,
+        "baseline": before.name,
+        "best": best.name,
+        "baseline_seeds": len(before.seeds),
+        "best_seeds": len(best.seeds),
+        "baseline_trained_bpb": _mean(before, lambda result: result.train.bpb),
+        "best_trained_bpb": _mean(best, lambda result: result.train.bpb),
+        "baseline_ttt_bpb": fmean(documents.scores(before)),
+        "best_ttt_bpb": fmean(documents.scores(best)),
+        "best_total_bytes": artifact_bytes + code_bytes(best),
+        "tokens_per_s_per_gpu": _rate(best, recurrent=False),
+        "tokens_per_s_per_gpu_recurrent": _rate(best, recurrent=True),
+        "evaluation_seconds_8_gpus": _evaluation_seconds(best),
+        "comparison": [_compared(one, before, best) for one in ("trained", *SCORES)],
     }
 
 
-def reached(run: Run) -> dict[str, Any]:
-    """What a run has reached, means over its seeds.
+def _compared(score: str, before: Run, best: Run) -> Compared:
+    """Both by one score, "trained" or a way of scoring."""
+    _, documents = halves(before)
+    values = [
+        [result.train.bpb for result in run.results]
+        if score == "trained"
+        else documents.scores(run, score)
+        for run in (before, best)
+    ]
+    gain = seeds_apart(values[0], values[1], LEVEL)
+    return Compared(
+        score=score,
+        baseline=fmean(values[0]),
+        best=fmean(values[1]),
+        gain=gain.value,
+        low=gain.low,
+        high=gain.high,
+    )
 
-    train_seconds: of the clock; gap_nats: loss per token after quantization minus before, and
-    predicted_gap_nats, which is None in older results; quantize_seconds: of the whole stage;
-    ttt_bpb: of the documents to report, weighted to FineWeb's lengths.
-    """
+
+def reached(run: Run, file: str) -> Reached:
+    """What a run of an ablation's file has reached."""
     gaps = [result.quantize.predicted_gap for result in run.results]
     predicted = [gap for gap in gaps if gap is not None]
     _, documents = halves(run)
-    return {
-        "parameters": sum(tensor.parameters for tensor in run.results[0].tensors),
-        "train_seconds": _mean(run, lambda result: result.train.seconds),
-        "bits_per_weight": _mean(run, lambda result: result.quantize.bits_per_weight),
-        "trained_bpb": _mean(run, lambda result: result.train.bpb),
-        "quantized_bpb": _mean(run, lambda result: result.quantize.bpb),
-        "gap_nats": _mean(run, lambda result: result.quantize.loss - result.train.loss),
-        "predicted_gap_nats": fmean(predicted) if predicted else None,
-        "quantize_seconds": _mean(run, lambda result: result.quantize.seconds["total"]),
-        "ttt_bpb": fmean(documents.scores(run)),
-    }
+    return Reached(
+        file=file,
+        commit=_origins([run], "commit"),
+        name=run.name,
+        train_seconds=_mean(run, lambda result: result.train.seconds),
+        trained_bpb=_mean(run, lambda result: result.train.bpb),
+        train_steps=_mean(run, lambda result: result.train.steps),
+        parameters=sum(tensor.parameters for tensor in run.results[0].tensors),
+        bits_per_weight=_mean(run, lambda result: result.quantize.bits_per_weight),
+        quantized_bpb=_mean(run, lambda result: result.quantize.bpb),
+        gap_nats=_mean(run, lambda result: result.quantize.loss - result.train.loss),
+        predicted_gap_nats=fmean(predicted) if predicted else None,
+        quantize_seconds=_mean(run, lambda result: result.quantize.seconds["total"]),
+        ttt_bpb=fmean(documents.scores(run)),
+    )
 
 
 def _runs_of(effect: Effect, runs: Sequence[Run]) -> Sequence[Run]:
@@ -157,50 +213,77 @@ def _evaluation_seconds(run: Run) -> float:
     return FINEWEB_BYTES / 8 * _mean(run, per_byte)
 
 
-def page(
-    title: str,
-    found: Sequence[Effect],
-    described: Mapping[str, str],
-    runs: Sequence[Run],
-    compared: Sequence[Run],
-) -> list[Block]:
-    """The page; described, runs, compared: as of `recipe`."""
-    several = _several(found)
-    header = ["name", *(["against"] if several else []), "settings"]
-    header += ["gain, bpb", "± noise", "detectable", "verdict", "nats"]
-    rows = [
-        [
-            one.name,
-            *([one.against or "-"] if several else []),
-            described[one.name],
-            f"{one.bpb:+.4f}",
-            _number(one.noise),
-            _number(one.detectable),
-            one.verdict,
-            f"{one.nats:+.4f}",
-            f"{one.trained_bpb:+.4f} ± {_number(one.trained_noise)}",
-            f"{one.gap:+.4f}",
-            f"{one.ms_per_step:+.1f}",
-            f"{one.bytes:+,.0f}",
-        ]
-        for one in found
-    ]
-    device, commit = _origins(runs, "device"), short_commit(_origins(runs, "commit"))
-    blocks: list[Block] = [
-        Heading(1, "What each technique is worth"),
-        Paragraph(f"{title} on {device}, at commit {commit}"),
-        Table([*header, "trained, bpb", "gap, bpb", "ms a step", "bytes"], rows),
+def page(recipe: Recipe) -> list[Block]:
+    """The page: the best, then effects and runs file by file, the last ablation's first."""
+    blocks: list[Block] = [Heading(1, "What each technique is worth")]
+    if recipe.comparison:
+        blocks += _baseline_and_best(recipe)
+    for source in recipe.sources:
+        blocks += _of_file(recipe, source)
+    return [
+        *blocks,
+        Heading(2, "How to read it"),
         Paragraph(
             "Gain: bits per byte with TTT that are saved, weighted to FineWeb's lengths; nats: per "
             "token, unweighted; gap: what quantization loses more. The noise is half of the "
             f"{LEVEL:.0%} interval; an effect is detectable if with such noise it is found with "
             f"probability {POWER:g}. Of many without effect one in twenty misses 0 by chance."
         ),
-        *(Paragraph(f"Noise {text}.") for text in _noises(found)),
-        Paragraph(_documents(runs[0])),
+        *(
+            Paragraph(f"Noise of {cell}: {meaning}.")
+            for kind, (cell, meaning) in SEEDS.items()
+            if any(row.seeds == kind for row in recipe.ablation)
+        ),
+        *map(Paragraph, dict.fromkeys(map(_documents, recipe.sources))),
         Figure(NAMES[2], "Gain of each", "Gains with their intervals, in bits per byte."),
     ]
-    return [*blocks, *_reached(runs), *(_compared(*compared) if compared else [])]
+
+
+def _of_file(recipe: Recipe, source: Source) -> list[Block]:
+    """What was measured of an ablation's file."""
+    commit = short_commit(source.commit)
+    always = f"; in all runs {source.always}" if source.always else ""
+    blocks: list[Block] = [
+        Heading(2, source.file),
+        Paragraph(f"{source.runs} runs on {source.device}, at commit {commit}{always}"),
+    ]
+    if rows := [row for row in recipe.ablation if row.file == source.file]:
+        blocks.append(_effects(rows, source))
+    return [*blocks, _reached([run for run in recipe.runs if run.file == source.file], source)]
+
+
+def _effects(rows: Sequence[Row], source: Source) -> Table:
+    several = _several(rows)
+    header = ["name", *(["against"] if several else []), "settings"]
+    header += ["gain, bpb", "± noise", "noise of", "detectable", "verdict", "nats"]
+    return Table(
+        [*header, "trained, bpb", "gap, bpb", "ms a step", "bytes"],
+        [
+            [
+                row.name,
+                *([row.against or "-"] if several else []),
+                row.settings + _measured_at(row, source),
+                f"{row.bpb:+.4f}",
+                _number(row.noise),
+                SEEDS[row.seeds][0],
+                _number(row.detectable),
+                row.verdict,
+                f"{row.nats:+.4f}",
+                f"{row.trained_bpb:+.4f} ± {_number(row.trained_noise)}",
+                f"{row.gap:+.4f}",
+                f"{row.ms_per_step:+.1f}",
+                f"{row.bytes:+,.0f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _measured_at(row: Origin, source: Source) -> str:
+    """The commit of a row that stays from an earlier ablation of the file."""
+    if set(row.commit.split(", ")) <= set(source.commit.split(", ")):
+        return ""
+    return f"; measured at commit {short_commit(row.commit)}"
 
 
 def _several(found: Sequence[Effect]) -> bool:
@@ -208,107 +291,70 @@ def _several(found: Sequence[Effect]) -> bool:
     return len({one.against for one in found}) > 1
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _number(value: float | None, digits: str = ".4f") -> str:
+    return "-" if value is None else format(value, digits)
 
 
-def _noises(found: Sequence[Effect]) -> list[str]:
-    """What the noise of which rows is made of."""
-    by_kind = {kind: [one.name for one in found if one.seeds == kind] for kind in SEEDS}
-    return [
-        SEEDS[kind] if len(names) == len(found) else f"{SEEDS[kind]} ({', '.join(names)})"
-        for kind, names in by_kind.items()
-        if names
-    ]
-
-
-def _documents(run: Run) -> str:
+def _documents(source: Source) -> str:
     """Which documents the figures are of."""
-    to_choose, to_report = halves(run)
-    if to_choose is to_report:
+    if not source.to_report:
         return (
-            f"All {len(to_report.chosen)} documents decided on the order and the choice, and all "
+            f"All {source.to_choose} documents decided on the order and the choice, and all "
             "figures come from them, too, which flatters what was chosen: there are too few to "
             "divide them."
         )
     return (
-        f"Order and choice were made on {len(to_choose.chosen)} documents, every second one; all "
-        f"figures come from the other {len(to_report.chosen)}, but those of training and "
-        "quantization (trained, gap, ms a step, bytes). Both were scored with the same weights, so "
-        "the luck of seeds is in the choice."
+        f"Order and choice were made on {source.to_choose} documents, every second one; all "
+        f"figures come from the other {source.to_report}, but those of training and quantization "
+        "(trained, gap, ms a step, bytes). Both were scored with the same weights, so the luck of "
+        "seeds is in the choice."
     )
 
 
-def _reached(runs: Sequence[Run]) -> list[Block]:
+def _reached(runs: Sequence[Reached], source: Source) -> Table:
     """What each run has reached."""
-    header = ["run", "parameters", "training, s", "bits a weight", "trained, bpb", "quantized, bpb"]
-    rows = []
-    for run in runs:
-        one = reached(run)
-        rows.append(
+    header = ["run", "parameters", "training, s", "steps", "bits a weight", "trained, bpb"]
+    return Table(
+        [*header, "quantized, bpb", "gap, nats", "with TTT, bpb"],
+        [
             [
-                run.name,
-                f"{one['parameters']:,}",
-                f"{one['train_seconds']:.0f}",
-                f"{one['bits_per_weight']:.2f}",
-                *(f"{one[name]:.4f}" for name in ("trained_bpb", "quantized_bpb")),
-                f"{one['gap_nats']:.4f}",
-                f"{one['ttt_bpb']:.4f}",
+                run.name + _measured_at(run, source),
+                _number(run.parameters, ",.0f"),
+                f"{run.train_seconds:.0f}",
+                _number(run.train_steps, ",.0f"),
+                _number(run.bits_per_weight, ".2f"),
+                f"{run.trained_bpb:.4f}",
+                *(_number(one) for one in (run.quantized_bpb, run.gap_nats, run.ttt_bpb)),
             ]
-        )
-    return [
-        Heading(2, "What each run reached"),
-        Table([*header, "gap, nats", "with TTT, bpb"], rows),
-    ]
+            for run in runs
+        ],
+    )
 
 
-def _compared(before: Run, best: Run) -> list[Block]:
-    """The baseline and the chosen combination or variant, each with its seeds."""
-    _, documents = halves(before)
+def _baseline_and_best(recipe: Recipe) -> list[Block]:
+    """The baseline and the chosen combination or variant."""
     rows = []
-    for name in ("trained", "plain", "sliding", TTT):
-        values = [
-            [result.train.bpb for result in run.results]
-            if name == "trained"
-            else documents.scores(run, name)
-            for run in (before, best)
-        ]
-        gain = seeds_apart(values[0], values[1], LEVEL)
-        interval = "-" if gain.low is None else f"{gain.low:+.4f} … {gain.high:+.4f}"
-        means = (f"{fmean(one):.4f}" for one in values)
-        rows.append([name, *means, f"{gain.value:+.4f}", interval])
+    for one in recipe.comparison:
+        interval = f"{one.low:+.4f} … {one.high:+.4f}" if one.low is not None else "-"
+        figures = (_number(one.baseline), _number(one.best), f"{one.gain:+.4f}")
+        rows.append([one.score, *figures, interval])
     return [
-        Heading(2, f"The baseline and the best: {before.name}, {best.name}"),
+        Heading(2, f"The baseline and the best: {recipe.baseline}, {recipe.best}"),
         Table(["bits per byte", "baseline", "best", "gain", f"{LEVEL:.0%} interval"], rows),
         Paragraph(
-            f"Means of {len(before.seeds)} and {len(best.seeds)} seeds, the interval by Welch's "
-            "test between them, if both have several. Trained is as training reports it, the "
-            "others are of the artifact, weighted to FineWeb's lengths."
+            f"Means of {recipe.baseline_seeds} and {recipe.best_seeds} seeds, the interval by "
+            "Welch's test between them, if both have several. Trained is as training reports it, "
+            "the others are of the artifact, weighted to FineWeb's lengths."
         ),
     ]
 
 
-def write(
-    directory: Path,
-    title: str,
-    found: Sequence[Effect],
-    described: Mapping[str, str],
-    runs: Sequence[Run],
-    compared: Sequence[Run],
-    code_bytes: Callable[[Run], int],
-    earlier: Earlier,
-) -> list[Block]:
-    """Write recipe.json, .md and .svg to `directory`; returns the blocks of the page.
-
-    earlier: its rows stay, but those that are measured anew.
-    """
-    kept = earlier.beside({one.name for one in found}, {run.name for run in runs})
-    content = kept.added_to(recipe(found, described, runs, compared, code_bytes))
-    every = [*found, *(one for one, _ in kept.effects)]
-    blocks = page(title, every, {**described, **kept.described}, runs, compared)
-    write_json(directory / NAMES[0], content)
+def write(directory: Path, recipe: Recipe) -> list[Block]:
+    """Write recipe.json, .md and .svg to `directory`; returns the blocks of the page."""
+    blocks = page(recipe)
+    write_json(directory / NAMES[0], recipe.content())
     write_bytes(directory / NAMES[1], to_markdown(blocks).encode())
-    write_bytes(directory / NAMES[2], plot(every).encode())
+    write_bytes(directory / NAMES[2], plot(recipe.ablation).encode())
     return blocks
 
 

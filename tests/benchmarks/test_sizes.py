@@ -16,6 +16,7 @@ from model.runtime.errors import InputError
 def run(name: str, millions: float, seconds: float) -> dict[str, Any]:
     return {
         "name": name,
+        "file": "sizes.yaml",
         "parameters": int(millions * 1e6),
         "train_seconds": seconds,
         "bits_per_weight": 126 / millions,
@@ -39,6 +40,7 @@ RECIPE = {
         run("48 M", 48, 300.2),
         run("36 M, 75 s", 35.9, 75.1),
         run("36 M, 600 s", 35.9, 599.8),
+        run("of another ablation", 60, 300) | {"file": "other.yaml"},
     ],
 }
 

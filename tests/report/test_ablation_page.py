@@ -11,12 +11,14 @@ import pytest
 
 from model.evaluation.score import TTT
 from model.runtime.errors import InputError
-from pocketlm.report.ablation_page import NAMES, page, recipe, write
+from pocketlm.report.ablation_page import NAMES, Asked, page, recipe, write
 from pocketlm.report.blocks import to_markdown
 from pocketlm.report.compare_runs import Run, Scored
-from pocketlm.report.earlier import Earlier, read_earlier
 from pocketlm.report.effects import Effect, chosen_and_reported, factors, halves, variants
 from pocketlm.report.factorial import design, detectable, fit
+from pocketlm.report.recipe import Reached, Recipe, Row, Source, read_recipe
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("runs", [4, 8, 16, 32])
@@ -121,6 +123,18 @@ def made(
     return Run(name, list(seeds), {}, (documents, 0, 0), {}, results, scored)
 
 
+def measured(found: list[Effect], runs: list[Run], compared: list[Run] | None = None) -> Recipe:
+    """What an ablation of four runs has measured, with code of 300 bytes, 200 of the baseline."""
+    asked = Asked("file.yaml", {"a": 5}, 4, {one.name: "`b` 1 → 2" for one in found})
+    code = {"base": 200}
+    return recipe(asked, found, runs, compared or [], lambda run: code.get(run.name, 300))
+
+
+def shown(found: list[Effect], runs: list[Run]) -> str:
+    """The page of that in Markdown."""
+    return to_markdown(page(measured(found, runs)))
+
+
 BITS = 300 * np.log(2)  # nats of a document of which every byte costs a bit
 
 
@@ -202,11 +216,12 @@ def test_without_a_second_seed_the_page_says_that_their_noise_is_not_included() 
     found = variants(runs, "base", halves(runs[0])[1])
     assert [one.seeds for one in found] == ["not included", "same trainings"]
     assert found[0].trained_noise is None
-    described = {one.name: "`a` 1" for one in found}
-    text = to_markdown(page("title", found, described, runs, runs[:2]))
+    text = shown(found, runs)
     assert "NOT included, as no training has two. Another seed may change" in text
-    assert "(other)" in text
-    assert "(slow)" in text
+    (first,) = (line for line in text.splitlines() if line.startswith("| other | `b`"))
+    assert "| documents alone |" in first
+    (second,) = (line for line in text.splitlines() if line.startswith("| slow | `b`"))
+    assert "| documents; same seeds |" in second
     with pytest.raises(InputError, match="baseline, others, has no results"):
         variants(runs, "others", halves(runs[0])[1])
 
@@ -228,11 +243,10 @@ def test_a_variant_may_be_compared_with_another_one_than_the_baseline() -> None:
     assert two == variants(runs[1:], "first", documents)[0]
     assert two.bpb == pytest.approx(0.01)
     assert two.seeds == "same trainings"
-    described = {found.name: "`a` 1" for found in (one, two)}
-    text = to_markdown(page("title", [one, two], described, runs, []))
+    text = shown([one, two], runs)
     assert "| name | against |" in text
     assert "| second | first |" in text
-    assert "against" not in to_markdown(page("title", [one], described, runs, []))
+    assert "against" not in shown([one], runs)
     with pytest.raises(InputError, match="compared with, third, has no results"):
         variants(runs, "base", documents, {"second": "third"})
 
@@ -246,17 +260,17 @@ def test_even_documents_choose_and_odd_ones_are_reported(documents: int) -> None
     effects[3, :, ::2] += 0.1
     effects[4, :, 1::2] += 0.1
 
-    def measured(effects: np.ndarray) -> tuple[list[Effect], list[Effect]]:
+    def by_halves(effects: np.ndarray) -> tuple[list[Effect], list[Effect]]:
         others = [made(str(i), base - BITS * one) for i, one in enumerate(effects)]
         runs = [made("base", base), *others]
         return chosen_and_reported(lambda some: variants(runs, "base", some), runs[0])
 
-    ranked, found = measured(effects)
+    ranked, found = by_halves(effects)
     assert [one.name for one in ranked] == [one.name for one in found]
     assert ranked[0].name == "3"
     assert found[0].bpb == pytest.approx(effects[3, 0, 1::2].mean())
     effects[:, :, ::2] *= -1
-    flipped, again = measured(effects)
+    flipped, again = by_halves(effects)
     assert [one.name for one in flipped] == [one.name for one in reversed(ranked)]
     assert sorted(found, key=lambda one: one.name) == sorted(again, key=lambda one: one.name)
 
@@ -266,11 +280,10 @@ def test_fewer_than_twenty_documents_are_not_divided_and_the_page_says_so() -> N
     first, second = halves(run)
     assert first is second
     assert len(first.chosen) == 19
-    assert "All 19 documents" in to_markdown(page("title", [], {}, [run], []))
+    assert "All 19 documents" in shown([], [run])
     run = made("base", np.full((1, 21), BITS))
-    assert "on 11 documents, every second one; all figures come from the other 10" in to_markdown(
-        page("title", [], {}, [run], [])
-    )
+    text = shown([], [run])
+    assert "on 11 documents, every second one; all figures come from the other 10" in text
 
 
 def test_planted_factors_are_found_with_all_that_they_add() -> None:
@@ -326,16 +339,14 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     assert [one.verdict for one in found] == ["helps", "undecided", "hurts", "undecided"]
     generator = np.random.default_rng(4)
     before, best = (made(name, drawn(generator, 2, np.zeros(40))) for name in ("base", "best"))
-    described = {one.name: "`a` 1 → 2" for one in found}
-    code = {"base": 200, "best": 300}
     runs = [before, best]
-    write(tmp_path, "title", found, described, runs, runs, lambda run: code[run.name], Earlier())
+    write(tmp_path, measured(found, runs, runs))
     text = (tmp_path / NAMES[1]).read_text()
     assert [line.count("undecided") for line in text.splitlines()].count(1) == 2
-    assert "+0.0040 | 0.0020 | 0.0030 | helps" in text
-    assert "+0.5000 | - | - | undecided" in text
+    assert "+0.0040 | 0.0020 | documents, seeds | 0.0030 | helps" in text
+    assert "+0.5000 | - | documents, seeds | - | undecided" in text
     assert "The baseline and the best: base, best" in text
-    assert "title on one, at commit c0ffee, unknown" in text
+    assert "2 of 4 runs on one, at commit c0ffee, unknown; in all runs `a` 5" in text
     assert "<svg" in (tmp_path / NAMES[2]).read_text()
     said = json.loads((tmp_path / NAMES[0]).read_text())
     _, odd = halves(before)
@@ -345,7 +356,7 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     assert said["evaluation_seconds_8_gpus"] == pytest.approx(151_079_964 / 4000 * 2.0 / 8)
     assert said["ablation"][3]["noise"] is None
     assert [row["verdict"] for row in said["ablation"]] == [one.verdict for one in found]
-    assert [row["settings"] for row in said["ablation"]] == ["`a` 1 → 2"] * 4
+    assert [row["settings"] for row in said["ablation"]] == ["`b` 1 → 2"] * 4
     assert {row["commit"] for row in said["ablation"]} == {"c0ffee, unknown"}
     assert [row["name"] for row in said["runs"]] == ["base", "best"]
     assert [row["commit"] for row in said["runs"]] == ["c0ffee, unknown"] * 2
@@ -355,67 +366,114 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
         30,
     )
     assert (said["baseline"], said["best"]) == ("base", "best")
-    assert "base | 100 | 20 | 3.50 | " in text
+    assert "base | 100 | 20 | 100 | 3.50 | " in text
     assert said["runs"][1]["ttt_bpb"] == said["best_ttt_bpb"]
     assert said["runs"][0]["trained_bpb"] == said["baseline_trained_bpb"]
-    assert recipe(found, described, [before], [], lambda run: 300)["best_ttt_bpb"] is None
+    assert measured(found, [before]).best_ttt_bpb is None
+    assert read_recipe(tmp_path / NAMES[0]).content() == said
+    assert to_markdown(page(read_recipe(tmp_path / NAMES[0]))) == text
 
 
-def test_rows_of_before_stay_beside_new_ones(tmp_path: Path) -> None:
-    """But those that are measured anew; figures that the new runs lack stay, too."""
-    kept, anew = effect("kept", 0.004), effect("anew", 0.001)
-    before = {
-        "commit": "0123456789abcdef",
-        "tokens_per_s_per_gpu": 1.0,
-        "tokens_per_s_per_gpu_recurrent": 2.0,
-        "ablation": [
-            asdict(kept) | {"verdict": "helps"},
-            asdict(effect("older", -0.5))
-            | {"settings": "`a` 1", "commit": "fedcba9876543210, 3333333333333333+changes"},
-            asdict(anew),
-        ],
-        "runs": [{"name": "base"}, {"name": "other"}],
-        "earlier_runs": [{"name": "older", "commit": "fedcba9876543210"}],
-    }
-    path = tmp_path / "before.json"
-    path.write_text(json.dumps(before))
-    earlier = read_earlier(path).beside({"anew"}, {"base"})
-    assert [one.name for one, _ in earlier.effects] == ["kept", "older"]
-    assert earlier.described == {
-        "kept": "measured at commit 0123456789",
-        "older": "`a` 1; measured at commit fedcba9876, 3333333333+changes",
-    }
-    said = earlier.added_to(
-        {
-            "commit": "5" * 16,
-            "tokens_per_s_per_gpu": 3.0,
-            "tokens_per_s_per_gpu_recurrent": None,
-            "ablation": [asdict(anew)],
-            "runs": [{"name": "base"}],
-        }
+OLD, NEW = "0123456789abcdef", "5" * 16
+
+
+def row(name: str, file: str = "a.yaml", commit: str = OLD, bpb: float = 0.004) -> Row:
+    return Row(**asdict(effect(name, bpb)), settings="`a` 1", file=file, commit=commit)
+
+
+def source(file: str, commit: str = OLD) -> Source:
+    return Source(
+        file=file,
+        runs="1 of 1",
+        always="",
+        device="one",
+        commit=commit,
+        to_choose=10,
+        to_report=10,
     )
-    assert [row["name"] for row in said["ablation"]] == ["anew", "kept", "older"]
-    assert said["ablation"][1]["commit"] == before["commit"]
-    assert [row["name"] for row in said["earlier_runs"]] == ["other", "older"]
-    assert (said["tokens_per_s_per_gpu"], said["tokens_per_s_per_gpu_recurrent"]) == (3.0, 2.0)
-    assert said["commit"] == "5" * 16
-    path.write_text(json.dumps(said))
-    again = read_earlier(path).beside(set(), set())
-    assert [row["name"] for row in again.runs] == ["base", "other", "older"]
-    assert [row["commit"][0] for _, row in again.effects] == ["5", "0", "f"]
 
 
-@pytest.mark.parametrize("key", ["bpb", "commit", "settings"])
+def reached(name: str, file: str = "a.yaml", commit: str = OLD, bpb: float = 1.0) -> Reached:
+    return Reached(file=file, commit=commit, name=name, train_seconds=75.0, trained_bpb=bpb)
+
+
+BEFORE = Recipe(
+    device="one",
+    versions={},
+    commit=OLD,
+    baseline="base",
+    best="best",
+    tokens_per_s_per_gpu=1.0,
+    tokens_per_s_per_gpu_recurrent=2.0,
+    sources=[source("a.yaml"), source("b.yaml")],
+    ablation=[row("kept"), row("anew"), row("anew", "b.yaml")],
+    runs=[reached("base"), reached("anew", "b.yaml")],
+)
+
+
+def test_what_was_measured_before_stays_beside_what_is_new() -> None:
+    """But what is measured anew, which is what has the same name and the same file."""
+    new = Recipe(
+        device="other",
+        versions={},
+        commit=NEW,
+        sources=[source("a.yaml", NEW)],
+        ablation=[row("anew", commit=NEW, bpb=0.5)],
+        runs=[reached("base", commit=NEW, bpb=2.0)],
+    )
+    both = new.beside(BEFORE)
+    assert [(one.name, one.file, one.bpb) for one in both.ablation] == [
+        ("anew", "a.yaml", 0.5),
+        ("kept", "a.yaml", 0.004),
+        ("anew", "b.yaml", 0.004),
+    ]
+    assert [(one.name, one.file, one.trained_bpb) for one in both.runs] == [
+        ("base", "a.yaml", 2.0),
+        ("anew", "b.yaml", 1.0),
+    ]
+    assert [one.commit for one in both.sources] == [NEW, OLD]
+    assert (both.commit, both.device, both.best) == (OLD, "one", "best")
+    text = to_markdown(page(both))
+    lines = text.splitlines()
+    assert lines.index("## a.yaml") < lines.index("## b.yaml")
+    (kept,) = (line for line in lines if line.startswith("| kept"))
+    assert "`a` 1; measured at commit 0123456789 |" in kept
+    assert text.count("measured at") == 1
+
+
+def test_figures_of_a_new_best_replace_those_of_before_that_it_has() -> None:
+    new = Recipe(
+        device="other",
+        versions={},
+        commit=NEW,
+        baseline="base",
+        best="better",
+        tokens_per_s_per_gpu=3.0,
+        sources=[source("a.yaml")],
+        ablation=[],
+    )
+    both = new.beside(BEFORE)
+    assert (both.tokens_per_s_per_gpu, both.tokens_per_s_per_gpu_recurrent) == (3.0, 2.0)
+    assert (both.commit, both.best) == (NEW, "better")
+
+
+def test_the_recorded_page_is_that_of_the_recorded_figures() -> None:
+    folder = REPOSITORY / "records/benchmarks"
+    assert to_markdown(page(read_recipe(folder / NAMES[0]))) == (folder / NAMES[1]).read_text()
+
+
+@pytest.mark.parametrize("key", ["bpb", "commit", "settings", "file"])
 def test_a_row_of_another_kind_is_refused(tmp_path: Path, key: str) -> None:
-    row = asdict(effect("kept", 0.004)) | {"commit": "a", key: [1]}
-    (tmp_path / "other.json").write_text(json.dumps({"commit": "a", "ablation": [row], "runs": []}))
+    content = BEFORE.content()
+    content["ablation"][0][key] = [1]
+    (tmp_path / "other.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=key):
-        read_earlier(tmp_path / "other.json")
+        read_recipe(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"commit": "a", "ablation": [{}], "runs": []}'])
 def test_what_is_no_earlier_recipe_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "other.json").write_text(text)
     with pytest.raises(InputError, match=r"other\.json") as caught:
-        read_earlier(tmp_path / "other.json")
+        read_recipe(tmp_path / "other.json")
     assert caught.value.repair == "name the recipe.json of an ablation"
