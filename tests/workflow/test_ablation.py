@@ -481,8 +481,15 @@ variants:
     assert rows["damped"]["gap"] != 0 != rows["steep"]["trained_bpb"]
     (checkout.path / "file.yaml").write_text(text + "  not yet: {ttt.lr: 2.0e-4}\n")
     assert checkout.steps_run_by(*pocketlm, "--so-far") == []
-    assert json.loads((checkout.path / "artifacts/ablation/recipe.json").read_text()) == recipe
-    assert "5 of 6 runs" in (checkout.path / "artifacts/ablation/recipe.md").read_text()
+    again = json.loads((checkout.path / "artifacts/ablation/recipe.json").read_text())
+    assert again.pop("sources") == [recipe.pop("sources")[0] | {"runs": "5 of 6"}]
+    assert again == recipe
+    (checkout.path / "other.yaml").write_text(text.replace("  damped", "  more damped"))
+    earlier = ("--earlier", "artifacts/ablation/recipe.json")
+    assert checkout.steps_run_by(*pocketlm[:-1], "other.yaml", "--so-far", *earlier) == []
+    both = (checkout.path / "artifacts/ablation/recipe.md").read_text()
+    assert both.index("## other.yaml\n\n5 of 5 runs") < both.index("## file.yaml\n\n5 of 6 runs")
+    assert both.count("| more damped |") == both.count("| damped |") == 2
     for table in (checkout.path / ".work/ablation").glob("ttt_eval-*/**/losses.parquet"):
         table.write_bytes(table.read_bytes()[:-1] + b"?")
     assert "is not what ttt_eval@0 wrote" in checkout.run(*pocketlm, succeeds=False)
