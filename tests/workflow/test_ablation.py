@@ -152,7 +152,7 @@ def test_every_run_of_a_committed_design_is_valid(name: str, preset: str, experi
 
 
 @pytest.mark.parametrize(
-    ("name", "trainings"), [("recipe", 14), ("schedules", 10), ("sizes", 8), ("ttt", 1)]
+    ("name", "trainings"), [("recipe", 16), ("schedules", 10), ("sizes", 8), ("ttt", 1)]
 )
 def test_every_variant_of_a_committed_file_is_valid_and_another(
     name: str, trainings: int, experiment: Path
