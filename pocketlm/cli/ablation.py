@@ -33,6 +33,10 @@ def main(
     so_far: Annotated[
         bool, Option("--so-far", help="run nothing, and compare the runs that are done")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        Option(help="run this variant or run alone, and compare all that are done; repeatable"),
+    ] = None,
     earlier: Annotated[
         Path | None,
         Option(help="recipe.json of before: what it holds stays, but what is measured anew"),
@@ -57,15 +61,17 @@ def main(
         return code_bytes(with_values(load_params(), dict(run.params), run.name))[0]
 
     plan = ablation.read_ablation(file)
-    ablation.check_options(plan, file, confirm, choose or [], so_far)
+    ablation.check_options(plan, file, confirm, choose or [], only or [], so_far)
     before = read_recipe(earlier) if earlier else None
     planned = ablation.jobs(file, plan.named)
+    asked_for = [job for job in planned if not only or job.name in only]
     if dry_run:
-        print("\n".join(ablation.lines(plan, planned)))
+        print("\n".join(ablation.lines(plan, asked_for)))
         return
     complete_environment()
-    done = [job for job in planned if job.done] if so_far else run_jobs(planned, jobs)
-    runs = ablation.results(done)
+    if not so_far:
+        run_jobs(asked_for, jobs)
+    runs = ablation.results([job for job in planned if job.done])
     ranked, found = chosen_and_reported(partial(plan.measured, runs), runs[0])
     both = []
     if confirm or isinstance(plan, ablation.Variants):

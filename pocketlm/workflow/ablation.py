@@ -218,11 +218,18 @@ def _check_names(where: str, names: Collection[str], known: Collection[str]) -> 
 
 
 def check_options(
-    ablation: Design | Variants, path: Path, confirm: bool, chosen: Sequence[str], so_far: bool
+    ablation: Design | Variants,
+    path: Path,
+    confirm: bool,
+    chosen: Sequence[str],
+    only: Sequence[str],
+    so_far: bool,
 ) -> None:
     """Raise InputError for options that do not suit the file, or each other."""
-    if confirm and so_far:
-        raise InputError("--so-far: runs nothing, and --confirm asks for runs", "leave one out")
+    for option, given in (("--confirm", confirm), ("--only", only)):
+        if given and so_far:
+            raise InputError(f"--so-far: runs nothing, and {option} asks for runs", "leave one out")
+    _check_names(f"--only: {path}", only, ablation.named)
     if isinstance(ablation, Design):
         _check_names(f"--choose: {path}", chosen, ablation.factors)
         return
@@ -289,15 +296,19 @@ def lines(ablation: Design | Variants, planned: Sequence[Job]) -> list[str]:
         sets = [", ".join(ablation.high(row)) or "baseline" for row in ablation.levels]
     else:
         sets = list(ablation.described.values())
+    said = dict(zip(ablation.named, sets, strict=True))
     rows = [
-        f"{job.name}{' (done)' if job.done else ''}: {text.replace('`', '')}"
-        for job, text in zip(planned, sets, strict=True)
+        f"{job.name}{' (done)' if job.done else ''}: {said[job.name].replace('`', '')}"
+        for job in planned
     ]
     left = [task for task in tasks_of(planned) if not task.done]
     trainings = Counter(_length(task.params) for task in left if task.stage == STEPS[0])
     others = Counter(task.stage for task in left if task.stage != STEPS[0])
     counts = [
-        *(f"{count} trainings of {length}" for length, count in trainings.items()),
+        *(
+            f"{count} training{'s' if count > 1 else ''} of {length}"
+            for length, count in trainings.items()
+        ),
         *(f"{count} {stage}" for stage, count in others.items()),
     ]
     return [*rows, f"to run: {', '.join(counts) or 'nothing'}"]

@@ -226,10 +226,15 @@ def test_options_that_do_not_suit_the_file_are_refused(experiment: Path) -> None
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=words):
-            check_options(read_ablation(path), path, confirm, chosen, so_far=False)
+            check_options(read_ablation(path), path, confirm, chosen, [], so_far=False)
     path.write_text(FACTORS)
-    with pytest.raises(InputError, match="--so-far"):
-        check_options(read_ablation(path), path, True, [], so_far=True)
+    for confirm, only, words in (
+        (True, [], "--so-far.*--confirm"),
+        (False, ["run 1"], "--so-far.*--only"),
+        (False, ["run 4"], "run 4: no such name"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_options(read_ablation(path), path, confirm, [], only, so_far="so-far" in words)
 
 
 def test_the_baseline_is_all_low_and_the_best_has_what_was_chosen(experiment: Path) -> None:
@@ -465,8 +470,13 @@ variants:
 """
     (checkout.path / "file.yaml").write_text(text)
     pocketlm = [str(BIN / "python"), "-m", "pocketlm", "ablation", "file.yaml"]
+    two = ("--only", "plain", "--only", "slow")
+    assert "1 training of 12 steps" in checkout.run(*pocketlm, *two, "--dry-run")
+    ran = checkout.steps_run_by(*pocketlm, *two, "--jobs", "2")
+    assert ran == ["evaluate@0", "quantize@0", "train@0", "ttt_eval@0", "ttt_eval@0"]
+    assert "2 of 5 runs" in (checkout.path / "artifacts/ablation/recipe.md").read_text()
     ran = checkout.steps_run_by(*pocketlm, "--jobs", "2")
-    counts = zip(STEPS, (3, 4, 4, 5), strict=True)
+    counts = zip(STEPS, (2, 3, 3, 3), strict=True)
     stages = [f"{stage}@0" for stage, count in counts for _ in range(count)]
     assert ran == sorted(["tokenize", *stages])
     recipe = json.loads((checkout.path / "artifacts/ablation/recipe.json").read_text())
