@@ -191,14 +191,15 @@ def variants(
 ) -> list[Effect]:
     """What each variant is worth against the one named `baseline`, or that in `against`.
 
-    Raises InputError if one of these is not among the runs, as it has failed or not run yet.
+    A variant of which that one is not among the runs, as it has failed or not run yet, is left out.
+    Raises InputError if none is left.
     """
     by_name = {run.name: run for run in runs}
-    others = {name: (against or {}).get(name, baseline) for name in by_name if name != baseline}
-    for name in (baseline, *others.values()):
-        if name not in by_name:
-            what = "the baseline" if name == baseline else "what others are compared with"
-            raise InputError(f"ablation: {what}, {name}, has no results", REPAIR)
+    wanted = {name: (against or {}).get(name, baseline) for name in by_name if name != baseline}
+    others = {name: other for name, other in wanted.items() if other in by_name}
+    if wanted and not others:
+        absent = " and ".join(dict.fromkeys(wanted.values()))
+        raise InputError(f"ablation: {absent}, to compare with, without results", REPAIR)
     spread = _spread(runs, documents.scores)
     trained_spread = _spread(runs, lambda run: [one.train.bpb for one in run.results])
     found = []

@@ -276,18 +276,21 @@ def compared(
     """The baseline and the best: of variants those that have run, of factors both run here.
 
     ranked: effects by which to choose factors where `chosen` names none; at_once: as of `run_jobs`.
-    The best variant is that with the best score on the documents to choose by.
+    The best variant is that with the best score on the documents to choose by. None of both if the
+    baseline of variants has not run.
     """
     if isinstance(ablation, Design):
         high = chosen or [one.name for one in ranked if one.verdict == "helps"]
         return results(run_jobs(jobs(path, ablation.confirmed(high)), at_once))
+    found = {run.name: run for run in runs}
+    for name in chosen:
+        if name not in found:
+            raise InputError(f"ablation: {name}: has no results", REPAIR)
+    if ablation.baseline not in found:
+        return []
     to_choose, _ = halves(runs[0])
     first = min(runs, key=lambda run: fmean(to_choose.scores(run)))
-    pair = [ablation.baseline, *(chosen or [first.name])]
-    found = {run.name: run for run in runs}
-    if absent := [name for name in pair if name not in found]:
-        raise InputError(f"ablation: {absent[0]}: has no results", REPAIR)
-    return [found[name] for name in pair]
+    return [found[name] for name in (ablation.baseline, *(chosen or [first.name]))]
 
 
 def lines(ablation: Design | Variants, planned: Sequence[Job]) -> list[str]:
