@@ -62,7 +62,7 @@ class Source:
     """The last ablation of a file.
 
     runs: how many of how many were done; always: values of all runs; to_choose, to_report: numbers
-    of documents that decide and that the figures are of.
+    of documents that decide and that the figures are of, 0 if all are for both.
     """
 
     file: str
