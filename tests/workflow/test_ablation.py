@@ -134,7 +134,9 @@ def planned(text: str) -> list[Job]:
     return jobs(path, read_ablation(path).named)
 
 
-@pytest.mark.parametrize(("name", "preset"), [("best", "best"), ("demo", "demo")])
+@pytest.mark.parametrize(
+    ("name", "preset"), [("best", "best"), ("hyperparameters", "best"), ("demo", "demo")]
+)
 def test_every_run_of_a_committed_design_is_valid(name: str, preset: str, experiment: Path) -> None:
     """And its low levels are those of the preset."""
     params = compose(preset, directory=ROOT / "conf")
