@@ -46,7 +46,7 @@ def main(
     from rich.console import Console
 
     from pocketlm.params.load import load_params
-    from pocketlm.report.ablation_page import Asked, recipe, write
+    from pocketlm.report.ablation_page import Asked, page, recipe, write
     from pocketlm.report.compare_runs import Run
     from pocketlm.report.effects import chosen_and_reported
     from pocketlm.report.recipe import read_recipe
@@ -78,4 +78,5 @@ def main(
         both = ablation.compared(plan, file, runs, ranked, choose or [], jobs)
     asked = Asked(str(file), plan.always, len(planned), plan.described)
     measured = recipe(asked, found, runs, both, shipped)
-    show(write(output, measured.beside(before) if before else measured), Console())
+    write(output, measured.beside(before) if before else measured)
+    show(page(measured), Console())

@@ -255,9 +255,9 @@ def _of_file(recipe: Recipe, source: Source) -> list[Block]:
 def _effects(rows: Sequence[Row], source: Source) -> Table:
     several = _several(rows)
     header = ["name", *(["against"] if several else []), "settings"]
-    header += ["gain, bpb", "± noise", "noise of", "detectable", "verdict", "nats"]
+    header += ["gain, bpb", "± noise", "verdict", "trained, bpb", "gap, bpb", "ms a step", "bytes"]
     return Table(
-        [*header, "trained, bpb", "gap, bpb", "ms a step", "bytes"],
+        [*header, "nats", "detectable", "noise of"],
         [
             [
                 row.name,
@@ -265,14 +265,14 @@ def _effects(rows: Sequence[Row], source: Source) -> Table:
                 row.settings + _measured_at(row, source),
                 f"{row.bpb:+.4f}",
                 _number(row.noise),
-                SEEDS[row.seeds][0],
-                _number(row.detectable),
                 row.verdict,
-                f"{row.nats:+.4f}",
                 f"{row.trained_bpb:+.4f} ± {_number(row.trained_noise)}",
                 f"{row.gap:+.4f}",
                 f"{row.ms_per_step:+.1f}",
                 f"{row.bytes:+,.0f}",
+                f"{row.nats:+.4f}",
+                _number(row.detectable),
+                SEEDS[row.seeds][0],
             ]
             for row in rows
         ],
@@ -313,18 +313,17 @@ def _documents(source: Source) -> str:
 
 def _reached(runs: Sequence[Reached], source: Source) -> Table:
     """What each run has reached."""
-    header = ["run", "parameters", "training, s", "steps", "bits a weight", "trained, bpb"]
+    header = ["run", "with TTT, bpb", "trained, bpb", "quantized, bpb", "gap, nats"]
     return Table(
-        [*header, "quantized, bpb", "gap, nats", "with TTT, bpb"],
+        [*header, "training, s", "steps", "parameters", "bits a weight"],
         [
             [
                 run.name + _measured_at(run, source),
-                _number(run.parameters, ",.0f"),
+                *map(_number, (run.ttt_bpb, run.trained_bpb, run.quantized_bpb, run.gap_nats)),
                 f"{run.train_seconds:.0f}",
                 _number(run.train_steps, ",.0f"),
+                _number(run.parameters, ",.0f"),
                 _number(run.bits_per_weight, ".2f"),
-                f"{run.trained_bpb:.4f}",
-                *(_number(one) for one in (run.quantized_bpb, run.gap_nats, run.ttt_bpb)),
             ]
             for run in runs
         ],
@@ -349,13 +348,11 @@ def _baseline_and_best(recipe: Recipe) -> list[Block]:
     ]
 
 
-def write(directory: Path, recipe: Recipe) -> list[Block]:
-    """Write recipe.json, .md and .svg to `directory`; returns the blocks of the page."""
-    blocks = page(recipe)
+def write(directory: Path, recipe: Recipe) -> None:
+    """Write recipe.json, .md and .svg to `directory`."""
     write_json(directory / NAMES[0], recipe.content())
-    write_bytes(directory / NAMES[1], to_markdown(blocks).encode())
+    write_bytes(directory / NAMES[1], to_markdown(page(recipe)).encode())
     write_bytes(directory / NAMES[2], plot(recipe.ablation).encode())
-    return blocks
 
 
 def plot(found: Sequence[Effect]) -> str:

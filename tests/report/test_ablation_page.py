@@ -344,8 +344,8 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
     write(tmp_path, measured(found, runs, runs))
     text = (tmp_path / NAMES[1]).read_text()
     assert [line.count("undecided") for line in text.splitlines()].count(1) == 2
-    assert "+0.0040 | 0.0020 | documents, seeds | 0.0030 | helps" in text
-    assert "+0.5000 | - | documents, seeds | - | undecided" in text
+    assert "+0.0040 | 0.0020 | helps | +0.0010 ± 0.0020 | " in text
+    assert "+0.5000 | - | undecided | " in text
     assert "The baseline and the best: base, best" in text
     assert "2 of 4 runs on one, at commit c0ffee, unknown; in all runs `a` 5" in text
     assert "<svg" in (tmp_path / NAMES[2]).read_text()
@@ -367,7 +367,7 @@ def test_rows_and_figures_of_the_page_and_of_recipe_json(
         30,
     )
     assert (said["baseline"], said["best"]) == ("base", "best")
-    assert "base | 100 | 20 | 100 | 3.50 | " in text
+    assert " | 0.0625 | 20 | 100 | 100 | 3.50 |" in text
     assert said["runs"][1]["ttt_bpb"] == said["best_ttt_bpb"]
     assert said["runs"][0]["trained_bpb"] == said["baseline_trained_bpb"]
     assert measured(found, [before]).best_ttt_bpb is None
