@@ -1,7 +1,6 @@
 """Blocks of a report in a terminal; figures are for pages."""
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import Literal
 
 from rich.console import Console
@@ -31,33 +30,38 @@ def show(blocks: Sequence[Block], console: Console) -> None:
 
 
 def _show_table(table: Table, console: Console) -> None:
-    """Print the columns for which there is room, from the left, and name the others.
-
-    Numbers stay whole; text and headers are broken where they must be.
-    """
-    rows = [[_text(cell) for cell in row] for row in table.rows]
-    least, full = list[int](), list[int]()
-    for name, numeric, *cells in zip(map(_text, table.header), table.numeric, *rows, strict=True):
-        longest = max((cell.cell_len for cell in cells), default=0)
-        words = max(map(len, name.plain.split()), default=0)
-        least.append(max(longest if numeric else min(longest, TEXT), words))
-        full.append(max(longest, name.cell_len))
-    shown = 1
-    while shown < len(least) and sum(least[: shown + 1]) + GAP * shown <= console.width:
-        shown += 1
-    room = console.width - sum(least[:shown]) - GAP * (shown - 1)
+    """Print the columns for which there is room, from the left, and name the others."""
+    widths = _widths(table, console.width)
     grid = Grid(box=None, pad_edge=False, header_style="dim")
-    columns = zip(table.header, table.numeric, least, full, strict=True)
-    for name, numeric, width, whole in islice(columns, shown):
-        more = max(0, min(room, whole - width))
-        room -= more
+    for name, numeric, width in zip(table.header, table.numeric, widths, strict=False):
         justify: Literal["left", "right"] = "right" if numeric else "left"
-        grid.add_column(_text(name), justify=justify, width=width + more, overflow="fold")
-    for row in rows:
-        grid.add_row(*row[:shown])
+        grid.add_column(_text(name), justify=justify, width=width, overflow="fold")
+    for row in table.rows:
+        grid.add_row(*map(_text, row[: len(widths)]))
     console.print(grid)
-    if left_out := table.header[shown:]:
+    if left_out := table.header[len(widths) :]:
         console.print(_text(f"no room for: {'; '.join(left_out)}"), style="dim", highlight=False)
+
+
+def _widths(table: Table, available: int) -> list[int]:
+    """Widths of the columns for which there is room.
+
+    Numbers stay whole; text and headers are broken where they must be, headers first.
+    """
+    least, full = list[int](), list[int]()
+    for name, numeric, *cells in zip(table.header, table.numeric, *table.rows, strict=True):
+        longest = max((_text(cell).cell_len for cell in cells), default=0)
+        words = max(map(len, name.split()), default=0)
+        least.append(max(longest if numeric else min(longest, TEXT), words))
+        full.append(max(longest, len(name)))
+    shown = 1
+    while shown < len(least) and sum(least[: shown + 1]) + GAP * shown <= available:
+        shown += 1
+    widths = least[:shown]
+    for place in sorted(range(shown), key=lambda place: table.numeric[place]):
+        room = available - sum(widths) - GAP * (shown - 1)
+        widths[place] += max(0, min(room, full[place] - widths[place]))
+    return widths
 
 
 def _text(text: str) -> Text:
