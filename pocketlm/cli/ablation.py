@@ -64,13 +64,13 @@ def main(
     ablation.check_options(plan, file, confirm, choose or [], only or [], so_far)
     before = read_recipe(earlier) if earlier else None
     planned = ablation.jobs(file, plan.named)
-    asked_for = [job for job in planned if not only or job.name in only]
+    to_run = [job for job in planned if not only or job.name in only]
     if dry_run:
-        print("\n".join(ablation.lines(plan, asked_for)))
+        print("\n".join(ablation.lines(plan, to_run)))
         return
     complete_environment()
     if not so_far:
-        run_jobs(asked_for, jobs)
+        run_jobs(to_run, jobs)
     runs = ablation.results([job for job in planned if job.done])
     ranked, found = chosen_and_reported(partial(plan.measured, runs), runs[0])
     both = []

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from model.evaluation.length_weights import FINEWEB_BYTES
+from model.evaluation.score import TTT
 from model.runtime.files import write_bytes, write_json
 from model.runtime.run_log import read_log
 from pocketlm.params.paths import LOGS
@@ -25,7 +26,7 @@ from pocketlm.report.blocks import (
 )
 from pocketlm.report.compare import LEVEL
 from pocketlm.report.compare_runs import SCORES, Run
-from pocketlm.report.effects import Effect, halves
+from pocketlm.report.effects import Documents, Effect, halves
 from pocketlm.report.factorial import POWER
 from pocketlm.report.figures import COLOURS, GREY, STYLE, svg
 from pocketlm.report.paired import seeds_apart
@@ -33,6 +34,7 @@ from pocketlm.report.recipe import Compared, Origin, Reached, Recipe, Row, Sourc
 from pocketlm.report.results import SeedResult
 
 NAMES = ("recipe.json", "recipe.md", "recipe.svg")
+TRAINED = "trained"  # the score of the averaged weights, beside those of the artifact
 LABEL = 40  # characters of a line of a label in the figure
 SEEDS = {  # what the noise is of, as a cell says it, and what that means
     "included": ("documents, seeds", "of other documents and other seeds together"),
@@ -107,7 +109,8 @@ def _figures(
     if not compared:
         return origin
     before, best = compared
-    _, documents = halves(runs[0])
+    _, documents = halves(before)
+    comparison = {score: _compared(score, before, best, documents) for score in (TRAINED, *SCORES)}
     artifact_bytes = max(result.quantize.artifact_bytes for result in best.results)
     return {
         **origin,
@@ -115,24 +118,23 @@ def _figures(
         "best": best.name,
         "baseline_seeds": len(before.seeds),
         "best_seeds": len(best.seeds),
-        "baseline_trained_bpb": _mean(before, lambda result: result.train.bpb),
-        "best_trained_bpb": _mean(best, lambda result: result.train.bpb),
-        "baseline_ttt_bpb": fmean(documents.scores(before)),
-        "best_ttt_bpb": fmean(documents.scores(best)),
+        "baseline_trained_bpb": comparison[TRAINED].baseline,
+        "best_trained_bpb": comparison[TRAINED].best,
+        "baseline_ttt_bpb": comparison[TTT].baseline,
+        "best_ttt_bpb": comparison[TTT].best,
         "best_total_bytes": artifact_bytes + code_bytes(best),
         "tokens_per_s_per_gpu": _rate(best, recurrent=False),
         "tokens_per_s_per_gpu_recurrent": _rate(best, recurrent=True),
         "evaluation_seconds_8_gpus": _evaluation_seconds(best),
-        "comparison": [_compared(one, before, best) for one in ("trained", *SCORES)],
+        "comparison": list(comparison.values()),
     }
 
 
-def _compared(score: str, before: Run, best: Run) -> Compared:
-    """Both by one score, "trained" or a way of scoring."""
-    _, documents = halves(before)
+def _compared(score: str, before: Run, best: Run, documents: Documents) -> Compared:
+    """Both by one score, TRAINED or a way of scoring; documents: those to report."""
     values = [
         [result.train.bpb for result in run.results]
-        if score == "trained"
+        if score == TRAINED
         else documents.scores(run, score)
         for run in (before, best)
     ]

@@ -7,7 +7,7 @@ figure (`ablation_page`) are made of this file's content alone.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,7 +118,7 @@ class Recipe(Best):
 
     sources: Sequence[Source]
     ablation: Sequence[Row]
-    runs: Sequence[Reached] = field(default_factory=list)
+    runs: Sequence[Reached]
 
     def content(self) -> dict[str, Any]:
         """What the file holds; every effect with its verdict."""

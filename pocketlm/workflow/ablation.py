@@ -296,12 +296,14 @@ def compared(
 def lines(ablation: Design | Variants, planned: Sequence[Job]) -> list[str]:
     """What `pocketlm ablation` would run, a line a run."""
     if isinstance(ablation, Design):
-        sets = [", ".join(ablation.high(row)) or "baseline" for row in ablation.levels]
+        sets = {
+            name: ", ".join(ablation.high(row)) or "baseline"
+            for name, row in zip(ablation.named, ablation.levels, strict=True)
+        }
     else:
-        sets = list(ablation.described.values())
-    said = dict(zip(ablation.named, sets, strict=True))
+        sets = ablation.described
     rows = [
-        f"{job.name}{' (done)' if job.done else ''}: {said[job.name].replace('`', '')}"
+        f"{job.name}{' (done)' if job.done else ''}: {sets[job.name].replace('`', '')}"
         for job in planned
     ]
     left = [task for task in tasks_of(planned) if not task.done]

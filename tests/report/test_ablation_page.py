@@ -452,6 +452,7 @@ def test_figures_of_a_new_best_replace_those_of_before_that_it_has() -> None:
         tokens_per_s_per_gpu=3.0,
         sources=[source("a.yaml")],
         ablation=[],
+        runs=[],
     )
     both = new.beside(BEFORE)
     assert (both.tokens_per_s_per_gpu, both.tokens_per_s_per_gpu_recurrent) == (3.0, 2.0)
