@@ -1,10 +1,11 @@
 """Run a grid of parameters as DVC experiments: `pocketlm sweep FILE`.
 
-Every combination is queued as an experiment of one stage, so that what the stage reads
-(checkpoints, tokens) is what is in force, and the queue is then worked off. The stage's metrics,
-averaged over the seeds, end in sweep.csv, sweep.md and sweep.svg: loss against device seconds, with
-the Pareto front, the combinations that no other beats in both. The experiments stay in DVC: `dvc
-exp apply NAME` makes one the experiment in force, `dvc exp remove` forgets it.
+Every combination is an experiment of one stage, so that what the stage reads (checkpoints, tokens)
+is what is in force. They run one after the other, each in a copy of the checkout (`--temp`): DVC's
+queue leaves them to a process in the background, and waits without end if that is gone. The stage's
+metrics, averaged over the seeds, end in sweep.csv, sweep.md and sweep.svg: loss against device
+seconds, with the Pareto front, the combinations that no other beats in both. The experiments stay
+in DVC: `dvc exp apply NAME` makes one the experiment in force, `dvc exp remove` forgets it.
 """
 
 import dataclasses
@@ -97,25 +98,21 @@ def override(key: str, value: Any) -> str:
     return f"{key}={text}"
 
 
-def dvc(*arguments: str) -> str:
-    """Run a command of DVC in this directory and return what it prints; InputError if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], stdout=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        raise InputError(
-            f"dvc {' '.join(arguments)}: failed", "see its message above, then run the sweep again"
-        )
-    return done.stdout
+def dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of DVC here; its messages go to the terminal, its output is kept."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True)
 
 
-def enqueue(stage: str, planned: list[Combination]) -> dict[str, Combination]:
-    """Queue an experiment for each combination; returns them by name."""
+def run_experiments(stage: str, planned: list[Combination]) -> dict[str, Combination]:
+    """Run an experiment for each combination, also after one that failed; returns all by name."""
     prefix = time.strftime("sweep-%Y%m%d-%H%M%S")
     named = {f"{prefix}-{number:03}": one for number, one in enumerate(planned)}
-    for name, combination in named.items():
-        settings = [f"--set-param={override(*item)}" for item in combination.items()]
-        dvc("exp", "run", "--queue", "--quiet", "--single-item", "--name", name, *settings, stage)
+    for number, (name, combination) in enumerate(named.items(), 1):
+        values = [override(*item) for item in combination.items()]
+        print(f"{number} of {len(named)}: {' '.join(values)}", flush=True)
+        settings = [f"--set-param={value}" for value in values]
+        dvc("exp", "run", "--temp", "--quiet", "--single-item", "--name", name, *settings, stage)
     return named
 
 
@@ -179,14 +176,14 @@ def run_sweep(file: Path, output: Path) -> None:
     sweep = read_sweep(file)
     check_sweep(sweep, file)
     require_experiments(Path.cwd())
-    named = enqueue(sweep.stage, combinations(sweep))
-    print(f"{len(named)} experiments queued", flush=True)
-    dvc("exp", "run", "--run-all", "--jobs", "1")
-    points = collect(dvc("exp", "show", "--json"), named, sweep.stage)
+    named = run_experiments(sweep.stage, combinations(sweep))
+    shown = dvc("exp", "show", "--json")
+    points = collect(shown.stdout, named, sweep.stage) if not shown.returncode else []
     if not points:
-        raise InputError("no experiment of the sweep succeeded", "see `dvc queue logs NAME`")
+        raise InputError(f"{file}: no experiment succeeded", "see the messages above")
     write_page(output, points, f"{sweep.stage}: {file}")
     print((output / "sweep.md").read_text(), end="")
-    if len(points) < len(named):
-        missing = sorted(set(named) - {point.name for point in points})
-        print(f"failed: {', '.join(missing)}; see `dvc queue logs NAME`", file=sys.stderr)
+    finished = {point.name for point in points}
+    for number, name in enumerate(named, 1):
+        if name not in finished:
+            print(f"failed: {number} of {len(named)}; see its message above", file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,12 +26,14 @@ from pocketlm.workflow.sweep import (
     plan_sweep,
     read_sweep,
     run_sweep,
+    with_values,
 )
 
 ROOT = Path(__file__).parents[2]
 STAGE = """
 import json, pathlib, yaml
 ttt = yaml.safe_load(open("params.yaml"))["ttt"]
+assert ttt["chunk"] != 4
 place = pathlib.Path("artifacts/ttt_eval/seed0")
 place.mkdir(parents=True, exist_ok=True)
 metrics = {"loss": 3 - ttt["lr"] * ttt["chunk"], "device_s": 128 / ttt["chunk"]}
@@ -65,16 +68,18 @@ def test_products_of_all_grids_each_combination_once() -> None:
 def test_every_combination_of_a_committed_sweep_is_valid(
     name: str, preset: str, least: int
 ) -> None:
-    """By the schema, which is what `dvc exp run` would find out one at a time."""
-    sweep = read_sweep(ROOT / f"conf/sweep/{name}.yaml")
-    found = combinations(sweep)
+    """By the schema, and each value as DVC reads it, which is by Hydra."""
+    found = combinations(read_sweep(ROOT / f"conf/sweep/{name}.yaml"))
     assert len(found) >= least
+    params = compose(preset, directory=ROOT / "conf")
+    parser = OverridesParser.create()
     for combination in found:
-        settings = [override(*item) for item in combination.items()]
-        params = dataclasses.asdict(compose(preset, settings, ROOT / "conf"))
+        values = dataclasses.asdict(with_values(params, combination, name))
         for key, value in combination.items():
-            section, name = key.split(".")
-            assert params[section][name] == value
+            section, last = key.split(".")
+            assert values[section][last] == value
+            read = parser.parse_override(override(key, value))
+            assert (read.key_or_group, read.value()) == (key, value)
 
 
 @pytest.fixture
@@ -174,9 +179,10 @@ def test_a_plan_says_what_would_run_and_how_long(experiment: Path) -> None:
 
 @pytest.mark.campaign
 @pytest.mark.workflow
-def test_a_sweep_runs_as_dvc_experiments(tmp_path: Path) -> None:
+def test_a_sweep_runs_as_dvc_experiments_also_after_one_that_fails(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(render(compose("demo", directory=ROOT / "conf")))
-    files = {"stage.py": STAGE, "dvc.yaml": PIPELINE, "sweep.yaml": SWEEP}
+    sweep = SWEEP.replace("[8, 16]", "[8, 4, 16]")
+    files = {"stage.py": STAGE, "dvc.yaml": PIPELINE, "sweep.yaml": sweep}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -192,13 +198,16 @@ def test_a_sweep_runs_as_dvc_experiments(tmp_path: Path) -> None:
             command, cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return done.stdout + done.stderr
 
     run("git", "init", "-q")
     run(sys.executable, "-m", "dvc", "init", "-q")
     run("git", "add", ".")
     run("git", "commit", "-q", "-m", "start")
-    run(sys.executable, "-m", "pocketlm", "sweep", "sweep.yaml")
+    said = run(sys.executable, "-m", "pocketlm", "sweep", "sweep.yaml")
+    assert "2 of 3: ttt.rank=4 ttt.chunk=4 ttt.lr=0.01" in said
+    assert "failed: 2 of 3" in said
+    assert not list((tmp_path / ".dvc/tmp/exps").glob("**/stage.py"))  # no copy is left
     with open(tmp_path / "artifacts/sweep/sweep.csv") as file:
         rows = list(csv.DictReader(file))
     found = [
