@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -96,12 +97,6 @@ def is_cpu(device: str) -> bool:
 
 def environment() -> dict[str, Any]:
     """Versions, device and commit of this run."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -109,10 +104,20 @@ def environment() -> dict[str, Any]:
         "device": device,
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": dict(_versions()),
         "argv": sys.argv[1:],
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+@cache
+def _versions() -> dict[str, str | None]:
+    """The version of each package, None of one that is not installed."""
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def _commit() -> str | None:
