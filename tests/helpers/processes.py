@@ -9,6 +9,9 @@ import torch.multiprocessing as multiprocessing
 
 from model.runtime.distributed import Group, process_group
 
+# Imported once by the fork server, of which the processes are copies: else each takes seconds.
+IMPORTED = ["torch._dynamo", "hypothesis", "pytest", __name__, "tests.helpers.models"]
+
 
 def _child(
     rank: int, size: int, port: int, work: Callable[..., Any], arguments: tuple, results: Any
@@ -30,9 +33,15 @@ def run_processes(size: int, work: Callable[..., Any], *arguments: Any) -> list[
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    multiprocessing.set_forkserver_preload(IMPORTED)
     with multiprocessing.Manager() as manager:
         results = manager.dict()
-        multiprocessing.spawn(_child, (size, port, work, arguments, results), nprocs=size)
+        multiprocessing.start_processes(
+            _child,
+            (size, port, work, arguments, results),
+            nprocs=size,
+            start_method="forkserver",
+        )
         return [results[rank] for rank in range(size)]
 
 
