@@ -19,15 +19,15 @@ pytest.importorskip("triton")
 from model.kernels import cached_attention_triton as ca
 
 SHAPES = [  # rows, new, heads, kv_heads, d, capacity, filled
-    pytest.param((2, 16, 4, 2, 16, 100, 0), id="empty cache"),
+    pytest.param((1, 16, 2, 1, 16, 100, 0), id="empty cache"),
     pytest.param((2, 16, 4, 2, 16, 100, 37), id="partly filled"),
-    pytest.param((2, 16, 4, 2, 16, 100, 100), id="full"),
+    pytest.param((1, 16, 2, 1, 16, 100, 100), id="full"),
     pytest.param((3, 1, 4, 2, 16, 70, 65), id="one token"),
     pytest.param((1, 1, 2, 2, 8, 9, 1), id="one token, no groups"),
     pytest.param((2, 3, 2, 2, 24, 130, 130), id="three tokens"),
     pytest.param((1, 32, 2, 1, 16, 128, 64), id="32 tokens"),
     pytest.param((1, 64, 2, 2, 16, 66, 66), id="64 tokens, no groups"),
-    pytest.param((2, 64, 4, 2, 16, 65, 40), id="two tiles of queries"),
+    pytest.param((1, 64, 2, 1, 16, 65, 40), id="two tiles of queries"),
     pytest.param((1, 100, 2, 1, 8, 10, 10), id="two tiles of new keys"),
     pytest.param((2, 5, 6, 2, 16, 20, 7), id="groups of three"),
     pytest.param((2, 7, 2, 1, 16, 0, 0), id="no cache"),
@@ -96,7 +96,7 @@ def test_results_and_gradients_equal_the_reference(shape, parts, monkeypatch):
 @PARTS
 def test_the_own_value_may_stay(parts, monkeypatch):
     cut(monkeypatch, parts)
-    arguments = inputs((2, 16, 4, 2, 16, 100, 37))
+    arguments = inputs((1, 16, 2, 1, 16, 100, 37))
     mine, theirs = (results(partial(f, exclusive=False), *arguments) for f in (kernel, reference))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -122,7 +122,7 @@ def test_few_documents_are_cut_and_many_are_not():
 
 
 @PARTS
-@pytest.mark.parametrize("shape", [(2, 16, 4, 2, 32, 100, 70), (3, 1, 4, 2, 64, 70, 65)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 2, 1, 32, 100, 70), (3, 1, 4, 2, 64, 70, 65)], ids=str)
 def test_bf16_is_as_exact_as_bf16_can_be(shape, parts, monkeypatch):
     cut(monkeypatch, parts)
     arguments = inputs(shape, torch.bfloat16)
@@ -189,9 +189,9 @@ def test_keeps_no_copy_of_the_ring():
 @PARTS
 def test_operations_keep_what_they_promise_the_compiler(parts, monkeypatch):
     cut(monkeypatch, parts)
-    *operands, dy = inputs((2, 5, 4, 2, 16, 70, 66))
+    *operands, dy = inputs((1, 3, 2, 1, 16, 20, 17))
     for ring in operands[3:5]:
-        ring[:, 66:] = 0
+        ring[:, 17:] = 0
     torch.library.opcheck(ca.chunk_attention.sealed, (*operands, True))
     operands = [x.detach() for x in operands]
     found = ca.chunk_attention(*operands, True)
