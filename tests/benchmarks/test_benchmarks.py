@@ -17,9 +17,9 @@ from benchmarks.train import category, with_speedup
 from model.data.packing import Documents
 from model.runtime.errors import InputError
 from model.runtime.files import read_json
-from pocketlm.params.presets import compose
 from pocketlm.workflow.flops import attention_flops, product_values
 from tests.helpers.models import SMALL, small_model, train_params
+from tests.helpers.presets import preset
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"device", "versions", "commit", "tokens_per_s_per_gpu", "peak_memory_mib"}
@@ -29,7 +29,7 @@ KEYS |= {"cold_start_s", "warm_start_s", "two_gpu_speedup", "mfu", "attention_ba
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     """Parameters of a model that the CPU trains in milliseconds."""
-    values = dataclasses.asdict(compose("demo", directory=ROOT / "conf"))
+    values = dataclasses.asdict(preset("demo"))
     values["model"] |= SMALL | {"vocabulary": 320}
     values["tokenizer"]["vocabulary"] = 320
     values["evaluate"]["sliding_stride"] = 16

@@ -17,6 +17,7 @@ from model.ttt.document_adapters import initial_parameters
 from pocketlm.params.presets import compose, render
 from pocketlm.workflow.estimate import read_by_ttt
 from tests.helpers.models import execution_params, random_documents, small_model, ttt_params
+from tests.helpers.presets import preset
 from tests.helpers.processes import Group, run_processes
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_be
     def reading(seconds: float, nats: float, **changes: Any) -> Reading:
         settings: dict[str, Any] = {"mode": "window", "bptt_chunks": 0, "largest_chunk": 32}
         settings |= {"hash_buckets": 0, **changes}
-        ttt = dataclasses.replace(compose("record").ttt, **settings)
+        ttt = dataclasses.replace(preset("record").ttt, **settings)
         return Reading(ttt, execution_params(), seconds, nats, 0.0, (0.0, 0.0))
 
     published = {"lr": 2e-4, "beta2": 0.999, "weight_decay": 0.5}
@@ -78,7 +79,7 @@ def test_summary_takes_the_fastest_cached_reading_that_is_as_good_or_else_the_be
 
 
 def test_a_reading_names_keys_of_ttt_and_of_execution() -> None:
-    record = compose("record")
+    record = preset("record")
     changed = varied(record, "mode=window,chunk=16,lr=4e-4,ttt_documents=64")
     assert (changed.ttt.mode, changed.ttt.chunk, changed.ttt.largest_chunk) == ("window", 16, 16)
     assert (changed.ttt.bptt_chunks, changed.ttt.lr) == (0, 4e-4)
@@ -88,7 +89,7 @@ def test_a_reading_names_keys_of_ttt_and_of_execution() -> None:
 
 
 def _compare(group: Group, path: str) -> None:
-    record = dataclasses.replace(compose("record"), execution=execution_params())
+    record = dataclasses.replace(preset("record"), execution=execution_params())
     modes = {"a": "window", "b": "cached"}
     wanted = {
         name: dataclasses.replace(record, ttt=ttt_params(mode=mode)) for name, mode in modes.items()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model.evaluation.losses import _windows
 from model.runtime.errors import InputError
-from pocketlm.params.presets import compose, render
+from pocketlm.params.presets import render
 from pocketlm.report.blocks import to_markdown
 from pocketlm.workflow import estimate as estimating
 from pocketlm.workflow.estimate import (
@@ -22,6 +22,7 @@ from pocketlm.workflow.estimate import (
     read_by_windows,
     seconds_of,
 )
+from tests.helpers.presets import preset
 from tests.helpers.report_inputs import edit_json, seal, write_seed
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("experiment")
 
 
 def test_the_record_is_estimated_from_its_benchmarks() -> None:
-    params = compose("record")
+    params = preset("record")
     text = to_markdown(estimate(params, 8, None))
     assert "| parameters | 27," in text
     assert "| train | 600.0 |" in text
@@ -44,22 +45,22 @@ def test_the_record_is_estimated_from_its_benchmarks() -> None:
 
 
 def test_one_gpu_takes_as_long_as_its_share() -> None:
-    params = compose("record", ["train.budget_seconds=null"])
+    params = preset("record", "train.budget_seconds=null")
     alone, both = (seconds_of(params, FIXED, count, [1000] * 10) for count in (1, 2))
     for stage in ("train", "evaluate", "ttt_eval"):
         assert (alone[stage] or 0) == pytest.approx(2 * (both[stage] or 0))
 
 
 def test_shared_weights_that_learn_read_once_more_all_rounds_but_the_last() -> None:
-    params = compose("record")
-    learning = compose("record", ["ttt.shared_lr=1e-5", "ttt.round_tokens=3000"])
+    params = preset("record")
+    learning = preset("record", "ttt.shared_lr=1e-5", "ttt.round_tokens=3000")
     fixed, more = (seconds_of(one, FIXED, 1, [1000] * 10) for one in (params, learning))
     assert more["ttt_eval"] == pytest.approx(1.9 * (fixed["ttt_eval"] or 0))  # cached, at one rate
     assert more["evaluate"] == fixed["evaluate"]
 
 
 def test_text_that_was_not_tokenized_is_not_known() -> None:
-    params = compose("h100")
+    params = preset("h100")
     text = to_markdown(estimate(params, 1, None))
     assert text.count("unknown before tokenize has run") == 2
     assert "without the stages that are not known" in text
@@ -74,7 +75,7 @@ def test_text_that_was_not_tokenized_is_not_known() -> None:
 )
 def test_gpus_must_be_able_to_share_a_step(gpus: int, words: str) -> None:
     with pytest.raises(InputError, match=f"--gpus {gpus}: {words}"):
-        estimate(compose("record"), gpus, None)
+        estimate(preset("record"), gpus, None)
 
 
 @settings(max_examples=50)
@@ -92,8 +93,8 @@ def test_tokens_read_are_those_of_the_windows(lengths: list[int], window: int, s
 def test_cpus_are_measured_with_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimating, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(estimating, "MEASURED", 512)
-    params = compose(
-        "demo", ["model.layers=2", "model.value_layers=[1]", "model.width=64", "ttt.rank=2"]
+    params = preset(
+        "demo", "model.layers=2", "model.value_layers=[1]", "model.width=64", "ttt.rank=2"
     )
     rates = measured_rates(params)
     assert rates.source == "measured here"
@@ -104,7 +105,7 @@ def test_cpus_are_measured_with_the_model_itself(monkeypatch: pytest.MonkeyPatch
 def test_the_last_run_is_compared_with_its_estimate(
     experiment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = compose("demo")
+    params = preset("demo")
     (experiment / "params.yaml").write_text(render(params))
     for seed in params.seeds:
         write_seed(Path("."), seed)

@@ -1,7 +1,6 @@
 import itertools
 import threading
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from model.data.shards import BOS, Manifest, ShardWriter
 from model.evaluation.losses import targets_of
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
-from pocketlm.params.presets import compose
 from tests.helpers.corpora import sentences, small_tokenizer
+from tests.helpers.presets import preset
 
-TRAIN = compose("record", directory=Path(__file__).parents[2] / "conf").train
+TRAIN = preset("record").train
 CPU = torch.device("cpu")
 
 

@@ -11,11 +11,11 @@ import steps.train
 from model.data.shards import BOS
 from model.evaluation.losses import plain_losses
 from model.runtime.distributed import Group
-from pocketlm.params.presets import compose
 from steps.common import StageRun
 from steps.validation import validate
 from tests.helpers.corpora import sentences, small_tokenizer
 from tests.helpers.models import small_model
+from tests.helpers.presets import preset
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,9 +25,7 @@ def test_the_score_is_that_of_the_plain_losses_over_the_bytes_of_the_text(tmp_pa
     texts = list(sentences(3, seed=2))
     documents = [np.array([BOS, *pieces], np.uint16) for pieces in tokenizer.encode(texts)]
     model, group = small_model(vocabulary=320), Group(0, 1, torch.device("cpu"))
-    step = StageRun(
-        "train", 0, compose("demo", ["execution.evaluation_tokens=64"], ROOT / "conf"), group
-    )
+    step = StageRun("train", 0, preset("demo", "execution.evaluation_tokens=64"), group)
     score = validate(step, model, documents, tokenizer)
     assert score is not None
     assert score.tokens == sum(document.size for document in documents)

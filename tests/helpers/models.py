@@ -1,5 +1,7 @@
 """Small models for tests, from the record preset with a few values changed."""
 
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,14 @@ def case_name(changes: dict[str, Any]) -> str:
     return next(iter(changes)) if len(changes) == 1 else "all"
 
 
+@cache
+def _record() -> dict[str, Any]:
+    return yaml.safe_load(RECORD.read_text())
+
+
 def record_params(**changes: Any) -> ModelConfig:
     """The model section of the record preset with `changes`."""
-    return ModelConfig(**{**yaml.safe_load(RECORD.read_text())["model"], **changes})
+    return ModelConfig(**{**_record()["model"], **changes})
 
 
 def small_model(seed: int = 0, **changes: Any) -> GPT:
@@ -79,18 +86,17 @@ def ttt_params(**changes: Any) -> TTTConfig:
     small: dict[str, Any] = {"chunk": 8, "context": 32, "rank": 4, "lr": 0.005}
     small |= {"mode": "window", "bptt_chunks": 0, "hash_buckets": 0, "hash_rate": 1.0}
     small["largest_chunk"] = changes.get("chunk", 8)
-    return TTTConfig(**{**yaml.safe_load(RECORD.read_text())["ttt"], **small, **changes})
+    return TTTConfig(**{**_record()["ttt"], **small, **changes})
 
 
 def execution_params(**changes: Any) -> ExecutionConfig:
     """The execution section of the record preset, TTT in small batches, with `changes`."""
-    record = yaml.safe_load(RECORD.read_text())["execution"]
-    return ExecutionConfig(**{**record, "ttt_documents": 4, **changes})
+    return ExecutionConfig(**{**_record()["execution"], "ttt_documents": 4, **changes})
 
 
 def train_params(**changes: Any) -> TrainConfig:
     """The train section of the record preset with `changes`."""
-    return TrainConfig(**{**yaml.safe_load(RECORD.read_text())["train"], **changes})
+    return TrainConfig(**{**_record()["train"], **changes})
 
 
 def random_tokens(count: int, seed: int = 1) -> torch.Tensor:
@@ -98,7 +104,7 @@ def random_tokens(count: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, SMALL["vocabulary"], (count,), generator=torch.manual_seed(seed))
 
 
-def random_documents(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
+def random_documents(lengths: Sequence[int], seed: int = 0) -> list[np.ndarray]:
     """Documents of the given lengths for `small_model`: BOS and random pieces, uint16."""
     generator = np.random.default_rng(seed)
     pieces = [generator.integers(4, SMALL["vocabulary"], n - 1, dtype=np.uint16) for n in lengths]

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from pocketlm.params.json_schema import MODELINE, PATH, schema_text
-from pocketlm.params.presets import compose, presets
+from pocketlm.params.presets import presets
+from tests.helpers.presets import preset
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +40,7 @@ def test_the_first_line_of_params_names_the_schema() -> None:
 
 @pytest.mark.parametrize("name", presets(ROOT / "conf"))
 def test_an_editor_accepts_the_presets(name: str, schema: dict[str, Any]) -> None:
-    jsonschema.validate(dataclasses.asdict(compose(name, directory=ROOT / "conf")), schema)
+    jsonschema.validate(dataclasses.asdict(preset(name)), schema)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_preset_does_not_repeat_its_parent(name: str) -> None:
     own = yaml.safe_load((ROOT / f"conf/{name}.yaml").read_text())
     name_of_parent, itself = own.pop("defaults")
     assert itself == "_self_"
-    parent = dataclasses.asdict(compose(name_of_parent, directory=ROOT / "conf"))
+    parent = dataclasses.asdict(preset(name_of_parent))
     repeated = [
         f"{section}.{key}"
         for section, values in own.items()

@@ -29,6 +29,7 @@ from pocketlm.params.presets import compose, is_preset, presets, render
 from pocketlm.params.renamed import RENAMED
 from pocketlm.submission import bundle
 from pocketlm.workflow.closure import COUNTING, closure
+from tests.helpers.presets import preset
 
 ROOT = Path(__file__).parents[2]
 SECTIONS: dict[str, type[Settings]] = {
@@ -43,7 +44,7 @@ STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text
 @pytest.fixture
 def values() -> dict[str, Any]:
     """The demo preset as plain values."""
-    return dataclasses.asdict(compose("demo"))
+    return dataclasses.asdict(preset("demo"))
 
 
 def changed(values: dict[str, Any], key: str, value: object) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from model.data.shards import BOS
 from model.data.tokenizer import Tokenizer
 from model.runtime.errors import InputError
 from model.runtime.files import sha256, write_json
-from pocketlm.params.presets import compose, render
+from pocketlm.params.presets import render
 from pocketlm.report.blocks import Block, Table, to_html, to_markdown
 from pocketlm.report.compare import TITLE, comparison
 from pocketlm.report.compare_figures import draw
@@ -24,6 +24,7 @@ from pocketlm.report.compare_runs import Run, same_text
 from pocketlm.report.terminal import show
 from pocketlm.workflow.runs import opened
 from tests.helpers.corpora import sentences, small_tokenizer
+from tests.helpers.presets import preset
 from tests.helpers.report_inputs import seal, token_losses, write_seed
 from tests.helpers.sidecars import write_sidecar
 
@@ -53,7 +54,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
         write_sidecar(place, "tokenize", "tokens/tokenizer.model", "tokens/manifest.json")
         settings = {"report.baseline": "none", **settings}  # one seed allows no test
         chosen = [f"{key}={value}" for key, value in settings.items()]
-        params = compose("demo", [f"seeds={list(seeds)}", *chosen], ROOT / "conf")
+        params = preset("demo", f"seeds={list(seeds)}", *chosen)
         (place / "params.yaml").write_text(render(params))
         monkeypatch.chdir(place)
         for seed in seeds:

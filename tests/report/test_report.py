@@ -24,7 +24,7 @@ from model.runtime.errors import InputError
 from model.runtime.files import SIDECAR, write_json
 from pocketlm.params.load import load_params
 from pocketlm.params.params import Params
-from pocketlm.params.presets import compose, render
+from pocketlm.params.presets import render
 from pocketlm.report import readme
 from pocketlm.report.benchmark_goals import BARS
 from pocketlm.report.blocks import Block, Heading, Paragraph, Table, to_html, to_markdown
@@ -34,6 +34,7 @@ from pocketlm.report.results import STEPS, read_losses
 from pocketlm.report.summary import beyond
 from steps.common import StageRun
 from steps.report import main
+from tests.helpers.presets import preset
 from tests.helpers.report_inputs import (
     PARTS,
     change_weights,
@@ -67,8 +68,7 @@ CODE, SCORING = 90_000, 60_000  # bytes of the code, as if it had been counted
 
 def parameters(**report: Any) -> Params:
     """The demo preset with some values of `report`, and `seeds`, replaced."""
-    seeds = report.pop("seeds", [0, 1, 2])
-    params = compose("demo", directory=REPOSITORY / "conf")
+    params, seeds = preset("demo"), report.pop("seeds", [0, 1, 2])
     changed = dataclasses.replace(params.report, **report)
     return dataclasses.replace(params, seeds=seeds, report=changed)
 
@@ -91,13 +91,20 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def run(finished, tmp_path, monkeypatch):
+def drawn(finished, tmp_path, monkeypatch):
     """A copy of `finished` as the current directory; returns the tables."""
     root, tables = finished
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("steps.report.code_bytes", lambda params: (CODE, SCORING))
     return tables
+
+
+@pytest.fixture
+def run(drawn, monkeypatch):
+    """The same; the figures are made, but not drawn, which takes longest of all."""
+    monkeypatch.setattr("pocketlm.report.figures.svg", lambda figure: "<svg></svg>")
+    return drawn
 
 
 def test_numbers(run):
@@ -266,7 +273,7 @@ def test_ttt_that_harms_is_reported_not_shared_out(run):
     assert "claim is not made" in Path("artifacts/report/headline.txt").read_text()
 
 
-def test_the_same_inputs_give_the_same_bytes(run):
+def test_the_same_inputs_give_the_same_bytes(drawn):
     make(parameters())
     kept = OUTPUTS - {"provenance.json"}  # which holds the time
     first = {name: Path("artifacts/report", name).read_bytes() for name in kept}
@@ -274,7 +281,7 @@ def test_the_same_inputs_give_the_same_bytes(run):
     assert first == {name: Path("artifacts/report", name).read_bytes() for name in kept}
 
 
-def test_figures_and_html_are_well_formed(run):
+def test_figures_and_html_are_well_formed(drawn):
     make(parameters())
     for figure in Path("artifacts/report").glob("*.svg"):
         assert float(ElementTree.parse(figure).getroot().attrib["viewBox"].split()[2]) == 72 * WIDTH
@@ -295,13 +302,13 @@ def test_short_documents(tmp_path, monkeypatch):
 
 def test_one_seed_for_a_test_fails_early():
     with pytest.raises(InputError, match="one seed") as error:
-        compose("demo", ["seeds=[0]"], REPOSITORY / "conf")
+        preset("demo", "seeds=[0]")
     assert "report.baseline to none" in error.value.repair
 
 
 def test_missing_baseline_fails_early_and_late(run):
     with pytest.raises(InputError, match=r"absent\.json: no such file"):
-        compose("demo", ["report.baseline=records/absent.json"], REPOSITORY / "conf")
+        preset("demo", "report.baseline=records/absent.json")
     with pytest.raises(InputError, match=r"absent\.json: no such file") as error:
         make(parameters(baseline="records/absent.json"))
     assert "report.baseline" in error.value.repair

@@ -18,8 +18,8 @@ from model.runtime.provenance import (
     require_recorded,
     write_provenance,
 )
-from pocketlm.params.presets import compose
 from steps.common import StageRun
+from tests.helpers.presets import preset
 from tests.helpers.processes import run_processes
 from tests.helpers.sidecars import write_sidecar
 
@@ -111,7 +111,7 @@ def test_an_absent_file_is_named(tmp_path: Path) -> None:
 
 
 def _read(group: Group, place: Path) -> str:
-    stage = StageRun("train", 0, compose("demo", [], ROOT / "conf"), group)
+    stage = StageRun("train", 0, preset("demo"), group)
     compared = []
     try:
         with stage.reading({place: Recorded("0" * 64, "tokenize")}):
@@ -131,7 +131,7 @@ def test_all_processes_stop_when_one_finds_a_damaged_file(tmp_path: Path) -> Non
 def test_damage_is_named_whatever_it_has_led_to(tmp_path: Path) -> None:
     (tmp_path / "shard").write_bytes(b"tokens")
     group = Group(0, 1, torch.device("cpu"))
-    stage = StageRun("train", 0, compose("demo", [], ROOT / "conf"), group)
+    stage = StageRun("train", 0, preset("demo"), group)
     with (
         pytest.raises(InputError, match="its content is not what tokenize wrote"),
         stage.reading({tmp_path / "shard": Recorded("0" * 64, "tokenize")}),

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from model.runtime.distributed import Group
-from pocketlm.params.presets import compose
 from steps.common import StageRun
+from tests.helpers.presets import preset
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def stage() -> StageRun:
     settings = ["ops.mlp=triton", "ops.adapters=triton", "ops.attention=padded"]
-    params = compose("demo", settings, ROOT / "conf")
+    params = preset("demo", *settings)
     return StageRun("train", 0, params, Group(0, 1, torch.device("cpu")))
 
 

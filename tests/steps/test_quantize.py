@@ -20,11 +20,12 @@ from model.network.checkpoint import load_checkpoint, save_checkpoint
 from model.quantization.quantize_model import rounded_weights
 from model.runtime.files import sha256, write_json
 from model.runtime.run_log import read_log
-from pocketlm.params.presets import compose, render
+from pocketlm.params.presets import render
 from steps.common import run
 from steps.quantize import main
 from tests.helpers.corpora import sentences, small_tokenizer
 from tests.helpers.models import SMALL, small_model
+from tests.helpers.presets import preset
 from tests.helpers.sidecars import write_sidecar
 
 SMALL_EXPERIMENT = [
@@ -44,7 +45,7 @@ OUTPUT = "artifacts/quantize/seed0"
 
 
 def write_params(directory: Path, *changes: str) -> None:
-    params = compose("demo", [*SMALL_EXPERIMENT, *changes], ROOT / "conf")
+    params = preset("demo", *SMALL_EXPERIMENT, *changes)
     (directory / "params.yaml").write_text(render(params))
 
 

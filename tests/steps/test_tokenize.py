@@ -21,10 +21,11 @@ from model.runtime.distributed import Group
 from model.runtime.errors import InputError
 from model.runtime.files import read_json, sha256
 from model.runtime.run_log import read_log
-from pocketlm.params.presets import compose, render
+from pocketlm.params.presets import render
 from steps.common import StageRun
 from steps.tokenize import main
 from tests.helpers.corpora import sentences, small_tokenizer, write_json_lines
+from tests.helpers.presets import preset
 
 TEXTS = [*sentences(400), "", " \n ", "漢字 \u2581 👍\u200d x\x00y", "<s> not a token </s>"]
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def place(tmp_path, monkeypatch):
 
 
 def demo(*overrides):
-    return compose("demo", [*OVERRIDES, *overrides], ROOT / "conf")
+    return preset("demo", *OVERRIDES, *overrides)
 
 
 def run_step(*overrides):

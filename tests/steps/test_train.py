@@ -32,11 +32,11 @@ from model.runtime.run_log import read_log
 from model.training.resume import State, load_state, run_key, save_state
 from model.training.schedule import Clock
 from model.training.trainer import Trainer
-from pocketlm.params.presets import compose
 from steps.common import _is_first_to_fail
 from steps.train import LossLog, Training
 from tests.helpers.corpora import sentences, small_tokenizer
 from tests.helpers.models import SMALL, small_model, train_params
+from tests.helpers.presets import preset
 from tests.helpers.processes import run_processes
 from tests.helpers.sidecars import write_sidecar
 
@@ -90,7 +90,7 @@ def tokens(tmp_path_factory) -> Path:
 
 def workplace(path: Path, tokens: Path, save_every_seconds: float = 1e-3, **train: Any) -> Path:
     """A directory to run the step in."""
-    values = dataclasses.asdict(compose("demo", directory=ROOT / "conf"))
+    values = dataclasses.asdict(preset("demo"))
     values["model"] |= SMALL | {"vocabulary": VOCABULARY}
     values["tokenizer"]["vocabulary"] = VOCABULARY
     values["evaluate"]["sliding_stride"] = 16

@@ -18,11 +18,11 @@ from model.data.loader import documents_in
 from model.data.shards import BOS, ShardWriter
 from model.runtime.distributed import Group
 from pocketlm.params.params import Params
-from pocketlm.params.presets import compose
 from pocketlm.submission.bundle import DOCUMENTED, bundle, minified, settings_of
 from pocketlm.submission.standalone import execution_of, losses_of
 from pocketlm.workflow.closure import STANDALONE, shipped
 from tests.helpers.corpora import sentences, small_tokenizer
+from tests.helpers.presets import preset
 from tests.steps.test_evaluations import VOCABULARY, write_artifact
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def params() -> Params:
     changes = [f"model.vocabulary={VOCABULARY}", f"tokenizer.vocabulary={VOCABULARY}"]
     changes += ["model.layers=2", "model.width=32", "model.heads=2", "model.kv_heads=1"]
     changes += ["model.head_width=16", "model.mlp_width=64", "model.value_layers=[1]", "ttt.rank=2"]
-    return compose("demo", changes, ROOT / "conf")
+    return preset("demo", *changes)
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +139,9 @@ def test_same_code_and_settings_give_the_same_bytes(params: Params) -> None:
     assert len(bundle(settings, (STANDALONE,))) < len(whole)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_fits_into_the_reserve_of_every_preset(preset: str) -> None:
-    params = compose(preset, directory=ROOT / "conf")
+@pytest.mark.parametrize("name", PRESETS)
+def test_fits_into_the_reserve_of_every_preset(name: str) -> None:
+    params = preset(name)
     assert len(bundle(settings_of(params))) < params.quantize.code_reserve_bytes
 
 

@@ -15,11 +15,12 @@ from model.runtime.errors import InputError
 from model.runtime.files import read_json, write_bytes, write_json
 from model.runtime.run_log import read_log
 from pocketlm.params.params import Params
-from pocketlm.params.presets import compose, render
+from pocketlm.params.presets import render
 from pocketlm.submission.config import SubmissionConfig
 from pocketlm.submission.folder import write_folder
 from steps.common import StageRun
 from steps.report import main as make_report
+from tests.helpers.presets import preset
 from tests.helpers.report_inputs import write_seed
 from tests.helpers.sidecars import write_sidecar
 
@@ -32,7 +33,7 @@ LOG = re.compile(r"seed(\d+)_(\w+)\.jsonl")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
     """A directory in which all stages and the audit have run, of which every test has a copy."""
-    place, params = tmp_path_factory.mktemp("finished"), compose("demo", directory=ROOT / "conf")
+    place, params = tmp_path_factory.mktemp("finished"), preset("demo")
     for name in ("pyproject.toml", "constraints.txt"):
         write_bytes(place / name, (ROOT / name).read_bytes())
     with pytest.MonkeyPatch.context() as patch:
@@ -157,7 +158,7 @@ def test_is_written_again_as_a_whole(params: Params) -> None:
 
 @pytest.mark.parametrize("name", ["", "../x", "a b", ".hidden", "x" * 100])
 def test_a_name_must_be_that_of_a_folder(name: str) -> None:
-    values = dataclasses.asdict(compose("demo", directory=ROOT / "conf").submission)
+    values = dataclasses.asdict(preset("demo").submission)
     with pytest.raises(ValueError, match="no name of a folder"):
         SubmissionConfig(**{**values, "name": name})
 

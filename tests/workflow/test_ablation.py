@@ -15,7 +15,7 @@ from model.runtime.errors import InputError
 from model.runtime.provenance import write_provenance
 from pocketlm.params.load import load_params
 from pocketlm.params.paths import STEPS
-from pocketlm.params.presets import compose, render
+from pocketlm.params.presets import render
 from pocketlm.workflow.ablation import (
     Design,
     Variants,
@@ -27,6 +27,7 @@ from pocketlm.workflow.ablation import (
 )
 from pocketlm.workflow.shared_stages import Job, run_jobs
 from tests.helpers.checkout import BIN, Checkout
+from tests.helpers.presets import preset
 
 ROOT = Path(__file__).parents[2]
 FACTORS = """
@@ -91,7 +92,7 @@ details = {{"fineweb_bpb": {{"sliding": 1.2, "ttt": 1.1}}, "train": {{"tokens": 
 
 @pytest.fixture
 def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    params = compose("demo", directory=ROOT / "conf")
+    params = preset("demo")
     (tmp_path / "params.yaml").write_text(render(params))
     (tmp_path / "artifacts/tokenize").mkdir(parents=True)
     made_by = {name: dataclasses.asdict(getattr(params, name)) for name in ("data", "tokenizer")}
@@ -135,11 +136,11 @@ def planned(text: str) -> list[Job]:
 
 
 @pytest.mark.parametrize(
-    ("name", "preset"), [("best", "best"), ("hyperparameters", "best"), ("demo", "demo")]
+    ("name", "base"), [("best", "best"), ("hyperparameters", "best"), ("demo", "demo")]
 )
-def test_every_run_of_a_committed_design_is_valid(name: str, preset: str, experiment: Path) -> None:
+def test_every_run_of_a_committed_design_is_valid(name: str, base: str, experiment: Path) -> None:
     """And its low levels are those of the preset."""
-    params = compose(preset, directory=ROOT / "conf")
+    params = preset(base)
     (experiment / "params.yaml").write_text(render(params))
     path = ROOT / f"conf/ablation/{name}.yaml"
     file = read_ablation(path)
@@ -160,7 +161,7 @@ def test_every_variant_of_a_committed_file_is_valid_and_another(
     name: str, trainings: int, experiment: Path
 ) -> None:
     """Those that differ in TTT share training and quantization with the preset."""
-    params = compose("best", directory=ROOT / "conf")
+    params = preset("best")
     (experiment / "params.yaml").write_text(render(params))
     path = ROOT / f"conf/ablation/{name}.yaml"
     file = read_ablation(path)
@@ -306,7 +307,7 @@ variants:
     assert Path("artifacts/tokenize/provenance.json").read_bytes() == before
     assert run_jobs(planned(text))
     assert ran(notes) == []
-    params = compose("demo", ["tokenizer.training_megabytes=9"], directory=ROOT / "conf")
+    params = preset("demo", "tokenizer.training_megabytes=9")
     Path("params.yaml").write_text(render(params))
     stale, *_ = planned(text)
     assert stale.tasks[0].stage == "tokenize"

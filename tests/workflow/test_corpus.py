@@ -8,9 +8,9 @@ import pytest
 
 from model.runtime.errors import InputError
 from model.runtime.files import read_json, write_json
-from pocketlm.params.presets import compose
 from pocketlm.workflow import corpus
 from tests.helpers.checkout import FROM_TRAIN, Checkout
+from tests.helpers.presets import preset
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def update(*overrides: str, files: str = "[texts/*.txt]") -> list[str]:
     settings = ["data.source=files", f"data.files={files}", *overrides]
-    return corpus.update(compose("demo", settings, ROOT / "conf").data)
+    return corpus.update(preset("demo", *settings).data)
 
 
 def rewrite(path: Path, text: str, keep_time: bool = False) -> None:

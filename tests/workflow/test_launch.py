@@ -13,10 +13,11 @@ from torch.distributed.elastic.utils.logging import get_logger
 
 from model.runtime.distributed import require_gpus
 from model.runtime.errors import InputError
-from pocketlm.params.presets import compose, render
+from pocketlm.params.presets import render
 from pocketlm.workflow.launch import chosen, main
 from pocketlm.workflow.torchrun import torchrun
 from tests.helpers.checkout import Checkout
+from tests.helpers.presets import preset
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def started(directory: Path, *program: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_failing_stage_says_why_and_nothing_else_does(tmp_path: Path, processes: int) -> None:
     settings = [f"execution.processes={processes}", "train.tokens_per_microbatch=512"]
-    (tmp_path / "params.yaml").write_text(render(compose("demo", settings, ROOT / "conf")))
+    (tmp_path / "params.yaml").write_text(render(preset("demo", *settings)))
     torchrun = ["pocketlm.workflow.torchrun", str(processes), "-m"] if processes > 1 else []
     done = started(tmp_path, *torchrun, "steps.train")
     assert done.returncode == 2
@@ -60,7 +61,7 @@ def test_the_number_of_processes_is_that_of_the_parameters(
 
     monkeypatch.setattr("pocketlm.workflow.launch.launch", lambda *call: calls.append(call))
     settings = ["execution.processes=4", "train.tokens_per_microbatch=256"]
-    (tmp_path / "params.yaml").write_text(render(compose("demo", settings, ROOT / "conf")))
+    (tmp_path / "params.yaml").write_text(render(preset("demo", *settings)))
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["launch", "-m", "steps.train", "--seed", "7"])

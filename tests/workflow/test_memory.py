@@ -7,9 +7,10 @@ from model.network.adapters import adapter_values
 from model.network.gpt import GPT
 from model.runtime.errors import InputError
 from pocketlm.params.params import Params
-from pocketlm.params.presets import compose, presets
+from pocketlm.params.presets import presets
 from pocketlm.workflow import memory
 from pocketlm.workflow.memory import gpu_memory, host_memory, parts, require_memory
+from tests.helpers.presets import preset
 
 STAGES = ("tokenize", "train", "quantize", "evaluate", "ttt_eval", "report")
 TOO_LARGE = [
@@ -21,7 +22,7 @@ TOO_LARGE = [
 
 @pytest.mark.parametrize("name", presets())
 def test_no_more_is_counted_than_there_is(name: str) -> None:
-    params = compose(name)
+    params = preset(name)
     with torch.device("meta"):
         model = GPT(params.model)
     weights = sum(weight.numel() for weight in model.parameters())
@@ -43,7 +44,7 @@ def test_presets_fit_on_small_devices(name: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(memory, "visible_gpus", lambda found=gpus: found)
         monkeypatch.setattr(memory, "gpu_memory", lambda size=size: size)
         monkeypatch.setattr(memory, "host_memory", lambda size=size: size)
-        require_memory(compose(name), STAGES)
+        require_memory(preset(name), STAGES)
 
 
 @pytest.mark.parametrize(("stage", "key", "others", "value"), TOO_LARGE)
@@ -59,7 +60,7 @@ def test_what_cannot_fit_is_refused_with_its_key(
     monkeypatch.setattr(memory, "visible_gpus", lambda: ["0"] if on_gpu else [])
     monkeypatch.setattr(memory, "gpu_memory", lambda: 2 << 30)
     monkeypatch.setattr(memory, "host_memory", lambda: 2 << 30)
-    params = compose("h100", [f"{key}={value}", *others])
+    params = preset("h100", f"{key}={value}", *others)
     require_memory(params, set(STAGES) - {stage})
     with pytest.raises(InputError, match=f"{stage}: needs at least") as error:
         require_memory(params, STAGES)
@@ -73,14 +74,14 @@ def test_the_host_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert gpu_memory() is None
     monkeypatch.setattr(memory, "visible_gpus", lambda: ["0"])
-    require_memory(compose("record"), STAGES)  # nothing is refused where nothing is known
+    require_memory(preset("record"), STAGES)  # nothing is refused where nothing is known
 
 
 def test_processes_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "visible_gpus", list)
     monkeypatch.setattr(memory, "host_memory", lambda: 2 << 30)
-    alone: Params = compose("h100")
+    alone: Params = preset("h100")
     require_memory(alone, ["train"])
     with pytest.raises(InputError, match="train: needs at least") as error:
-        require_memory(compose("h100", ["execution.processes=8"]), ["train"])
+        require_memory(preset("h100", "execution.processes=8"), ["train"])
     assert "execution.processes" in error.value.repair

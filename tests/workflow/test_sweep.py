@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from model.runtime.errors import InputError
 from model.runtime.files import write_json
 from pocketlm.params.load import load_params
-from pocketlm.params.presets import compose, render
+from pocketlm.params.presets import render
 from pocketlm.workflow.sweep import (
     Sweep,
     check_sweep,
@@ -28,6 +28,7 @@ from pocketlm.workflow.sweep import (
     run_sweep,
     with_values,
 )
+from tests.helpers.presets import preset
 
 ROOT = Path(__file__).parents[2]
 STAGE = """
@@ -64,14 +65,12 @@ def test_products_of_all_grids_each_combination_once() -> None:
     assert found == [(0, 1, 3), (0, 1, 4), (0, 2, 3), (0, 2, 4), (0, 5, 3)]
 
 
-@pytest.mark.parametrize(("name", "preset", "least"), [("ttt", "h100", 20), ("demo", "demo", 4)])
-def test_every_combination_of_a_committed_sweep_is_valid(
-    name: str, preset: str, least: int
-) -> None:
+@pytest.mark.parametrize(("name", "base", "least"), [("ttt", "h100", 20), ("demo", "demo", 4)])
+def test_every_combination_of_a_committed_sweep_is_valid(name: str, base: str, least: int) -> None:
     """By the schema, and each value as DVC reads it, which is by Hydra."""
     found = combinations(read_sweep(ROOT / f"conf/sweep/{name}.yaml"))
     assert len(found) >= least
-    params = compose(preset, directory=ROOT / "conf")
+    params = preset(base)
     parser = OverridesParser.create()
     for combination in found:
         values = dataclasses.asdict(with_values(params, combination, name))
@@ -85,7 +84,7 @@ def test_every_combination_of_a_committed_sweep_is_valid(
 @pytest.fixture
 def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with parameters, where a sweep may start."""
-    (tmp_path / "params.yaml").write_text(render(compose("demo", directory=ROOT / "conf")))
+    (tmp_path / "params.yaml").write_text(render(preset("demo")))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -180,7 +179,7 @@ def test_a_plan_says_what_would_run_and_how_long(experiment: Path) -> None:
 @pytest.mark.campaign
 @pytest.mark.workflow
 def test_a_sweep_runs_as_dvc_experiments_also_after_one_that_fails(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text(render(compose("demo", directory=ROOT / "conf")))
+    (tmp_path / "params.yaml").write_text(render(preset("demo")))
     sweep = SWEEP.replace("[8, 16]", "[8, 4, 16]")
     files = {"stage.py": STAGE, "dvc.yaml": PIPELINE, "sweep.yaml": sweep}
     for name, text in files.items():
