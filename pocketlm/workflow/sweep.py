@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
@@ -98,10 +99,21 @@ def override(key: str, value: Any) -> str:
     return f"{key}={text}"
 
 
-def dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of DVC here; its messages go to the terminal, its output is kept."""
-    command = [sys.executable, "-m", "dvc", *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True)
+def overrides(combination: Combination) -> list[str]:
+    """What `override` makes of each value."""
+    return [override(*item) for item in combination.items()]
+
+
+def dvc(*arguments: str) -> str:
+    """Run a command of DVC in this directory and return what it prints; InputError if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise InputError(
+            f"dvc {' '.join(arguments)}: failed", "see its message above, then run the sweep again"
+        )
+    return done.stdout
 
 
 def run_experiments(stage: str, planned: list[Combination]) -> dict[str, Combination]:
@@ -109,10 +121,11 @@ def run_experiments(stage: str, planned: list[Combination]) -> dict[str, Combina
     prefix = time.strftime("sweep-%Y%m%d-%H%M%S")
     named = {f"{prefix}-{number:03}": one for number, one in enumerate(planned)}
     for number, (name, combination) in enumerate(named.items(), 1):
-        values = [override(*item) for item in combination.items()]
+        values = overrides(combination)
         print(f"{number} of {len(named)}: {' '.join(values)}", flush=True)
-        settings = [f"--set-param={value}" for value in values]
-        dvc("exp", "run", "--temp", "--quiet", "--single-item", "--name", name, *settings, stage)
+        options = ["--single-item", "--name", name, *(f"--set-param={value}" for value in values)]
+        with suppress(InputError):  # the terminal has DVC's message; `run_sweep` names the failed
+            dvc("exp", "run", "--temp", "--quiet", *options, stage)
     return named
 
 
@@ -148,10 +161,7 @@ def plan_sweep(file: Path) -> list[str]:
     sweep = read_sweep(file)
     check_sweep(sweep, file)
     planned = combinations(sweep)
-    lines = [
-        f"{number:3}  " + " ".join(override(*item) for item in one.items())
-        for number, one in enumerate(planned)
-    ]
+    lines = [f"{number:3}  {' '.join(overrides(one))}" for number, one in enumerate(planned)]
     return [*lines, f"{len(planned)} experiments of {sweep.stage}; {_expected(sweep, planned)}"]
 
 
@@ -177,8 +187,7 @@ def run_sweep(file: Path, output: Path) -> None:
     check_sweep(sweep, file)
     require_experiments(Path.cwd())
     named = run_experiments(sweep.stage, combinations(sweep))
-    shown = dvc("exp", "show", "--json")
-    points = collect(shown.stdout, named, sweep.stage) if not shown.returncode else []
+    points = collect(dvc("exp", "show", "--json"), named, sweep.stage)
     if not points:
         raise InputError(f"{file}: no experiment succeeded", "see the messages above")
     write_page(output, points, f"{sweep.stage}: {file}")
