@@ -25,7 +25,6 @@ from pocketlm.workflow.estimate import (
 from tests.helpers.presets import preset
 from tests.helpers.report_inputs import edit_json, seal, write_seed
 
-ROOT = Path(__file__).parents[2]
 FIXED = Rates("fixed", 1e9, 1e9, 1e9, 1e-6)
 
 

@@ -1,7 +1,5 @@
 """The score that train and quantize report."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,8 +14,6 @@ from steps.validation import validate
 from tests.helpers.corpora import sentences, small_tokenizer
 from tests.helpers.models import small_model
 from tests.helpers.presets import preset
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_score_is_that_of_the_plain_losses_over_the_bytes_of_the_text(tmp_path, capsys):

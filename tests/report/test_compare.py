@@ -28,7 +28,6 @@ from tests.helpers.presets import preset
 from tests.helpers.report_inputs import seal, token_losses, write_seed
 from tests.helpers.sidecars import write_sidecar
 
-ROOT = Path(__file__).parents[2]
 MANIFEST = "artifacts/tokenize/tokens/manifest.json"
 Change = Callable[[pd.DataFrame], pd.DataFrame]
 

@@ -23,8 +23,6 @@ from tests.helpers.presets import preset
 from tests.helpers.processes import run_processes
 from tests.helpers.sidecars import write_sidecar
 
-ROOT = Path(__file__).parents[2]
-
 
 def flipped(content: bytes, bit: int) -> bytes:
     place, mask = bit // 8 % len(content), 1 << bit % 8

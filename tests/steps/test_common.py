@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ import torch
 from model.runtime.distributed import Group
 from steps.common import StageRun
 from tests.helpers.presets import preset
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

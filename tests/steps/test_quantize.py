@@ -40,7 +40,6 @@ SMALL_EXPERIMENT = [
     "execution.evaluation_tokens=128",
     "evaluate.sliding_stride=16",
 ]
-ROOT = Path(__file__).parents[2]
 OUTPUT = "artifacts/quantize/seed0"
 
 

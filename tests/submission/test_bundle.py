@@ -25,7 +25,6 @@ from tests.helpers.corpora import sentences, small_tokenizer
 from tests.helpers.presets import preset
 from tests.steps.test_evaluations import VOCABULARY, write_artifact
 
-ROOT = Path(__file__).parents[2]
 PRESETS = ("best", "demo", "h100", "record")
 MODES = ("plain", "sliding", "ttt")
 # What an empty virtual environment is given; what these need comes with them.

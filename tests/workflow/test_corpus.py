@@ -12,8 +12,6 @@ from pocketlm.workflow import corpus
 from tests.helpers.checkout import FROM_TRAIN, Checkout
 from tests.helpers.presets import preset
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(autouse=True)
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
