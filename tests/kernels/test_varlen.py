@@ -9,7 +9,7 @@ import torch
 from model.data.packing import Documents
 from model.kernels import dispatch, varlen
 from model.runtime.errors import InputError
-from tests.helpers.kernels import recorder
+from tests.helpers.kernels import assert_equal_but_for_rounding, recorder
 
 LENGTHS = [[1], [5, 1, 64, 17], [2048], [1, 2048, 300]]
 HOPPER = torch.device("cuda")
@@ -143,9 +143,9 @@ def results(function, documents):
 def compare_with_reference(function, lengths):
     documents = Documents.from_lengths([*lengths, 0, 0])
     documents = Documents(documents.cu_seqlens, documents.total, 2048)  # the bound of training
-    pairs = zip(results(function, documents), results(varlen.reference, documents), strict=True)
-    for mine, theirs in pairs:
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert_equal_but_for_rounding(
+        results(function, documents), results(varlen.reference, documents)
+    )
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

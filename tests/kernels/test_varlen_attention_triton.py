@@ -15,7 +15,12 @@ from model.kernels import (
     varlen_attention_triton,
 )
 from model.kernels.reference import rotation
-from tests.helpers.kernels import CUDA, SHARED_MEMORY, compile_for_hopper
+from tests.helpers.kernels import (
+    CUDA,
+    SHARED_MEMORY,
+    assert_equal_but_for_rounding,
+    compile_for_hopper,
+)
 
 interpreted = pytest.mark.skipif(CUDA, reason="runs in Triton's interpreter")
 LENGTHS = [[1], [5, 1, 64, 17, 0, 0], [130, 1, 65, 64, 63, 0]]
@@ -77,8 +82,7 @@ def test_result_and_gradients_equal_the_reference(lengths, shape, exclusive):
     mine, theirs = operands(lengths, shape), operands(lengths, shape)
     found = results(qkv_attention.self_attention, shape[2], exclusive, *mine)
     expected = results(composed, shape[2], exclusive, *theirs)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert_equal_but_for_rounding(found, expected)
 
 
 @interpreted
@@ -159,8 +163,7 @@ def test_queries_and_keys_turn_as_in_the_reference(turning, trained, monkeypatch
         weighted = weight[:, : x.shape[1]]
         mine = torch.autograd.grad((found * weighted).sum(), leaves)
         theirs = torch.autograd.grad((expected * weighted).sum(), leaves)
-        for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert_equal_but_for_rounding(mine, theirs)
 
 
 @interpreted
@@ -176,8 +179,7 @@ def test_separate_queries_keys_and_values_of_any_layout():
     weight = torch.randn_like(y)
     torch.testing.assert_close(y, expected)
     found = torch.autograd.grad((y * weight).sum(), mine)
-    for a, b in zip(found, torch.autograd.grad((expected * weight).sum(), theirs), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert_equal_but_for_rounding(found, torch.autograd.grad((expected * weight).sum(), theirs))
 
 
 @interpreted
