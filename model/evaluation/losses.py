@@ -83,6 +83,21 @@ def sliding_losses(
     return _window_losses(model, documents, windows, tokens_per_batch, group, progress)
 
 
+def own_sliding_losses(
+    model: GPT, documents: Sequence[np.ndarray], length: int, stride: int, tokens_per_batch: int
+) -> list[np.ndarray]:
+    """As `sliding_losses`, by windows of `length` tokens and by this process alone.
+
+    Losses that are not finite are returned as they are.
+    """
+    targets = [targets_of(document) for document in documents]
+    losses = [np.empty(document.size, np.float32) for document in documents]
+    for batch in _batches(_windows(documents, length, stride), tokens_per_batch):
+        for number, start, values in _batch_losses(model, documents, targets, batch):
+            losses[number][start : start + values.size] = values
+    return losses
+
+
 def _windows(documents: Sequence[np.ndarray], length: int, stride: int) -> list[Window]:
     windows = []
     for number, document in enumerate(documents):

@@ -57,7 +57,8 @@ class TTTConfig(Settings):
         le=10**9,
     )
     lr_mixture: list[float] = setting(
-        "as many adapters per document, of lr times these; their probabilities are mixed; [] = off",
+        "adapters per document, of lr times these, or 0 for none; their probabilities are mixed; "
+        "[] = off",
         off=[],
         max_length=MIXED,
     )
@@ -123,6 +124,12 @@ class TTTConfig(Settings):
                 "name factors such as [0.5, 1.0, 2.0]",
             )
         require(
+            self.lr_mixture.count(0) <= 1 and bool(self.lr_factors),
+            "lr_mixture",
+            f"{self.lr_mixture} has 0, which stands for the model as it is, twice or alone",
+            "name 0 at most once, and factors of lr beside it, such as [0.0, 0.5, 2.0]",
+        )
+        require(
             bool(self.sites) or self.hash_buckets > 0,
             "sites",
             "is empty and hash_buckets is 0: nothing would adapt",
@@ -132,7 +139,12 @@ class TTTConfig(Settings):
     @property
     def lr_factors(self) -> list[float]:
         """Factors of lr, one for each of a document's adapters."""
-        return self.lr_mixture or [1.0]
+        return [factor for factor in self.lr_mixture or [1.0] if factor]
+
+    @property
+    def unadapted(self) -> bool:
+        """Whether the model as it is, without adapters, is mixed with them."""
+        return 0 in self.lr_mixture
 
     @property
     def rates(self) -> int:

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.data.packing import Documents
-from model.evaluation.losses import targets_of, to_indices
+from model.evaluation.losses import own_sliding_losses, targets_of, to_indices
 from model.evaluation.work_sharing import SharedProgress, gather_losses, shared_queue
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
@@ -82,24 +81,28 @@ def _round(
             batch = batches[number]
             members = [documents[member] for member in batch.members]
             if session is not None and batch.adapts:
-                losses = session.losses(members, shared)
+                rates = session.losses(members, shared)
+                if ttt.unadapted:
+                    fixed = unadapted_losses(model, members, ttt, execution)
+                    rates = [np.vstack(both) for both in zip(rates, fixed, strict=True)]
+                losses = [mixed_losses(one, ttt.mixture_tokens) for one in rates]
             else:
-                losses = packed_losses(model, members)
+                losses = unadapted_losses(model, members, ttt, execution)
                 shared.advance(sizes[number])
             scored += zip(batch.members, losses, strict=True)
     return scored
 
 
-@torch.no_grad()
-def packed_losses(model: GPT, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Losses of whole documents by the model alone, which fresh adapters do not change."""
-    lengths = [document.size for document in documents]
-    losses = model.losses(
-        to_indices(np.concatenate(documents), model.device),
-        to_indices(np.concatenate([targets_of(document) for document in documents]), model.device),
-        Documents.from_lengths(lengths, model.device),
-    )
-    return np.split(losses.cpu().numpy(), np.cumsum(lengths)[:-1])
+def unadapted_losses(
+    model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig, execution: ExecutionConfig
+) -> list[np.ndarray]:
+    """Losses of documents by the model alone, which fresh adapters do not change.
+
+    A token sees at most `ttt.context` tokens, itself included, and as many of them as there are
+    but for a quarter, if the document does not fit into a window.
+    """
+    stride = max(1, ttt.context // 4)
+    return own_sliding_losses(model, documents, ttt.context, stride, execution.ttt_tokens)
 
 
 class Session:
@@ -120,7 +123,7 @@ class Session:
         self._scalars = optimizer_scalars(ttt, [0])[0].to(model.device)
 
     def losses(self, documents: Sequence[np.ndarray], progress: SharedProgress) -> list[np.ndarray]:
-        """Losses of documents, the longest first, each starting from fresh adapters."""
+        """Losses, fp32 (rates, n), of documents, the longest first, from fresh adapters on."""
         lengths = np.array([document.size for document in documents])
         plan = session_plan(lengths.tolist(), self._ttt, self._device, self._runner.captured)
         with self._runner.stream():
@@ -138,10 +141,8 @@ class Session:
             read = np.repeat(lengths, self._ttt.rates)
             present = [row[:n] for row, n in zip(losses, read, strict=False)]
             found = np.split(torch.cat(present).cpu().numpy(), np.cumsum(read)[:-1])
-        return [
-            mixed_losses(np.stack(found[at : at + self._ttt.rates]), self._ttt.mixture_tokens)
-            for at in range(0, len(found), self._ttt.rates)
-        ]
+        rates = self._ttt.rates
+        return [np.stack(found[at : at + rates]) for at in range(0, len(found), rates)]
 
     def _begin(self, documents: Sequence[np.ndarray], plan: SessionPlan) -> Tensor:
         """Take up a batch; returns the buffer of its losses, fp32 (rows, end of the last pass)."""

@@ -1,9 +1,11 @@
 """Mixture, in probability space, of several adapters of a document that learn at different rates.
 
 No rate suits all documents, nor all parts of one: a new topic asks for a high one, a long list for
-a low one. So k adapters read the text side by side, each by itself, at `ttt.lr` times one of
-`ttt.lr_mixture`; at 0 it is the model as it is, which the first words of a document and a change of
-its subject want. Token t is scored by the mixture of their distributions p₁ … p_k,
+a low one. So adapters read the text side by side, each by itself, at `ttt.lr` times one of
+`ttt.lr_mixture`. Where that is 0 it is the model as it is, which the first words of a document and
+a change of its subject want; as nothing is learned, no adapter is needed, and whole windows are
+read at once (`model.ttt.loop.unadapted_losses`). Token t is scored by the mixture of the k
+distributions p₁ … p_k,
 
     p(x_t) = Σᵢ wᵢ(t)·pᵢ(x_t),   wᵢ(t) ∝ exp(−Σ_{s<t} γ^(t−1−s)·lossᵢ(s)),   γ = m / (m + 1),
 

@@ -19,7 +19,7 @@ from model.runtime.cuda_graphs import GraphRunner
 from model.ttt.batching import rows_that_fit
 from model.ttt.chunking import chunks
 from model.ttt.config import TTTConfig
-from model.ttt.loop import Session, packed_losses
+from model.ttt.loop import Session, unadapted_losses
 
 FEW = 2  # documents of a small batch, for which some kernels are specialized differently
 
@@ -40,7 +40,8 @@ def read_excerpts(
     model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig, execution: ExecutionConfig
 ) -> None:
     """Run passes of every kind that reading the documents involves."""
-    packed_losses(model, [document[: ttt.chunk] for document in documents[:FEW]])
+    short = [document[: ttt.chunk] for document in documents[:FEW]]
+    unadapted_losses(model, short, ttt, execution)
     rows = rows_that_fit(model, ttt, execution.ttt_documents)
     for constant, texts in excerpts(documents, ttt):
         fitting = texts[:rows]

@@ -1,12 +1,13 @@
 """What an evaluation does, seen from outside its loop: distributions, scores, updates, in order.
 
-While the block of `observing` runs, three things report what they do: the function that turns
-logits into losses (`dispatch.softcapped_loss`), the reader of the TTT mode, which knows the targets
-of a pass, and the optimizer step of the adapters. The code between them, which decides what is
-scored when and what is returned, runs as it is.
+While the block of `observing` runs, these report what they do: the function that turns logits into
+losses (`dispatch.softcapped_loss`), the reader of the TTT mode, which knows the targets of a pass,
+the optimizer step of the adapters, and the reading by the model as it is, which a mixture may hold
+besides adapters. The code between them, which decides what is scored when and what is returned,
+runs as it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import dispatch
+from model.ttt import loop
 from model.ttt.chunking import Pass, Shape
 from model.ttt.document_adapters import DocumentAdapters
 from model.ttt.rate_mixture import log_weights, mixed_losses
@@ -28,12 +30,13 @@ class Event:
     """One thing that happened to a document that is evaluated alone.
 
     begin: its text is taken up; score: first pass over targets start + 1 … end; again: a further
-    pass over them, for another step; update: the adapters learn from them. logits (targets, rates,
-    V) and losses (targets, rates): of score and again, by each of the document's adapters, which
-    are one unless `ttt.lr_mixture` mixes several.
+    pass over them, for another step; update: the adapters learn from them; unadapted: a pass over
+    them without adapters, to mix with those of score. logits (targets, rates, V) and losses
+    (targets, rates): of the passes, by each of the document's adapters, which are one unless
+    `ttt.lr_mixture` mixes several.
     """
 
-    kind: Literal["begin", "score", "again", "update"]
+    kind: Literal["begin", "score", "again", "update", "unadapted"]
     start: int = 0
     end: int = 0
     logits: Tensor | None = None
@@ -54,12 +57,19 @@ class Observation:
 
     def logits(self, targets: int) -> Tensor:
         """Logits, before the softcap, by which each target was scored, (targets, rates, V)."""
-        return torch.cat([e.logits for e in self.kinds("score") if e.logits is not None])[:targets]
+        return self._of_all(lambda event: event.logits, targets)
 
     def rate_losses(self, targets: int) -> np.ndarray:
         """Losses of each of so many targets when it was scored, fp32 (rates, targets)."""
-        found = [e.losses for e in self.kinds("score") if e.losses is not None]
-        return torch.cat(found)[:targets].T.contiguous().cpu().numpy()
+        return self._of_all(lambda event: event.losses, targets).T.contiguous().cpu().numpy()
+
+    def _of_all(self, values: Callable[[Event], Tensor | None], targets: int) -> Tensor:
+        """What targets were scored by: adapters, and behind them the model as it is."""
+        passes = [
+            [value for event in self.kinds(kind) if (value := values(event)) is not None]
+            for kind in ("score", "unadapted")
+        ]
+        return torch.cat([torch.cat(parts)[:targets] for parts in passes if parts], 1)
 
     def losses(self, targets: int) -> np.ndarray:
         """The same, fp32 (targets,), mixed if there are several rates."""
@@ -87,6 +97,7 @@ class _Observer:
         self.rows = 1  # of the reader
         self.first = True
         self.scored = 0  # targets, where no reader runs
+        self.adapts = True  # else the model is read as it is, beside a reader
 
     def add(self, *values: Any) -> None:
         self.observation.events.append(Event(*values))
@@ -94,18 +105,28 @@ class _Observer:
     def loss(self, original: Any) -> Any:
         def observed(z: Tensor, targets: Tensor, cap: float) -> Tensor:
             losses = original(z, targets, cap)
-            count = losses.numel() // self.rows
-            start, kind = self.scored, "score"
-            if self.running:
+            rows = self.rows if self.adapts else 1
+            count = losses.numel() // rows
+            start, kind = self.scored, "score" if self.adapts else "unadapted"
+            if self.running and self.adapts:
                 start, kind = self.running.start, "score" if self.first else "again"
             else:
                 self.scored += count
             self.observation.softcap = cap
-            by_rate = [
-                x.detach().unflatten(0, (self.rows, count)).transpose(0, 1) for x in (z, losses)
-            ]
+            by_rate = [x.detach().unflatten(0, (rows, count)).transpose(0, 1) for x in (z, losses)]
             self.add(kind, start, start + count, *by_rate)
             return losses
+
+        return observed
+
+    def unadapted(self, original: Any) -> Any:
+        def observed(*values: Any) -> Any:
+            # A document of a single chunk has no reader: this is its score.
+            self.adapts = self.running is None
+            try:
+                return original(*values)
+            finally:
+                self.adapts = True
 
         return observed
 
@@ -147,5 +168,6 @@ def observing(mixture_tokens: int) -> Iterator[Observation]:
         patch.dict(READERS, readers),
         patch.object(DocumentAdapters, "step", observer.step(DocumentAdapters.step)),
         patch.object(dispatch, "softcapped_loss", observer.loss(dispatch.softcapped_loss)),
+        patch.object(loop, "unadapted_losses", observer.unadapted(loop.unadapted_losses)),
     ):
         yield observation

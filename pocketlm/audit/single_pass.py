@@ -68,14 +68,16 @@ def single_pass(runs: Runs) -> Check:
 
 def passes_over(run: Alone) -> list[str]:
     """What is wrong with the order of the scoring passes over a document."""
-    size, at = run.document.size, 0
+    size = run.document.size
     if (begun := len(run.seen.kinds("begin"))) > 1:
         return [f"was begun {begun} times"]
-    for event in run.seen.kinds("score"):
-        if event.start != at:
-            return [f"after target {at}, targets {event.start + 1} to {event.end} were scored"]
-        at = event.end
-    # A chunk of TTT may end beyond the document; nothing of it is returned.
-    if at < size or run.losses.size != size:
-        return [f"{run.losses.size} losses and {at} scored targets, but it has {size}"]
+    for kind in ("score", "unadapted"):
+        at, passes = 0, run.seen.kinds(kind)
+        for event in passes:
+            if event.start != at or at >= size:
+                return [f"after target {at}, targets {event.start + 1} to {event.end} were scored"]
+            at = event.end
+        # A chunk of TTT may end beyond the document; nothing of it is returned.
+        if run.losses.size != size or (at < size and (passes or kind == "score")):
+            return [f"{run.losses.size} losses and {at} scored targets, but it has {size}"]
     return []

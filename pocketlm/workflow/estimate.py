@@ -163,7 +163,8 @@ def read_by_ttt(lengths: Sequence[int], ttt: TTTConfig) -> int:
     """Tokens that TTT runs through the blocks, forward and backward.
 
     Adapters read a token once in every step if cached, else by windows, whose padding is not
-    counted, and once for each rate of a mixture; shared weights read all rounds but the last.
+    counted, and once for each rate of a mixture above 0, at which nothing is learned and little
+    time is taken; shared weights read all rounds but the last.
     """
     from model.ttt.shared_weights import rounds
 

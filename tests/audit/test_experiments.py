@@ -1,5 +1,6 @@
 """Violations planted in the evaluation, and which of the audit's experiments name them."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from model.data.packing import Documents, previous
 from model.kernels import dispatch, reference
 from model.network.embeddings import SmearGate
 from model.ttt import loop
+from model.ttt.config import TTTConfig
 from model.ttt.loop import Session
 from model.ttt.per_document_optimizer import DocumentParameters
 from pocketlm.audit import causality
@@ -24,6 +26,7 @@ from tests.helpers.audit import small_subject, update_first
 Plant = Callable[[pytest.MonkeyPatch], None]
 MODES = {
     "mixture": ["ttt.mode=cached", "ttt.lr_mixture=[0.5,2.0,8.0]"],
+    "as it is": ["ttt.mode=cached", "ttt.lr_mixture=[0.0,2.0]"],
     "window": ["ttt.mode=window"],
     "cached": ["ttt.mode=cached", "ttt.bptt_chunks=1", "ttt.steps=2"],
     "shared": ["ttt.mode=window", "ttt.shared_lr=0.01", "ttt.round_tokens=72"],
@@ -33,7 +36,10 @@ MODES = {
 
 @pytest.mark.parametrize(
     "mode",
-    ["window", "cached", "mixture", "shared", pytest.param("growing", marks=pytest.mark.campaign)],
+    [
+        *("window", "cached", "mixture", "as it is", "shared"),
+        pytest.param("growing", marks=pytest.mark.campaign),
+    ],
 )
 def test_a_clean_evaluation_passes_all_experiments(tmp_path: Path, mode: str) -> None:
     checks = list(Experiments(small_subject(tmp_path, *MODES[mode])).checks())
@@ -112,6 +118,18 @@ def best_of_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "mixed_losses", lambda losses, tokens: losses.min(0))
 
 
+def better_of_two_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model as it is reads a document twice, by other windows; the better score counts."""
+    once = loop.unadapted_losses
+
+    def losses(model: Any, documents: Any, ttt: TTTConfig, *rest: Any) -> list[np.ndarray]:
+        shorter = dataclasses.replace(ttt, context=ttt.context // 2, chunk=1, largest_chunk=1)
+        both = (once(model, documents, one, *rest) for one in (ttt, shorter))
+        return [np.minimum(a, b) for a, b in zip(*both, strict=True)]
+
+    monkeypatch.setattr(loop, "unadapted_losses", losses)
+
+
 def gradients_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of a batch learn from each other."""
     own = DocumentParameters.step
@@ -157,11 +175,16 @@ PLANTS: dict[Plant, set[str]] = {
     unnormalized_mixture: {"normalization", "black box"},
     mixture_outside_of_the_model: {"black box", "score before update"},
     best_of_the_rates: {"black box", "score before update"},
+    better_of_two_windows: {"score before update", "single pass"},
     gradients_of_all: {"documents"},
     adapters_carried_over: {"causality", "documents"},
     rounds_from_the_last: {"documents"},
 }
-MODE_OF: dict[Plant, str] = {best_of_the_rates: "mixture", rounds_from_the_last: "shared"}
+MODE_OF: dict[Plant, str] = {
+    best_of_the_rates: "mixture",
+    better_of_two_windows: "as it is",
+    rounds_from_the_last: "shared",
+}
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)

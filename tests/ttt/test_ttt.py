@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.queue import simulate
 from model.data.packing import Documents
-from model.evaluation.losses import plain_losses
+from model.evaluation.losses import plain_losses, targets_of, to_indices
 from model.evaluation.work_sharing import SharedProgress
 from model.kernels import dispatch
 from model.kernels.reference import exclude_own_value
@@ -33,10 +33,12 @@ from model.network.gpt import GPT
 from model.runtime.cuda_graphs import GraphRunner
 from model.runtime.distributed import Group
 from model.runtime.errors import InputError
+from model.runtime.settings import ImpossibleValue
 from model.ttt import window_mode
 from model.ttt.batching import bytes_per_document, document_batches
 from model.ttt.cached_mode import CachedReader
 from model.ttt.chunking import Pass, chunks, documents_left, passes
+from model.ttt.config import TTTConfig
 from model.ttt.document_adapters import (
     HASH_TABLE,
     DocumentAdapters,
@@ -381,12 +383,46 @@ def test_a_mixture_of_rates_is_that_of_documents_read_at_each(changes: dict[str,
         ttt_losses(
             model, documents, dataclasses.replace(ttt, lr=lr, lr_mixture=[]), execution, ALONE
         )
-        for lr in (0.5 * ttt.lr, 0.0, 4 * ttt.lr)
+        for lr in (0.5 * ttt.lr, 4 * ttt.lr)
     ]
+    alone.append([losses_as_it_is(model, document, ttt.context) for document in documents])
     for one, *others in zip(mixed, *alone, strict=True):
         assert one.dtype == np.float32
         np.testing.assert_allclose(one, mixed_losses(np.stack(others), 3), atol=3e-5)
     assert any(np.abs(one - two).max() > 0.01 for one, two in zip(*alone[1:], strict=True))
+
+
+@torch.no_grad()
+def losses_as_it_is(model: GPT, document: np.ndarray, context: int) -> np.ndarray:
+    """Each target by a pass of its own: windows begin at multiples of a quarter of `context`."""
+    stride, found = context // 4, []
+    tokens, targets = (to_indices(t, CPU) for t in (document, targets_of(document)))
+    for end in range(1, document.size + 1):
+        start = stride * max(0, math.ceil((end - context) / stride))
+        packed = Documents.from_lengths([end - start])
+        found.append(model.losses(tokens[start:end], targets[start:end], packed)[-1].item())
+    return np.array(found, np.float32)
+
+
+def test_the_model_as_it_is_needs_no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list[int]()
+    begin = DocumentAdapters.__init__
+
+    def noted(self: Any, model: GPT, ttt: TTTConfig, capacity: int) -> None:
+        rows.append(capacity)
+        begin(self, model, ttt, capacity)
+
+    monkeypatch.setattr(DocumentAdapters, "__init__", noted)
+    ttt = ttt_params(lr_mixture=[0.0, 1.0])
+    ttt_losses(small_model(), random_documents([20, 30]), ttt, execution_params(), ALONE)
+    assert rows == [2]
+    assert ttt.lr_factors == [1.0]
+
+
+@pytest.mark.parametrize("mixture", [[0.0], [0.0, 0.5, 0.0]])
+def test_the_model_as_it_is_may_be_mixed_in_once(mixture: list[float]) -> None:
+    with pytest.raises(ImpossibleValue, match=r"lr_mixture: .* twice or alone"):
+        ttt_params(lr_mixture=mixture)
 
 
 def test_one_rate_is_no_mixture() -> None:
