@@ -13,6 +13,7 @@ earlier tokens, and every target, the tail included, is scored exactly once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from model.data.packing import Documents
 from model.evaluation.work_sharing import (
+    Scored,
     SharedProgress,
+    assemble_losses,
     gather_losses,
     shared_queue,
 )
@@ -91,11 +94,9 @@ def own_sliding_losses(
     Losses that are not finite are returned as they are.
     """
     targets = [targets_of(document) for document in documents]
-    losses = [np.empty(document.size, np.float32) for document in documents]
-    for batch in _batches(_windows(documents, length, stride), tokens_per_batch):
-        for number, start, values in _batch_losses(model, documents, targets, batch):
-            losses[number][start : start + values.size] = values
-    return losses
+    batches = _batches(_windows(documents, length, stride), tokens_per_batch)
+    parts = (_batch_losses(model, documents, targets, batch) for batch in batches)
+    return assemble_losses(documents, chain.from_iterable(parts))
 
 
 def _windows(documents: Sequence[np.ndarray], length: int, stride: int) -> list[Window]:
@@ -121,7 +122,7 @@ def _window_losses(
     batches = _batches(windows, tokens_per_batch)
     sizes = [sum(window.end - window.scored for window in batch) for batch in batches]
     shared = SharedProgress(progress)
-    scored: list[tuple[int, int, np.ndarray]] = []
+    scored: list[Scored] = []
     for number in shared_queue(group, sizes, shared):
         scored += _batch_losses(model, documents, targets, batches[number])
         shared.advance(sizes[number])
@@ -147,8 +148,8 @@ def _batch_losses(
     documents: Sequence[np.ndarray],
     targets: Sequence[np.ndarray],
     batch: list[Window],
-) -> list[tuple[int, int, np.ndarray]]:
-    """Losses of a batch's windows: (document, position of the first, values)."""
+) -> list[Scored]:
+    """Losses of a batch's windows."""
     packed = Documents.from_lengths([window.length for window in batch], model.device)
     tokens = np.concatenate([documents[w.document][w.start : w.end] for w in batch])
     wanted = np.concatenate([targets[w.document][w.scored : w.end] for w in batch])

@@ -1,7 +1,7 @@
 """Evaluation shared among processes: a queue of batches, and the gathering of per-token losses."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -48,24 +48,31 @@ def shared_queue(group: Group, sizes: Sequence[int], progress: SharedProgress) -
     progress.raise_to(int(before[-1]))
 
 
+Scored = tuple[int, int, np.ndarray]  # number of a document, first position, losses fp32
+
+
+def assemble_losses(documents: Sequence[np.ndarray], scored: Iterable[Scored]) -> list[np.ndarray]:
+    """One fp32 array per document of the parts that were scored; NaN where none was."""
+    losses = [np.full(document.size, np.nan, np.float32) for document in documents]
+    for number, start, values in scored:
+        losses[number][start : start + values.size] = values
+    return losses
+
+
 def gather_losses(
-    documents: Sequence[np.ndarray],
-    scored: list[tuple[int, int, np.ndarray]],
-    group: Group,
+    documents: Sequence[np.ndarray], scored: list[Scored], group: Group
 ) -> list[np.ndarray]:
     """Gather the losses of all processes into one fp32 array per document, in the main process.
 
-    scored: (document, first position, losses fp32) of this process. Raises InputError if there
-    are no documents or a loss is not finite (a target that no process scored counts as NaN).
+    scored: what this process has scored. Raises InputError if there are no documents or a loss is
+    not finite (a target that no process scored counts as NaN).
     """
     if not documents:
         raise InputError("no documents to evaluate", "give a validation set that is not empty")
     parts = group.gather_objects(scored)
     if not group.is_main:
         return []
-    losses = [np.full(document.size, np.nan, np.float32) for document in documents]
-    for number, start, values in itertools.chain.from_iterable(parts):
-        losses[number][start : start + values.size] = values
+    losses = assemble_losses(documents, itertools.chain.from_iterable(parts))
     for number, values in enumerate(losses):
         if not np.isfinite(values).all():
             position = int(np.flatnonzero(~np.isfinite(values))[0])

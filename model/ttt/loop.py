@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.evaluation.losses import own_sliding_losses, targets_of, to_indices
-from model.evaluation.work_sharing import SharedProgress, gather_losses, shared_queue
+from model.evaluation.work_sharing import Scored, SharedProgress, gather_losses, shared_queue
 from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
 from model.runtime.config import ExecutionConfig
@@ -42,7 +42,7 @@ def ttt_losses(
     processes of `group` share the work; all but the main process return an empty list. Raises
     InputError if there is no document or a loss is not finite.
     """
-    scored: list[tuple[int, int, np.ndarray]] = []
+    scored: list[Scored] = []
     parts = rounds([document.size for document in documents], ttt)
     weights = SharedWeights(model, ttt, group) if len(parts) > 1 else None
     with weights.learning() if weights else nullcontext():
@@ -98,8 +98,8 @@ def unadapted_losses(
 ) -> list[np.ndarray]:
     """Losses of documents by the model alone, which fresh adapters do not change.
 
-    A token sees at most `ttt.context` tokens, itself included, and as many of them as there are
-    but for a quarter, if the document does not fit into a window.
+    A token sees at most `ttt.context` tokens, itself included, and beyond the document's first
+    window at least three quarters as many.
     """
     stride = max(1, ttt.context // 4)
     return own_sliding_losses(model, documents, ttt.context, stride, execution.ttt_tokens)

@@ -71,13 +71,14 @@ def passes_over(run: Alone) -> list[str]:
     size = run.document.size
     if (begun := len(run.seen.kinds("begin"))) > 1:
         return [f"was begun {begun} times"]
-    for kind in ("score", "unadapted"):
-        at, passes = 0, run.seen.kinds(kind)
+    unadapted = run.seen.kinds("unadapted")  # where a mixture holds the model as it is
+    for passes in (run.seen.kinds("score"), *([unadapted] if unadapted else [])):
+        at = 0
         for event in passes:
             if event.start != at or at >= size:
                 return [f"after target {at}, targets {event.start + 1} to {event.end} were scored"]
             at = event.end
         # A chunk of TTT may end beyond the document; nothing of it is returned.
-        if run.losses.size != size or (at < size and (passes or kind == "score")):
+        if at < size or run.losses.size != size:
             return [f"{run.losses.size} losses and {at} scored targets, but it has {size}"]
     return []
