@@ -16,24 +16,30 @@ from model.network.compute_weights import fixed_weights
 from model.network.gpt import GPT
 from model.runtime.config import ExecutionConfig
 from model.runtime.cuda_graphs import GraphRunner
+from model.runtime.distributed import Group
 from model.ttt.batching import rows_that_fit
 from model.ttt.chunking import chunks
 from model.ttt.config import TTTConfig
 from model.ttt.loop import Session, unadapted_losses
+from model.ttt.shared_weights import PASS, SharedWeights
 
 FEW = 2  # documents of a small batch, for which some kernels are specialized differently
+MANY = 64  # documents that hold the tokens of a pass, if they are as short as texts mostly are
 
 
 def warm_up_kernels(
     model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig, execution: ExecutionConfig
 ) -> None:
-    """Compile the kernels that scoring the documents, with and without adapters, will launch.
+    """Compile the kernels that scoring the documents, and learning from them, will launch.
 
     Does nothing on a CPU, where no Triton kernels run.
     """
     if model.device.type == "cuda" and documents:
-        with fixed_weights(model), precompile(), np.errstate(all="ignore"):
-            read_excerpts(model, documents, ttt, execution)
+        with precompile(), np.errstate(all="ignore"):
+            with fixed_weights(model):
+                read_excerpts(model, documents, ttt, execution)
+            if ttt.shared_lr:
+                learn_excerpts(model, documents, ttt)
 
 
 def read_excerpts(
@@ -49,6 +55,19 @@ def read_excerpts(
         session = Session(model, constant, len(fitting), runner)
         session.losses(fitting, SharedProgress(None))
         del session  # frees its memory before the next one allocates as much
+
+
+def learn_excerpts(model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig) -> None:
+    """Take steps of the shared weights, which are afterwards what they were before.
+
+    A pass has nearly always a number of tokens for which kernels cannot be specialized, and at
+    times one for which they are, a multiple of 16.
+    """
+    text = np.concatenate(documents[:MANY])[:PASS]
+    weights = SharedWeights(model, ttt, Group(0, 1, model.device))
+    with weights.learning():
+        for size in {text.size - 1, text.size // 16 * 16} - {0}:
+            weights.learn([text[:size]])
 
 
 class UncapturedRunner(GraphRunner):

@@ -11,7 +11,7 @@ import torch
 from model.network.compute_weights import fixed_weights
 from model.ttt import warmup
 from model.ttt.chunking import passes
-from model.ttt.warmup import excerpts, read_excerpts, warm_up_kernels
+from model.ttt.warmup import excerpts, learn_excerpts, read_excerpts, warm_up_kernels
 from tests.helpers.kernels import CUDA, run_apart
 from tests.helpers.models import execution_params, random_documents, small_model, ttt_params
 
@@ -71,10 +71,20 @@ def test_one_session_at_a_time_takes_memory(mode, captured, monkeypatch):
     assert sizes == [(2, 2), (2, 4), (4, 2), (4, 4)]
 
 
+def test_steps_of_shared_weights_leave_them_and_their_gradients_as_they_were():
+    model = small_model()
+    before = [weight.detach().clone() for weight in model.parameters()]
+    learn_excerpts(model, random_documents([40, 30, 5]), ttt_params(shared_lr=1e-3))
+    for weight, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(weight, value)
+        assert weight.grad is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("changes", [{}, {"lr_mixture": [0.0, 1.0]}, {"shared_lr": 1e-5}])
 @pytest.mark.parametrize("mode", ["window", "cached"])
-def test_after_it_nothing_is_compiled_and_nothing_is_other(mode, tmp_path):
+def test_after_it_nothing_is_compiled_and_nothing_is_other(mode, changes, tmp_path):
     program = f"""
 import numpy as np
 import torch
@@ -91,7 +101,7 @@ device = torch.device("cuda")
 dispatch.configure("auto", device)
 model = small_model(width=256, head_width=64).cuda()
 documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
-ttt = ttt_params(mode="{mode}", chunk=16, context=64, rank=16)
+ttt = ttt_params(mode="{mode}", chunk=16, context=64, rank=16, round_tokens=500, **{changes})
 execution = execution_params()
 warm_up_kernels(model, documents, ttt, execution)
 print(len(compiled))
