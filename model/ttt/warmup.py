@@ -21,10 +21,10 @@ from model.ttt.batching import rows_that_fit
 from model.ttt.chunking import chunks
 from model.ttt.config import TTTConfig
 from model.ttt.loop import Session, unadapted_losses
-from model.ttt.shared_weights import PASS, SharedWeights
+from model.ttt.shared_weights import SharedWeights
 
 FEW = 2  # documents of a small batch, for which some kernels are specialized differently
-MANY = 64  # documents that hold the tokens of a pass, if they are as short as texts mostly are
+MANY = 16  # documents that together have at least 16 tokens
 
 
 def warm_up_kernels(
@@ -46,8 +46,8 @@ def read_excerpts(
     model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig, execution: ExecutionConfig
 ) -> None:
     """Run passes of every kind that reading the documents involves."""
-    short = [document[: ttt.chunk] for document in documents[:FEW]]
-    unadapted_losses(model, short, ttt, execution)
+    for text in packed_texts(documents, ttt):
+        unadapted_losses(model, [text], ttt, execution)
     rows = rows_that_fit(model, ttt, execution.ttt_documents)
     for constant, texts in excerpts(documents, ttt):
         fitting = texts[:rows]
@@ -58,16 +58,21 @@ def read_excerpts(
 
 
 def learn_excerpts(model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig) -> None:
-    """Take steps of the shared weights, which are afterwards what they were before.
-
-    A pass has nearly always a number of tokens for which kernels cannot be specialized, and at
-    times one for which they are, a multiple of 16.
-    """
-    text = np.concatenate(documents[:MANY])[:PASS]
+    """Take steps of the shared weights, which are afterwards what they were before."""
     weights = SharedWeights(model, ttt, Group(0, 1, model.device))
     with weights.learning():
-        for size in {text.size - 1, text.size // 16 * 16} - {0}:
-            weights.learn([text[:size]])
+        for text in packed_texts(documents, ttt):
+            weights.learn([text])
+
+
+def packed_texts(documents: Sequence[np.ndarray], ttt: TTTConfig) -> list[np.ndarray]:
+    """Texts of one window for passes over packed tokens, whose number kernels are compiled for.
+
+    They are specialized for multiples of 16, so one text has such a number, and one does not.
+    """
+    text = np.concatenate(documents[:MANY])[: ttt.context]
+    whole = text.size // 16 * 16
+    return [text[:whole], text[: whole - 1]] if whole else [text]
 
 
 class UncapturedRunner(GraphRunner):

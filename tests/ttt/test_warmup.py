@@ -11,7 +11,13 @@ import torch
 from model.network.compute_weights import fixed_weights
 from model.ttt import warmup
 from model.ttt.chunking import passes
-from model.ttt.warmup import excerpts, learn_excerpts, read_excerpts, warm_up_kernels
+from model.ttt.warmup import (
+    excerpts,
+    learn_excerpts,
+    packed_texts,
+    read_excerpts,
+    warm_up_kernels,
+)
 from tests.helpers.kernels import CUDA, run_apart
 from tests.helpers.models import execution_params, random_documents, small_model, ttt_params
 
@@ -28,6 +34,14 @@ def test_excerpts_make_passes_of_every_number_of_chunks(bptt_chunks):
         made = {(p.end - p.start, p.end - p.first) for p in passes(lengths[0], alike)}
         assert made == {(alike.chunk, alike.chunk * n) for n in range(1, bptt_chunks + 2)}
     assert {alike.chunk for alike, _ in found} == {p.end - p.start for p in passes(700, ttt)}
+
+
+@pytest.mark.parametrize("lengths", [[300, 5], [40], [7, 9, 1], [3], [1] * 20])
+def test_passes_over_packed_tokens_have_multiples_of_16_and_others(lengths):
+    ttt = ttt_params(context=64)
+    sizes = [text.size for text in packed_texts(random_documents(lengths), ttt)]
+    whole = min(sum(lengths), 64) // 16 * 16
+    assert sizes == ([whole, whole - 1] if sum(lengths) >= 16 else [sum(lengths)])
 
 
 def test_texts_are_the_beginnings_of_documents():
@@ -91,7 +105,13 @@ import torch
 import triton
 from model.kernels import dispatch
 from model.runtime.distributed import Group
-from model.ttt.warmup import warm_up_kernels
+from model.ttt.warmup import (
+    excerpts,
+    learn_excerpts,
+    packed_texts,
+    read_excerpts,
+    warm_up_kernels,
+)
 from model.ttt.loop import ttt_losses
 from tests.helpers.models import execution_params, random_documents, small_model, ttt_params
 
