@@ -344,8 +344,8 @@ def _baseline_and_best(recipe: Recipe) -> list[Block]:
         Table(["bits per byte", "baseline", "best", "gain", f"{LEVEL:.0%} interval"], rows),
         Paragraph(
             f"Means of {recipe.baseline_seeds} and {recipe.best_seeds} seeds, the interval by "
-            "Welch's test between them, if both have several. Trained is as training reports it, "
-            "the others are of the artifact, weighted to FineWeb's lengths."
+            "Welch's test between them, if the scores of several are known. Trained is as training "
+            "reports it, the others are of the artifact, weighted to FineWeb's lengths."
         ),
     ]
 
