@@ -36,10 +36,17 @@ def warm_up_kernels(
     """
     if model.device.type == "cuda" and documents:
         with precompile(), np.errstate(all="ignore"):
-            with fixed_weights(model):
-                read_excerpts(model, documents, ttt, execution)
-            if ttt.shared_lr:
-                learn_excerpts(model, documents, ttt)
+            launch_kernels(model, documents, ttt, execution)
+
+
+def launch_kernels(
+    model: GPT, documents: Sequence[np.ndarray], ttt: TTTConfig, execution: ExecutionConfig
+) -> None:
+    """Launch kernels of every kind that the documents involve."""
+    with fixed_weights(model):
+        read_excerpts(model, documents, ttt, execution)
+    if ttt.shared_lr:
+        learn_excerpts(model, documents, ttt)
 
 
 def read_excerpts(

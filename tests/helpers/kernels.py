@@ -13,6 +13,8 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
+from model.kernels import dispatch, varlen
+
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 SHARED_MEMORY = 232_448  # bytes a program may use on Hopper
@@ -108,3 +110,51 @@ def recorder(names: set[str]) -> Any:
         return make_boxed_func(graph.forward)
 
     return aot_autograd(fw_compiler=compile_graph)
+
+
+@contextmanager
+def kernels_without_results(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Any]]:
+    """Choose all Triton kernels on the CPU, and note what would be compiled instead of running it.
+
+    Yields a set that grows with every launch that is the first of its kind: the kernel, its
+    constants, the dtypes and the alignment of its tensors, and of each integer whether it is 1 or a
+    multiple of 16, unless the kernel says that its value does not matter.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    found: set[Any] = set()
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        any_value = kernel.kwargs["do_not_specialize"] or ()
+        given = dict(zip(kernel.arg_names, args, strict=False)) | options
+        constants = kernel.fn.__annotations__
+        kinds = {
+            name: str(value) if name in constants else _kind(value, name in any_value)
+            for name, value in given.items()
+        }
+        found.add((kernel.__name__, tuple(sorted(kinds.items()))))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "run", note)
+        choose_all_kernels(patch)
+        yield found
+
+
+def choose_all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every operation have its Triton kernel on the CPU."""
+    monkeypatch.setattr(dispatch, "_bound", {})
+    monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(varlen, "obstacle", lambda *_: None)
+    dispatch.configure("triton", torch.device("cpu"), *["triton"] * len(dispatch.SWITCHED))
+
+
+def _kind(value: Any, any_value: bool) -> Any:
+    """What a kernel is compiled for, of the value of an argument."""
+    if isinstance(value, tuple | list):
+        return tuple(_kind(one, any_value) for one in value)
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), any_value or value.data_ptr() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "integer" if any_value else (value == 1, value % 16 == 0)
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        return str(value.base.dtype), tuple(value.block_shape)
+    return type(value).__name__

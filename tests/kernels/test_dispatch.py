@@ -4,6 +4,7 @@ import torch
 from model.data.packing import Documents
 from model.kernels import dispatch, varlen
 from model.runtime.errors import InputError
+from tests.helpers.kernels import choose_all_kernels
 
 CUDA = torch.cuda.is_available()
 LENGTHS = [[1], [5, 1, 64, 17], [2048, 1, 300]]
@@ -73,10 +74,7 @@ def test_auto_says_why_it_did_not_take_the_faster_ones():
 
 def test_all_kernels_are_found(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(dispatch, "_bound", {})
-    monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
-    monkeypatch.setattr(varlen, "obstacle", lambda *_: None)
-    dispatch.configure("triton", torch.device("cpu"), *["triton"] * 5)
+    choose_all_kernels(monkeypatch)
     assert all(callable(function) for function in dispatch._bound["cpu"].kernels.values())
     assert set(dispatch._bound["cpu"].kernels) == set(dispatch.KERNELS)
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,20 @@ import pytest
 import torch
 
 from model.network.compute_weights import fixed_weights
-from model.ttt import warmup
+from model.runtime.distributed import Group
+from model.runtime.errors import InputError
+from model.ttt import loop, warmup
 from model.ttt.chunking import passes
 from model.ttt.warmup import (
+    UncapturedRunner,
     excerpts,
+    launch_kernels,
     learn_excerpts,
     packed_texts,
     read_excerpts,
     warm_up_kernels,
 )
-from tests.helpers.kernels import CUDA, run_apart
+from tests.helpers.kernels import CUDA, kernels_without_results, run_apart
 from tests.helpers.models import execution_params, random_documents, small_model, ttt_params
 
 
@@ -94,9 +99,32 @@ def test_steps_of_shared_weights_leave_them_and_their_gradients_as_they_were():
         assert weight.grad is None
 
 
+CHANGES: list[dict[str, Any]] = [{}, {"lr_mixture": [0.0, 1.0]}, {"shared_lr": 1e-5}]
+
+
+@pytest.mark.skipif(CUDA, reason="kernels are interpreted on the CPU alone")
+@pytest.mark.parametrize("changes", CHANGES)
+@pytest.mark.parametrize("mode", ["window", "cached"])
+def test_it_launches_every_kind_of_kernel_that_reading_launches(mode, changes, monkeypatch):
+    monkeypatch.setattr(loop, "graph_runner", lambda device, captures: UncapturedRunner(captures))
+    model = small_model(width=256, head_width=64)
+    model.compute_dtype = torch.bfloat16
+    documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
+    ttt = ttt_params(mode=mode, chunk=16, context=64, rank=16, round_tokens=500, **changes)
+    execution, group = execution_params(), Group(0, 1, torch.device("cpu"))
+    with kernels_without_results(monkeypatch) as kinds, np.errstate(all="ignore"):
+        launch_kernels(model, documents, ttt, execution)
+        warm = set(kinds)
+        # Losses are whatever lay in the memory that no kernel has written.
+        with suppress(InputError):
+            loop.ttt_losses(model, documents, ttt, execution, group)
+    assert len(warm) > 20
+    assert not kinds - warm
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-@pytest.mark.parametrize("changes", [{}, {"lr_mixture": [0.0, 1.0]}, {"shared_lr": 1e-5}])
+@pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("mode", ["window", "cached"])
 def test_after_it_nothing_is_compiled_and_nothing_is_other(mode, changes, tmp_path):
     program = f"""
