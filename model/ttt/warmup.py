@@ -1,7 +1,8 @@
 """Compiles the Triton kernels of test-time training in parallel, before the first document.
 
-Throwaway sessions read excerpts of the documents while `model.kernels.precompile` collects the
-kernels instead of launching them. Their outputs are undefined and are discarded.
+Throwaway sessions, passes without adapters and steps of the shared weights read excerpts of the
+documents while `model.kernels.precompile` collects the kernels instead of launching them. Their
+outputs are undefined and are discarded.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from model.ttt.loop import Session, unadapted_losses
 from model.ttt.shared_weights import SharedWeights
 
 FEW = 2  # documents of a small batch, for which some kernels are specialized differently
-MANY = 16  # documents that together have at least 16 tokens
+MANY = 16  # documents, which have at least 16 tokens together, as each has its BOS
 
 
 def warm_up_kernels(
