@@ -113,7 +113,7 @@ def recorder(names: set[str]) -> Any:
 
 
 @contextmanager
-def kernels_without_results(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Any]]:
+def kernels_without_results() -> Iterator[set[Any]]:
     """Choose all Triton kernels on the CPU, and note what would be compiled instead of running it.
 
     Yields a set that grows with every launch that is the first of its kind: the kernel, its
@@ -133,7 +133,7 @@ def kernels_without_results(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Any
         }
         found.add((kernel.__name__, tuple(sorted(kinds.items()))))
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpretedFunction, "run", note)
         choose_all_kernels(patch)
         yield found

@@ -112,7 +112,7 @@ def test_it_launches_every_kind_of_kernel_that_reading_launches(mode, changes, m
     documents = random_documents([150, 140, 120, 61, 60, 59, 20] * 2)
     ttt = ttt_params(mode=mode, chunk=16, context=64, rank=16, round_tokens=500, **changes)
     execution, group = execution_params(), Group(0, 1, torch.device("cpu"))
-    with kernels_without_results(monkeypatch) as kinds, np.errstate(all="ignore"):
+    with kernels_without_results() as kinds, np.errstate(all="ignore"):
         launch_kernels(model, documents, ttt, execution)
         warm = set(kinds)
         # Losses are whatever lay in the memory that no kernel has written.
@@ -133,13 +133,7 @@ import torch
 import triton
 from model.kernels import dispatch
 from model.runtime.distributed import Group
-from model.ttt.warmup import (
-    excerpts,
-    learn_excerpts,
-    packed_texts,
-    read_excerpts,
-    warm_up_kernels,
-)
+from model.ttt.warmup import warm_up_kernels
 from model.ttt.loop import ttt_losses
 from tests.helpers.models import execution_params, random_documents, small_model, ttt_params
 
